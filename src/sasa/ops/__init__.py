@@ -1,0 +1,1 @@
+"""The operation: equation, geometry, checks, registration and implementations. Knows nothing of modules."""

@@ -1,0 +1,148 @@
+"""Local self-attention with relative row and column embeddings: the function users call.
+
+The equation, for a query at pixel p and one head::
+
+    logit_t = scale · q[p]·( k[p + t] + row[dy] + col[dx] )      for every tap t = (dy, dx) of the window around p
+    y[p]    = sum over t of  softmax_t(logit) · v[p + t]
+
+Source: Ramachandran et al., *Stand-Alone Self-Attention in Vision Models*, 2019, arXiv 1906.05909, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks, reference, registration  # noqa: F401  (registration defines torch.ops.sasa)
+from .implementations import choose
+from .window import window
+
+Pair = int | Sequence[int]
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Pair,
+    *,
+    row_embedding: Tensor | None = None,
+    col_embedding: Tensor | None = None,
+    stride: Pair = 1,
+    dilation: Pair = 1,
+    border: str = "zero",
+    scale: float = 1.0,
+    implementation: str | None = None,
+) -> Tensor:
+    r"""Local self-attention: every query attends to the kh x kw window of keys around it.
+
+    .. math::
+        y_p = \sum_t \operatorname{softmax}_t\bigl(\text{scale}\; q_p \cdot (k_{p+t} + row_{dy} + col_{dx})\bigr)
+        \, v_{p+t}
+
+    N heads attend on their own. ``(B, C, H, W)`` tensors become ``(B, N, D, H, W)`` by ``x.unflatten(1, (N, D))``,
+    a view for contiguous and channels_last tensors alike.
+
+    Args:
+        query: (B, N, D, H, W), any strides; float16, bfloat16, float32 or float64.
+        key: (B, N, D, H, W).
+        value: (B, N, Dv, H, W).
+        kernel_size: window size, int or (kh, kw). An even window reaches one further after its centre than before.
+        row_embedding: (N, D, kh), added to the keys by row of the window.
+        col_embedding: (N, D, kw), added to the keys by column of the window.
+        stride: distance in pixels between window centres, int or (height, width).
+        dilation: distance in pixels between taps, int or (height, width).
+        border: what lies outside the image. ``"zero"``: zero keys and zero values that take part in the softmax,
+            with their position term; ``"mask"``: nothing, those taps take no part; ``"valid"``: only windows that lie
+            inside are computed.
+        scale: factor on the logits; 1 in the paper.
+        implementation: ``None`` takes the fastest that supports the call. A name (see ``sasa info``) is taken at its
+            word: if it can't compute the call, that is an error.
+
+    Returns:
+        (B, N, Dv, H', W') in the memory format of ``query``. H' = floor((H - 1) / stride) + 1 for ``"zero"`` and
+        ``"mask"``; floor((H - (kh - 1)·dilation - 1) / stride) + 1 for ``"valid"``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that don't fit, naming the argument.
+        TypeError: an argument of the wrong Python type.
+
+    Note:
+        Under autocast all tensors are cast to its dtype. Half precision accumulates in float32. First and second
+        derivatives exist for every tensor.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 8, 16, 28, 28)  # batch 2, 8 heads of width 16
+        >>> rows = cols = torch.randn(8, 16, 7)
+        >>> sasa.local_attention(q, k, v, 7, row_embedding=rows, col_embedding=cols).shape
+        torch.Size([2, 8, 16, 28, 28])
+    """
+    sizes = checks.pair("kernel_size", kernel_size), checks.pair("stride", stride), checks.pair("dilation", dilation)
+    scale = checks.number("scale", scale)
+    query, key, value, row_embedding, col_embedding = _autocast(query, key, value, row_embedding, col_embedding)
+    checks.same_kind(query=query, key=key, value=value, row_embedding=row_embedding, col_embedding=col_embedding)
+    checks.shapes(query, key, value, row_embedding, col_embedding, sizes[0], sizes[2], border)
+    if implementation is not None:
+        choose(implementation, query)
+    output, _ = torch.ops.sasa.local_attention(
+        query, key, value, row_embedding, col_embedding, *sizes, border, scale, implementation
+    )
+    return output
+
+
+def local_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: Pair,
+    *,
+    row_embedding: Tensor | None = None,
+    col_embedding: Tensor | None = None,
+    stride: Pair = 1,
+    dilation: Pair = 1,
+    border: str = "zero",
+    scale: float = 1.0,
+    implementation: str | None = None,
+) -> Tensor:
+    """The attention weights of :func:`local_attention`, to look at.
+
+    Args:
+        query: (B, N, D, H, W); this and all others as in :func:`local_attention`.
+        key: (B, N, D, H, W).
+        kernel_size: window size.
+        row_embedding: (N, D, kh).
+        col_embedding: (N, D, kw).
+        stride: distance between window centres.
+        dilation: distance between taps.
+        border: ``"zero"``, ``"mask"`` or ``"valid"``.
+        scale: factor on the logits.
+        implementation: None or ``"reference"``; no kernel stores the weights.
+
+    Returns:
+        (B, N, kh·kw, H', W'): taps row by row, summing to 1 over the third dimension. Differentiable.
+
+    Raises:
+        ValueError: as :func:`local_attention`; also for any other implementation.
+        TypeError: as :func:`local_attention`.
+    """
+    sizes = checks.pair("kernel_size", kernel_size), checks.pair("stride", stride), checks.pair("dilation", dilation)
+    scale = checks.number("scale", scale)
+    checks.choice("implementation", implementation, (None, "reference"))
+    query, key, row_embedding, col_embedding = _autocast(query, key, row_embedding, col_embedding)
+    checks.same_kind(query=query, key=key, row_embedding=row_embedding, col_embedding=col_embedding)
+    checks.shapes(query, key, None, row_embedding, col_embedding, sizes[0], sizes[2], border)
+    geometry = window(query.shape[3], query.shape[4], *sizes, border)
+    return reference.weights(query, key, row_embedding, col_embedding, geometry, border, scale)
+
+
+def _autocast(*tensors: Tensor | None) -> list:
+    """The tensors as autocast wants them: in its dtype, except float64 and what is no tensor (the checks tell)."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    ]

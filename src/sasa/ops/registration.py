@@ -1,0 +1,187 @@
+"""The one registered operator, ``torch.ops.sasa.local_attention``, and its backward.
+
+Schema, shapes for tracing (fake and meta tensors), autograd, vmap and FLOP formulas are stated here once and hold for
+every implementation. ``local_attention.py`` is what users call.
+
+The operator also returns the log-sum-exp of the logits, from which the backward recomputes the weights. That second
+output carries no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import reference
+from .implementations import choose
+from .window import Window, window
+
+_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? row_embedding, Tensor? col_embedding"
+_OPTIONS = "int[2] kernel_size, int[2] stride, int[2] dilation, str border, float scale, str? implementation"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+torch.library.define("sasa::local_attention", f"({_TENSORS}, {_OPTIONS}) -> (Tensor output, Tensor lse)", tags=_TAGS)
+torch.library.define(
+    "sasa::local_attention_backward",
+    f"(Tensor grad_output, {_TENSORS}, Tensor output, Tensor lse, {_OPTIONS})"
+    " -> (Tensor query, Tensor key, Tensor value, Tensor row_embedding, Tensor col_embedding)",
+    tags=_TAGS,
+)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of (B, N, D, H, W) are next to each other in memory, as in a view of a channels_last
+    (B, N·D, H, W) tensor.
+    """
+    return x.stride(2) == 1 and x.stride(4) != 1
+
+
+def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An empty (B, N, channels, height, width) tensor in the memory format of ``like``."""
+    batch, heads = like.shape[:2]
+    if _is_channels_last(like):
+        return like.new_empty((batch, height, width, heads, channels)).permute(0, 3, 4, 1, 2)
+    return like.new_empty((batch, heads, channels, height, width))
+
+
+def _in_format_of(like: Tensor, x: Tensor) -> Tensor:
+    empty = _empty(like, *x.shape[2:])
+    return x if x.stride() == empty.stride() else empty.copy_(x)
+
+
+def _window(query: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], border: str) -> Window:
+    def pair(x: list[int]) -> tuple[int, int]:
+        return x[0], x[-1]
+
+    return window(query.shape[3], query.shape[4], pair(kernel_size), pair(stride), pair(dilation), border)
+
+
+@torch.library.impl("sasa::local_attention", "default")
+def _forward(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation):
+    geometry = _window(query, kernel_size, stride, dilation, border)
+    run = choose(implementation, query).forward
+    output, lse = run(query, key, value, row, col, geometry, border, scale)
+    return _in_format_of(query, output), lse
+
+
+@torch.library.impl("sasa::local_attention_backward", "default")
+def _backward(
+    grad_output, query, key, value, row, col, output, lse, kernel_size, stride, dilation, border, scale, implementation
+):
+    geometry = _window(query, kernel_size, stride, dilation, border)
+    run = choose(implementation, query).backward
+    grads = run(grad_output, query, key, value, row, col, lse, geometry, border, scale)
+    dense = [_in_format_of(x, grad) for x, grad in zip((query, key, value), grads[:3], strict=True)]
+    # An operator can't return None: a missing embedding's gradient is an empty tensor.
+    return (*dense, *(query.new_empty(0) if grad is None else grad for grad in grads[3:]))
+
+
+@torch.library.register_fake("sasa::local_attention")
+def _forward_shapes(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation):
+    geometry = _window(query, kernel_size, stride, dilation, border)
+    height, width = geometry.rows.outputs, geometry.cols.outputs
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return (
+        _empty(query, value.shape[2], height, width),
+        query.new_empty((*query.shape[:2], height, width), dtype=lse_dtype),
+    )
+
+
+@torch.library.register_fake("sasa::local_attention_backward")
+def _backward_shapes(grad_output, query, key, value, row, col, output, lse, *options):
+    dense = [_empty(x, *x.shape[2:]) for x in (query, key, value)]
+    embeddings = [query.new_empty(0 if x is None else x.shape) for x in (row, col)]
+    return (*dense, *embeddings)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border, ctx.scale, ctx.implementation = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_output, grad_lse):
+    if grad_output is None:
+        return (None,) * 11
+    *tensors, output, lse = ctx.saved_tensors
+    options = ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border, ctx.scale, ctx.implementation
+    *grads, grad_row, grad_col = torch.ops.sasa.local_attention_backward(grad_output, *tensors, output, lse, *options)
+    return (
+        *grads,
+        None if tensors[3] is None else grad_row,
+        None if tensors[4] is None else grad_col,
+        *(None,) * 6,
+    )
+
+
+torch.library.register_autograd("sasa::local_attention", _gradients, setup_context=_setup_context)
+
+
+def _setup_second(ctx, inputs, output):
+    grad_output, query, key, value, row, col, _, _, *options = inputs
+    ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border, ctx.scale, _ = options
+    ctx.save_for_backward(grad_output, query, key, value, row, col)
+
+
+def _second_gradients(ctx, *grad_grads):
+    """Second derivatives: differentiate the gradients of the reference, which autograd knows to any order."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a tensor passed twice (say as query and key) still counts as two arguments.
+        views: list = [x if x is None else x.view_as(x) if x.requires_grad else x.detach() for x in ctx.saved_tensors]
+        given = [x for x in views if x is not None]
+        for x in given:
+            x.requires_grad_()
+        grad_output, query, key, value, row, col = views
+        geometry = _window(query, ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border)
+        output = reference.attention(query, key, value, row, col, geometry, ctx.border, ctx.scale)
+        firsts = torch.autograd.grad(output, given[1:], grad_output, create_graph=True)
+    vectors = [g for x, g in zip(views[1:], grad_grads, strict=True) if x is not None]
+    seconds = iter(torch.autograd.grad(firsts, given, vectors, create_graph=create_graph, materialize_grads=True))
+    return (*(None if x is None else next(seconds) for x in views), *(None,) * 8)
+
+
+torch.library.register_autograd("sasa::local_attention_backward", _second_gradients, setup_context=_setup_second)
+
+
+def _vmap(info, in_dims, query, key, value, row, col, *options):
+    """Vmap adds the mapped dimension to the heads, which are independent of each other."""
+
+    def fold(x: Tensor | None, dim: int | None, heads_at: int) -> Tensor | None:
+        if x is None:
+            return None
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.movedim(0, heads_at).flatten(heads_at, heads_at + 1)
+
+    dense = [fold(x, dim, 1) for x, dim in zip((query, key, value), in_dims[:3], strict=True)]
+    embeddings = [fold(x, dim, 0) for x, dim in zip((row, col), in_dims[3:5], strict=True)]
+    output, lse = torch.ops.sasa.local_attention(*dense, *embeddings, *options)
+    heads = output.shape[1] // info.batch_size
+    return (output.unflatten(1, (info.batch_size, heads)), lse.unflatten(1, (info.batch_size, heads))), (1, 1)
+
+
+torch.library.register_vmap("sasa::local_attention", _vmap)
+
+
+@register_flop_formula(torch.ops.sasa.local_attention)
+def forward_flops(query, key, value, row, col, kernel_size, *args, out_shape, **kwargs) -> int:
+    """FLOPs of the forward: 2·D a query, head and tap for q·k, as many for q·(row + col), 2·Dv for the weighted sum;
+    so 6·k²·D a query and head for the layer of the paper. A multiply-add is 2 FLOPs; the softmax is not counted.
+    """
+    batch, heads, width = query[:3]
+    _, _, value_width, *outputs = out_shape[0]
+    terms = 1 + (row is not None or col is not None)
+    return 2 * batch * heads * math.prod(outputs) * math.prod(kernel_size) * (terms * width + value_width)
+
+
+@register_flop_formula(torch.ops.sasa.local_attention_backward)
+def backward_flops(grad_output, query, key, value, row, col, output, lse, kernel_size, *args, **kwargs) -> int:
+    """FLOPs of the backward: twice the forward's, for two gradients of each product, plus the logits once more."""
+    batch, heads, width = query[:3]
+    terms = 1 + (row is not None or col is not None)
+    taps = batch * heads * math.prod(grad_output[3:]) * math.prod(kernel_size)
+    return 2 * taps * (3 * terms * width + 2 * value[2])

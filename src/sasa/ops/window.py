@@ -1,0 +1,99 @@
+"""Geometry of the window: which neighbours each query sees, and how many queries there are.
+
+Along one axis a window of ``k`` taps, ``dilation`` pixels apart, reaches ``(k - 1) // 2`` taps before its centre and
+``k // 2`` after: an even window reaches one further after than before.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BORDERS = ("zero", "mask", "valid")
+
+
+class Axis(NamedTuple):
+    """One axis of the window, rows or columns.
+
+    Attributes:
+        size: pixels of the image along the axis.
+        kernel: taps of the window.
+        stride: pixels between two window centres.
+        dilation: pixels between two taps.
+        before: pixels of padding before the first pixel, so that every window has all of its taps; 0 for ``"valid"``.
+        after: pixels of padding after the last pixel.
+        outputs: number of windows, H' or W'.
+    """
+
+    size: int
+    kernel: int
+    stride: int
+    dilation: int
+    before: int
+    after: int
+    outputs: int
+
+    @property
+    def centres(self) -> slice:
+        """Pixels of the image at the centres of the windows: where the queries are sampled."""
+        return self._one_a_window((self.kernel - 1) // 2 * self.dilation - self.before)
+
+    def tap(self, index: int) -> slice:
+        """Pixels of the padded image that tap ``index`` falls on, one a window."""
+        return self._one_a_window(index * self.dilation)
+
+    def _one_a_window(self, start: int) -> slice:
+        return slice(start, start + (self.outputs - 1) * self.stride + 1, self.stride)
+
+    def inside(self, device: torch.device) -> Tensor:
+        """(kernel, outputs) booleans: whether a tap of a window falls inside the image."""
+        taps = torch.arange(self.kernel, device=device)[:, None] * self.dilation - self.before
+        pixels = taps + torch.arange(self.outputs, device=device) * self.stride
+        return (pixels >= 0) & (pixels < self.size)
+
+
+class Window(NamedTuple):
+    """The window over both axes of an image."""
+
+    rows: Axis
+    cols: Axis
+
+    @property
+    def taps(self) -> list[tuple[slice, slice]]:
+        """The padded pixels under each of the kh·kw taps, row by row: the order of the attention weights."""
+        columns = [self.cols.tap(dx) for dx in range(self.cols.kernel)]
+        return [(self.rows.tap(dy), column) for dy in range(self.rows.kernel) for column in columns]
+
+    @property
+    def padding(self) -> tuple[int, int, int, int]:
+        """Padding in the order of :func:`torch.nn.functional.pad`: left, right, top, bottom."""
+        return self.cols.before, self.cols.after, self.rows.before, self.rows.after
+
+
+def axis(size: int, kernel: int, stride: int, dilation: int, border: str) -> Axis:
+    """Geometry along one axis.
+
+    H' = floor((H - 1) / stride) + 1 for ``"zero"`` and ``"mask"``, and
+    floor((H - (kh - 1)·dilation - 1) / stride) + 1 for ``"valid"``, whose first window starts at the corner.
+    """
+    if border == "valid":
+        return Axis(size, kernel, stride, dilation, 0, 0, (size - (kernel - 1) * dilation - 1) // stride + 1)
+    before, after = (kernel - 1) // 2 * dilation, kernel // 2 * dilation
+    return Axis(size, kernel, stride, dilation, before, after, (size - 1) // stride + 1)
+
+
+def window(
+    height: int,
+    width: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    border: str,
+) -> Window:
+    """Geometry of the window over a height x width image."""
+    return Window(
+        axis(height, kernel_size[0], stride[0], dilation[0], border),
+        axis(width, kernel_size[1], stride[1], dilation[1], border),
+    )
