@@ -1,5 +1,10 @@
-"""Stand-alone self-attention for vision: a local attention layer that takes the place of convolution."""
+"""Stand-alone self-attention for vision: a local attention layer that takes the place of convolution.
 
+Source: Ramachandran et al., *Stand-Alone Self-Attention in Vision Models*, NeurIPS 2019, arXiv 1906.05909.
+"""
+
+from .nn.relative_self_attention import RelativeSelfAttention
 from .ops.local_attention import local_attention, local_attention_weights
 
-__all__ = ["local_attention", "local_attention_weights"]
+__version__ = "0.1.0"
+__all__ = ["RelativeSelfAttention", "local_attention", "local_attention_weights"]

@@ -1,0 +1,237 @@
+"""The layer: projections to queries, keys and values, then local attention. It goes where a convolution went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .._extras import require
+from ..ops import checks
+from ..ops.implementations import names
+from ..ops.local_attention import local_attention, local_attention_weights
+from ..ops.window import BORDERS
+from .notebook import read_notebook_weights
+from .position import POSITION_SPLITS, POSITIONS, embedding_rows, embeddings_by_head, sinusoidal_encoding
+
+if TYPE_CHECKING:
+    from torchinfo import ModelStatistics
+
+
+class RelativeSelfAttention(nn.Module):
+    r"""Local self-attention with relative row and column embeddings, a drop-in for ``nn.Conv2d``.
+
+    .. math::
+        y_p = \sum_{t} \operatorname{softmax}_t\bigl(q_p \cdot (k_{p+t} + r_t)\bigr) \, v_{p+t}, \qquad
+        q = W_Q x, \; k = W_K x, \; v = W_V x
+
+    over the taps t of the window around pixel p, for each head on its own share of the channels; r is learned.
+    Source: Ramachandran et al. 2019 (arXiv 1906.05909), section 3.
+
+    The number of parameters, ``3·in·out`` (+ ``3·out`` biases) + ``out·k`` embeddings, hardly grows with the window.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output, divisible by ``num_heads``.
+        kernel_size: window, int or (height, width).
+        num_heads: N; each head has ``out_channels / N`` channels.
+        stride: distance between the pixels that attend; the output shrinks as a convolution's does.
+        dilation: distance between the taps of the window.
+        border: ``"zero"``, ``"mask"`` or ``"valid"``: see :func:`sasa.local_attention`.
+        position: ``"relative"``: r as above; ``"absolute"``: r = 0, and a fixed sinusoidal encoding of row and column
+            is added to the input; ``"none"``: r = 0.
+        position_split: where the row and column halves of r fall: in every head (``"per_head"``), or row halves in
+            the first heads and column halves in the last (``"across_heads"``). ``"last_head"`` gives all heads the
+            last head's r, a slip of a well-known notebook kept so that its weights can be used.
+        bias: whether the projections have biases.
+        scale: factor on the logits; the paper has none.
+        implementation: None for the fastest, or a name: see :func:`sasa.local_attention`.
+        device: where to create the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        - Input: (B, in_channels, H, W), contiguous or channels_last.
+        - Output: (B, out_channels, H', W') in the same memory format; H' = floor((H - 1) / stride) + 1 unless the
+          border is ``"valid"``.
+
+    Attributes:
+        qkv: the three projections as one 1x1 convolution of 3·out_channels outputs: queries, keys, values.
+        row_embedding: row half of r, (channels of the half, kh); None unless position is ``"relative"``.
+        col_embedding: column half of r, (channels of the half, kw); likewise.
+
+    Raises:
+        ValueError: an argument out of range, or an input that doesn't fit, naming it.
+        TypeError: an argument of the wrong Python type.
+
+    Example:
+        >>> layer = sasa.RelativeSelfAttention(64, 128, kernel_size=7, num_heads=8)
+        >>> layer(torch.randn(32, 64, 56, 56)).shape
+        torch.Size([32, 128, 56, 56])
+    """
+
+    row_embedding: nn.Parameter | None
+    col_embedding: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        num_heads: int,
+        stride: int | Sequence[int] = 1,
+        *,
+        dilation: int | Sequence[int] = 1,
+        border: str = "zero",
+        position: str = "relative",
+        position_split: str = "per_head",
+        bias: bool = True,
+        scale: float = 1.0,
+        implementation: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "num_heads": num_heads}
+        for name, size in sizes.items():
+            checks.positive(name, size)
+        if out_channels % num_heads:
+            raise ValueError(f"out_channels: expected a multiple of num_heads = {num_heads}, got {out_channels}")
+        checks.choice("border", border, BORDERS)
+        checks.choice("position", position, POSITIONS)
+        checks.choice("position_split", position_split, POSITION_SPLITS)
+        checks.choice("implementation", implementation, (None, *names()))
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = checks.pair("kernel_size", kernel_size)
+        self.num_heads = num_heads
+        self.stride = checks.pair("stride", stride)
+        self.dilation = checks.pair("dilation", dilation)
+        self.border = border
+        self.position = position
+        self.position_split = position_split
+        self.scale = checks.number("scale", scale)
+        self.implementation = implementation
+
+        self.qkv = nn.Conv2d(in_channels, 3 * out_channels, 1, bias=bias, device=device, dtype=dtype)
+        if position == "relative":
+            rows = embedding_rows(out_channels, num_heads, position_split)
+            self.row_embedding = nn.Parameter(torch.empty(rows, self.kernel_size[0], device=device, dtype=dtype))
+            self.col_embedding = nn.Parameter(
+                torch.empty(out_channels - rows, self.kernel_size[1], device=device, dtype=dtype)
+            )
+        else:
+            self.register_parameter("row_embedding", None)
+            self.register_parameter("col_embedding", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters such that q·k and q·r start with variance 1 each for an input of variance 1.
+
+        The paper gives no initialisation and does not scale the logits, so with the usual one their variance would
+        be the head width D, the softmax would start on one neighbour, and the others would get no gradient. Keys,
+        values and r start with variance 1 and queries with variance 1/D: the factor that scaled dot-product attention
+        puts on the logits lies in W_Q (as in T5, arXiv 1910.10683), where training may change it. Biases start at 0.
+        """
+        std = self.in_channels**-0.5
+        nn.init.normal_(self.qkv.weight, std=std)
+        head_width = self.out_channels // self.num_heads
+        with torch.no_grad():
+            self.qkv.weight[: self.out_channels] /= head_width**0.5 * (abs(self.scale) or 1.0)
+        if self.qkv.bias is not None:
+            nn.init.zeros_(self.qkv.bias)
+        for embedding in (self.row_embedding, self.col_embedding):
+            if embedding is not None and embedding.numel():
+                nn.init.normal_(embedding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend: (B, in_channels, H, W) to (B, out_channels, H', W')."""
+        query, key, value = self._project(x)
+        return local_attention(query, key, value, implementation=self.implementation, **self._options()).flatten(1, 2)
+
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """What each pixel attends to: (B, num_heads, kh·kw, H', W'), taps row by row, summing to 1 over the taps."""
+        query, key, _ = self._project(x)
+        return local_attention_weights(query, key, **self._options())
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each (B, N, D, H, W): views of one product."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x: expected shape (batch, in_channels={self.in_channels}, height, width), got {tuple(x.shape)}"
+            )
+        if self.position == "absolute":
+            x = x + sinusoidal_encoding(x)
+        return self.qkv(x).unflatten(1, (3 * self.num_heads, -1)).chunk(3, dim=1)
+
+    def _options(self) -> dict:
+        row = col = None
+        if self.row_embedding is not None and self.col_embedding is not None:
+            row, col = embeddings_by_head(self.row_embedding, self.col_embedding, self.num_heads, self.position_split)
+        return {
+            "kernel_size": self.kernel_size,
+            "row_embedding": row,
+            "col_embedding": col,
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "border": self.border,
+            "scale": self.scale,
+        }
+
+    def summary(self, x: Tensor) -> ModelStatistics:
+        """Print a table of the layer's parts, output shapes and parameters for the input ``x`` (torchinfo).
+
+        Returns:
+            torchinfo's statistics, which a notebook shows as that table.
+        """
+        torchinfo = require("torchinfo", extra="models")
+        return torchinfo.summary(self, input_data=x, col_names=("output_size", "num_params", "trainable"), depth=2)
+
+    @classmethod
+    def from_notebook(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        num_heads: int,
+        stride: int = 1,
+        last_head_embedding: bool = False,
+    ) -> RelativeSelfAttention:
+        """The layer with the weights of the notebook's module of the same name, giving its output.
+
+        Args:
+            state_dict: ``qx.0.weight``, ``qx.0.bias``, the same of ``kx`` and ``vx``, ``row_embeddings``,
+                ``col_embeddings``.
+            num_heads: the module's ``groups``, which its weights don't tell.
+            stride: the module's stride.
+            last_head_embedding: reproduce the module's slip, which hands the last head's embedding to every head.
+                False gives every head its own, as the paper has it.
+
+        Raises:
+            ValueError: keys missing or unknown, shapes that don't fit each other, or an even window, which the module
+                can't run.
+        """
+        arguments, weights = read_notebook_weights(state_dict)
+        split = "last_head" if last_head_embedding else "across_heads"
+        like = weights["qkv.weight"]
+        layer = cls(
+            num_heads=num_heads, stride=stride, position_split=split, device=like.device, dtype=like.dtype, **arguments
+        )
+        layer.load_state_dict(weights)
+        return layer
+
+    def extra_repr(self) -> str:
+        """Arguments as given to the constructor, defaults left out but for those that ``nn.Conv2d`` shows."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        parts += [f"num_heads={self.num_heads}, stride={self.stride}"]
+        defaults = {"dilation": (1, 1), "border": "zero", "position": "relative", "position_split": "per_head"}
+        defaults |= {"scale": 1.0, "implementation": None}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)!r}")
+        if self.qkv.bias is None:
+            parts.append("bias=False")
+        return ", ".join(parts)
+
+    def __repr__(self) -> str:
+        # One line, as a convolution has, so that a printed network stays readable.
+        return f"{type(self).__name__}({self.extra_repr()})"
