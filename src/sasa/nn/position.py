@@ -39,7 +39,7 @@ def embeddings_by_head(row: Tensor, col: Tensor, num_heads: int, position_split:
         (N, D, kh) and (N, D, kw), as :func:`sasa.local_attention` takes them.
     """
     if position_split == "per_head":
-        row, col = row.unflatten(0, (num_heads, -1)), col.unflatten(0, (num_heads, -1))
+        row, col = (half.unflatten(0, (num_heads, half.shape[0] // num_heads)) for half in (row, col))
         return F.pad(row, (0, 0, 0, col.shape[1])), F.pad(col, (0, 0, row.shape[1], 0))
     by_head = (
         F.pad(row, (0, 0, 0, col.shape[0])).unflatten(0, (num_heads, -1)),

@@ -19,12 +19,14 @@ class Implementation(NamedTuple):
 
     Attributes:
         name: what users pass as ``implementation=``.
+        summary: what it is and what it supports, for ``sasa info``.
         forward: as :func:`sasa.ops.reference.forward`.
         backward: as :func:`sasa.ops.reference.backward`.
         unsupported: given the query, why it can't be computed this way; None when it can.
     """
 
     name: str
+    summary: str
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]
     unsupported: Callable[[Tensor], str | None]
@@ -36,7 +38,13 @@ def _supports_everything(query: Tensor) -> str | None:
 
 # Fastest first: None takes the first that supports the call.
 IMPLEMENTATIONS: list[Implementation] = [
-    Implementation("reference", reference.forward, reference.backward, _supports_everything),
+    Implementation(
+        "reference",
+        "plain PyTorch; any device, float16 to float64, any window",
+        reference.forward,
+        reference.backward,
+        _supports_everything,
+    ),
 ]
 
 

@@ -6,6 +6,7 @@ It walks over the kh·kw taps of the window and for each takes the *shifted imag
 logits a pixel but never kh·kw copies of the keys or values. Half precision is computed in float32 and rounded once.
 
 Shapes: B batch, N heads, D head width (Dv of the values), H x W image, h x w = H' x W' windows, K = kh·kw taps.
+Inside, the batch comes last (NDHWB): a shifted view of small images then still has long contiguous runs.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ def weights(
     query: Tensor, key: Tensor, row: Tensor | None, col: Tensor | None, window: Window, border: str, scale: float
 ) -> Tensor:
     """Attention weights (B, N, K, h, w), summing to 1 over K; differentiable to any order."""
-    q, k, row, col = _cast(_sum_dtype(query), query, key, row, col)
-    return _logits(q, k, row, col, window, border, scale).softmax(2).to(query.dtype)
+    dtype = _sum_dtype(query)
+    q, k = _batch_last(dtype, query, key)
+    row, col = _cast(dtype, row, col)
+    p_NKhwB = _logits(q, k, row, col, window, border, scale).softmax(1)
+    return p_NKhwB.movedim(-1, 0).to(query.dtype).contiguous()
 
 
 def attention(
@@ -42,10 +46,14 @@ def attention(
     scale: float,
 ) -> Tensor:
     """Output (B, N, Dv, h, w); differentiable to any order by PyTorch's own autograd."""
-    q, k, v, row, col = _cast(_sum_dtype(query), query, key, value, row, col)
-    return _weighted_sum(_logits(q, k, row, col, window, border, scale).softmax(2), v, window).to(query.dtype)
+    dtype = _sum_dtype(query)
+    q, k, v = _batch_last(dtype, query, key, value)
+    row, col = _cast(dtype, row, col)
+    p_NKhwB = _logits(q, k, row, col, window, border, scale).softmax(1)
+    return _weighted_sum(p_NKhwB, v, window).movedim(-1, 0).to(query.dtype)
 
 
+@torch.no_grad()
 def forward(
     query: Tensor,
     key: Tensor,
@@ -58,15 +66,17 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, N, Dv, h, w) and log-sum-exp of the logits (B, N, h, w), outside of autograd, chunk by chunk."""
     dtype = _sum_dtype(query)
+    row, col = _cast(dtype, row, col)
     outputs, lses = [], []
     for part in _chunks(query):
-        q, k, v, row_, col_ = _cast(dtype, query[part], key[part], value[part], row, col)
-        logits = _logits(q, k, row_, col_, window, border, scale)
-        outputs.append(_weighted_sum(logits.softmax(2), v, window).to(query.dtype))
-        lses.append(logits.logsumexp(2))
-    return torch.cat(outputs), torch.cat(lses)
+        q, k, v = _batch_last(dtype, query[part], key[part], value[part])
+        logits = _logits(q, k, row, col, window, border, scale)
+        outputs.append(_weighted_sum(logits.softmax(1), v, window))
+        lses.append(logits.logsumexp(1))
+    return _batch_first(query.dtype, outputs), _batch_first(dtype, lses)
 
 
+@torch.no_grad()
 def backward(
     grad_output: Tensor,
     query: Tensor,
@@ -87,43 +97,45 @@ def backward(
         dq += scale · ds_t · (k[p + t] + row + col)      dk[p + t] += scale · ds_t · q      drow, dcol likewise, summed
     """
     dtype = _sum_dtype(query)
-    row_, col_ = _cast(dtype, row, col)
-    grad_row = None if row_ is None else torch.zeros_like(row_)
-    grad_col = None if col_ is None else torch.zeros_like(col_)
+    row, col = _cast(dtype, row, col)
+    grad_row = None if row is None else torch.zeros_like(row)
+    grad_col = None if col is None else torch.zeros_like(col)
     grads_q, grads_k, grads_v = [], [], []
     for part in _chunks(query):
-        g, q, k, v = _cast(dtype, grad_output[part], query[part], key[part], value[part])
-        p_BNKhw = _logits(q, k, row_, col_, window, border, scale).sub_(lse[part].unsqueeze(2)).exp_()
+        g, q, k, v = _batch_last(dtype, grad_output[part], query[part], key[part], value[part])
+        lse_N1hwB = lse[part].movedim(0, -1).unsqueeze(1)
+        p_NKhwB = _logits(q, k, row, col, window, border, scale).sub_(lse_N1hwB).exp_()
 
-        padded_v = F.pad(v, window.padding)
+        padded_v = _pad(v, window)
         dv = torch.zeros_like(padded_v)
         for index, (ys, xs) in enumerate(window.taps):
-            dv[..., ys, xs].addcmul_(p_BNKhw[:, :, index, None], g)
-        dp_BNKhw = _dot_taps(g, padded_v, window)
-        ds_BNKhw = p_BNKhw * (dp_BNKhw - (p_BNKhw * dp_BNKhw).sum(2, keepdim=True)) * scale
+            dv[:, :, ys, xs].addcmul_(p_NKhwB[:, index, None], g)
+        dp_NKhwB = _dot_taps(g, padded_v, window)
+        ds_NKhwB = dp_NKhwB.sub_((p_NKhwB * dp_NKhwB).sum(1, keepdim=True)).mul_(p_NKhwB).mul_(scale)
 
-        padded_k = F.pad(k, window.padding)
+        padded_k = _pad(k, window)
         dk = torch.zeros_like(padded_k)
-        centre_q = q[..., window.rows.centres, window.cols.centres]
+        q = _at_centres(q, window)
         dq = torch.zeros_like(q)
-        centre_dq = dq[..., window.rows.centres, window.cols.centres]
         for index, (ys, xs) in enumerate(window.taps):
-            centre_dq.addcmul_(ds_BNKhw[:, :, index, None], padded_k[..., ys, xs])
-            dk[..., ys, xs].addcmul_(ds_BNKhw[:, :, index, None], centre_q)
+            dq.addcmul_(ds_NKhwB[:, index, None], padded_k[:, :, ys, xs])
+            dk[:, :, ys, xs].addcmul_(ds_NKhwB[:, index, None], q)
 
-        ds_BNyxhw = ds_BNKhw.unflatten(2, (window.rows.kernel, window.cols.kernel))
-        for embedding, grad, ds in ((row_, grad_row, ds_BNyxhw.sum(3)), (col_, grad_col, ds_BNyxhw.sum(2))):
+        ds_NyxhwB = ds_NKhwB.unflatten(1, (window.rows.kernel, window.cols.kernel))
+        for embedding, grad, ds_NthwB in ((row, grad_row, ds_NyxhwB.sum(2)), (col, grad_col, ds_NyxhwB.sum(1))):
             if embedding is not None and grad is not None:
-                centre_dq += torch.einsum("bnthw,ndt->bndhw", ds, embedding)
-                grad += torch.einsum("bnthw,bndhw->ndt", ds, centre_q)
+                dq += (embedding @ ds_NthwB.flatten(2)).view_as(q)
+                grad += q.flatten(2) @ ds_NthwB.flatten(2).mT
 
-        grads_q.append(dq.to(query.dtype))
-        grads_k.append(_crop(dk, window).to(query.dtype))
-        grads_v.append(_crop(dv, window).to(query.dtype))
+        grad_q = q.new_zeros((*q.shape[:2], window.rows.size, window.cols.size, q.shape[-1]))
+        _at_centres(grad_q, window).copy_(dq)
+        grads_q.append(grad_q)
+        grads_k.append(_crop(dk, window))
+        grads_v.append(_crop(dv, window))
     return (
-        torch.cat(grads_q),
-        torch.cat(grads_k),
-        torch.cat(grads_v),
+        _batch_first(query.dtype, grads_q),
+        _batch_first(query.dtype, grads_k),
+        _batch_first(query.dtype, grads_v),
         None if grad_row is None else grad_row.to(query.dtype),
         None if grad_col is None else grad_col.to(query.dtype),
     )
@@ -132,36 +144,55 @@ def backward(
 def _logits(
     q: Tensor, k: Tensor, row: Tensor | None, col: Tensor | None, window: Window, border: str, scale: float
 ) -> Tensor:
-    """Scale · q·(k + row + col) for every tap: (B, N, K, h, w). Taps that a ``"mask"`` border hides are -inf."""
-    q = q[..., window.rows.centres, window.cols.centres] * scale
-    logits = _dot_taps(q, F.pad(k, window.padding), window).unflatten(2, (window.rows.kernel, window.cols.kernel))
+    """Logits scale · q·(k + row + col) of every tap: (N, K, h, w, B). Taps that a ``"mask"`` border hides are -inf."""
+    q = _at_centres(q, window) * scale
+    logits = _dot_taps(q, _pad(k, window), window).unflatten(1, (window.rows.kernel, window.cols.kernel))
     if row is not None:
-        logits = logits + torch.einsum("bndhw,ndy->bnyhw", q, row).unsqueeze(3)
+        logits += (row.mT @ q.flatten(2)).unflatten(2, q.shape[2:]).unsqueeze(2)
     if col is not None:
-        logits = logits + torch.einsum("bndhw,ndx->bnxhw", q, col).unsqueeze(2)
+        logits += (col.mT @ q.flatten(2)).unflatten(2, q.shape[2:]).unsqueeze(1)
     if border == "mask":
         inside_yh, inside_xw = window.rows.inside(q.device), window.cols.inside(q.device)
-        inside_yxhw = inside_yh[:, None, :, None] & inside_xw[None, :, None, :]
-        logits = logits.masked_fill(~inside_yxhw, float("-inf"))
-    return logits.flatten(2, 3)
+        inside_yxhwB = (inside_yh[:, None, :, None] & inside_xw[None, :, None, :]).unsqueeze(-1)
+        logits = logits.masked_fill(~inside_yxhwB, float("-inf"))
+    return logits.flatten(1, 2)
 
 
-def _dot_taps(x_BNDhw: Tensor, padded_BNDHW: Tensor, window: Window) -> Tensor:
-    """X · (padded image shifted by each tap), summed over the channels: (B, N, K, h, w)."""
-    return torch.stack([(x_BNDhw * padded_BNDHW[..., ys, xs]).sum(2) for ys, xs in window.taps], dim=2)
-
-
-def _weighted_sum(p_BNKhw: Tensor, v: Tensor, window: Window) -> Tensor:
-    padded = F.pad(v, window.padding)
-    output = padded.new_zeros((*v.shape[:3], window.rows.outputs, window.cols.outputs))
+def _dot_taps(x_NDhwB: Tensor, padded_NDHWB: Tensor, window: Window) -> Tensor:
+    """Product x · (padded image shifted by each tap), summed over the channels: (N, K, h, w, B)."""
+    if torch.is_grad_enabled():
+        return torch.stack([(x_NDhwB * padded_NDHWB[:, :, ys, xs]).sum(1) for ys, xs in window.taps], dim=1)
+    # The same without autograd, and without fresh memory for every product, whose page faults would cost half the time.
+    dots = x_NDhwB.new_empty((x_NDhwB.shape[0], len(window.taps), *x_NDhwB.shape[2:]))
+    product = torch.empty_like(x_NDhwB)
     for index, (ys, xs) in enumerate(window.taps):
-        output.addcmul_(p_BNKhw[:, :, index, None], padded[..., ys, xs])
+        torch.mul(x_NDhwB, padded_NDHWB[:, :, ys, xs], out=product)
+        torch.sum(product, 1, out=dots[:, index])
+    return dots
+
+
+def _weighted_sum(p_NKhwB: Tensor, v: Tensor, window: Window) -> Tensor:
+    """Sum over the taps of p · (values shifted by the tap): (N, Dv, h, w, B)."""
+    padded = _pad(v, window)
+    output = padded.new_zeros((*v.shape[:2], *p_NKhwB.shape[2:]))
+    for index, (ys, xs) in enumerate(window.taps):
+        output.addcmul_(p_NKhwB[:, index, None], padded[:, :, ys, xs])
     return output
+
+
+def _at_centres(x_NDHWB: Tensor, window: Window) -> Tensor:
+    """View of the pixels at the window centres: (N, D, h, w, B)."""
+    return x_NDHWB[:, :, window.rows.centres, window.cols.centres]
+
+
+def _pad(x_NDHWB: Tensor, window: Window) -> Tensor:
+    rows, cols = window.rows, window.cols
+    return F.pad(x_NDHWB, (0, 0, cols.before, cols.after, rows.before, rows.after))
 
 
 def _crop(padded: Tensor, window: Window) -> Tensor:
     rows, cols = window.rows, window.cols
-    return padded[..., rows.before : rows.before + rows.size, cols.before : cols.before + cols.size]
+    return padded[:, :, rows.before : rows.before + rows.size, cols.before : cols.before + cols.size]
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
@@ -177,3 +208,12 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _batch_last(dtype: torch.dtype, *tensors_BNDHW: Tensor) -> list[Tensor]:
+    return [tensor.to(dtype).movedim(0, -1).contiguous() for tensor in tensors_BNDHW]
+
+
+def _batch_first(dtype: torch.dtype, chunks: list[Tensor]) -> Tensor:
+    """The chunks, batch last, joined to one contiguous tensor with the batch first."""
+    return torch.cat([chunk.movedim(-1, 0).to(dtype) for chunk in chunks]).contiguous()

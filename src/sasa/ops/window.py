@@ -66,11 +66,6 @@ class Window(NamedTuple):
         columns = [self.cols.tap(dx) for dx in range(self.cols.kernel)]
         return [(self.rows.tap(dy), column) for dy in range(self.rows.kernel) for column in columns]
 
-    @property
-    def padding(self) -> tuple[int, int, int, int]:
-        """Padding in the order of :func:`torch.nn.functional.pad`: left, right, top, bottom."""
-        return self.cols.before, self.cols.after, self.rows.before, self.rows.after
-
 
 def axis(size: int, kernel: int, stride: int, dilation: int, border: str) -> Axis:
     """Geometry along one axis.

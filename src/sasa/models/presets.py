@@ -1,0 +1,50 @@
+"""Sizes of the networks, one row each. :func:`sasa.models.create_model` builds them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ResNetSize(NamedTuple):
+    """Sizes of a residual network of bottleneck blocks.
+
+    Attributes:
+        stem_width: channels after the stem, which also halves the image.
+        blocks: bottleneck blocks a stage. Every stage but the first halves the image.
+        widths: channels a stage of the spatial layers, inside the bottlenecks.
+        expansion: channels between the blocks, as a multiple of the width.
+        attention_kernel: window of the attention layers, in the stem too.
+        attention_heads: heads of the attention layers.
+        convolution_kernel: kernel of the convolutional twin's layers.
+    """
+
+    stem_width: int
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...]
+    expansion: int
+    attention_kernel: int
+    attention_heads: int
+    convolution_kernel: int
+
+    @property
+    def depth(self) -> int:
+        """Layers with weights: the stem, three a block, and the classifier."""
+        return 2 + 3 * sum(self.blocks)
+
+
+# For images of about 28 x 28 pixels.
+RESNET14 = ResNetSize(
+    stem_width=32,
+    blocks=(2, 2),
+    widths=(32, 64),
+    expansion=2,
+    attention_kernel=7,
+    attention_heads=8,
+    convolution_kernel=3,
+)
+
+# name -> (sizes, the spatial layer it is built of). Twins have equal depth and widths.
+MODELS: dict[str, tuple[ResNetSize, str]] = {
+    "sasa_resnet14": (RESNET14, "attention"),
+    "resnet14": (RESNET14, "convolution"),
+}

@@ -1,0 +1,104 @@
+"""The demonstration: attention, its convolutional twin and a linear classifier on the same images, and the pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import lightning
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .data import ImageData
+from .export import load_model
+from .fit import Result, fit, prepare_folder, train
+from .module import Classifier
+from .sources import Source, open_source
+
+ATTENTION, CONVOLUTION, LINEAR = "sasa_resnet14", "resnet14", "linear classifier"
+
+
+def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 12, seed: int = 0) -> list[Result]:
+    """Train a network of attention, its convolutional twin and a linear classifier, and draw what attention sees.
+
+    Writes each run to a folder of its own in out, and ``results.json``, ``curves.png`` and ``attention.png``.
+    An earlier demonstration in out is replaced.
+
+    Args:
+        out: folder to write to.
+        data: as for sasa train; left out, the packaged images.
+        epochs: passes over the training images.
+        seed: of the parameters, the order and the augmentation.
+
+    Raises:
+        DataError: data can't be trained on.
+        OutputError: out can't be written.
+    """
+    from ..viz import plot_attention, plot_curves
+
+    prepare_folder(out, overwrite=True)
+    console = Console()
+    source = open_source(data)
+    console.print("[bold]1/3[/] a linear classifier, for comparison")
+    results = [_linear(source, out / "linear", epochs, seed)]
+    for step, (model, what) in enumerate(((CONVOLUTION, "3x3 convolution"), (ATTENTION, "local self-attention")), 2):
+        console.print(f"[bold]{step}/3[/] {model}: a residual network of {what}")
+        results.append(train(model, data=data, out=out / model, epochs=epochs, seed=seed, overwrite=True))
+
+    (out / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    logs = {result.model: out / result.model / "metrics.csv" for result in results[1:]}
+    title = f"{results[0].train_images:,} training and {results[0].val_images:,} validation images"
+    plot_curves(logs, title).savefig(out / "curves.png", dpi=130)
+
+    network, facts = load_model(out / ATTENTION / "model.safetensors")
+    batches = ImageData(source, 1, facts["image_size"], augment=False)
+    image, label = batches.val_set[0]
+    with torch.no_grad():
+        guess = facts["classes"][int(network(image[None]).argmax())]
+    pixel = _edge_pixel(image)
+    caption = (
+        f"{facts['classes'][label]}, classified as {guess}: what the pixel at row {pixel[0]}, column {pixel[1]} sees"
+    )
+    plot_attention(network, image, pixel, title=caption).savefig(out / "attention.png", dpi=130)
+
+    console.print(table(results))
+    for name in ("results.json", "curves.png", "attention.png"):
+        console.print(f"wrote {out / name}", highlight=False, soft_wrap=True)
+    return results
+
+
+def table(results: list[Result]) -> Table:
+    """Accuracy and cost of the runs, side by side."""
+    rows = Table(title="validation accuracy after the last epoch")
+    rows.add_column("network")
+    for column in ("top-1", "parameters", "MFLOPs an image", "seconds an epoch"):
+        rows.add_column(column, justify="right")
+    for result in results:
+        figures = f"{result.top1:.1%}", f"{result.parameters:,}", f"{result.flops / 1e6:.2f}"
+        rows.add_row(result.model, *figures, f"{result.seconds_per_epoch:.1f}")
+    return rows
+
+
+def _linear(source: Source, out: Path, epochs: int, seed: int) -> Result:
+    """A linear classifier of the pixels, trained without augmentation, which it can't use."""
+    prepare_folder(out, overwrite=True)
+    lightning.seed_everything(seed, workers=True, verbose=False)
+    batches = ImageData(source, augment=False)
+    image, _ = batches.val_set[0]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(image.numel(), len(source.classes)))
+    classifier = Classifier(network, len(source.classes), learning_rate=1e-3)
+    return fit(LINEAR, classifier, batches, source, out, epochs, image.shape[-1])
+
+
+def _edge_pixel(image: torch.Tensor) -> tuple[int, int]:
+    """The pixel of the steepest edge away from the border: a place where there is something to attend to."""
+    grey = image.mean(0)
+    down, across = torch.gradient(grey)
+    steepness = down**2 + across**2
+    margin = min(grey.shape) // 5
+    inner = steepness[margin : grey.shape[0] - margin, margin : grey.shape[1] - margin]
+    row, column = divmod(int(inner.argmax()), inner.shape[1])
+    return row + margin, column + margin

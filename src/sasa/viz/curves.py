@@ -1,0 +1,50 @@
+"""How training went: loss and accuracy over the epochs, from the logs that training wrote."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+
+def read_metric(log: Path, name: str) -> tuple[list[int], list[float]]:
+    """Epochs (from 1) and values of one column of a ``metrics.csv``.
+
+    Raises:
+        ValueError: the log has no such column.
+    """
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [(int(row["epoch"]) + 1, float(row[name])) for row in rows if row.get(name)]
+    if not found:
+        raise ValueError(f"name: expected a column with values in {log}, got {name!r}")
+    epochs, values = zip(*found, strict=True)
+    return list(epochs), list(values)
+
+
+def plot_curves(logs: Mapping[str, Path], title: str = "") -> Figure:
+    """Training loss and validation top-1 accuracy of several runs, side by side.
+
+    Args:
+        logs: ``metrics.csv`` of each run, by the name to show.
+        title: over the figure.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for label, log in logs.items():
+        loss.plot(*read_metric(log, "train_loss"), marker=".", label=label)
+        epochs, top1 = read_metric(log, "val_top1")
+        accuracy.plot(epochs, top1, marker=".", label=f"{label}: {top1[-1]:.1%} at the end")
+    loss.set(xlabel="epoch", ylabel="training loss", title="loss")
+    accuracy.set(xlabel="epoch", ylabel="validation top-1 accuracy", title="accuracy")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for panel in (loss, accuracy):
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    if title:
+        figure.suptitle(title)
+    return figure

@@ -1,0 +1,263 @@
+"""The registered operator as PyTorch's tools see it: opcheck, fake and meta tensors, vmap, FLOPs, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import BORDERS, EMBEDDINGS, Case, layouts, pair, solve
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import sasa
+
+LAYOUTS = layouts()
+NAMES = ("query", "key", "value", "row_embedding", "col_embedding")
+FORWARD = torch.ops.sasa.local_attention.default
+BACKWARD = torch.ops.sasa.local_attention_backward.default
+
+# (case, layout, dtype): every border, embedding, layout and dtype at least once.
+PROBLEMS = [
+    (Case(batch=2), "contiguous", torch.float32),
+    (Case(batch=2, value_width=5, stride=2), "channels_last", torch.float32),
+    (Case(batch=2, border="mask", kernel_size=(2, 3)), "slice", torch.float64),
+    (Case(batch=2, border="valid", embeddings="none", value_width=2), "slice_channels_last", torch.float32),
+    (Case(batch=2, embeddings="row", dilation=2, scale=0.5), "permuted", torch.bfloat16),
+    (Case(batch=2, embeddings="col", stride=(1, 2)), "strided", torch.float16),
+    (Case(size=(1, 1), border="mask"), "contiguous", torch.float32),
+    (Case(size=(3, 1), heads=1, width=1), "channels_last", torch.float64),
+]
+problems = pytest.mark.parametrize(
+    ("case", "layout", "dtype"),
+    PROBLEMS,
+    ids=lambda x: str(x).removeprefix("torch.") if x != Case(batch=2) else "plain",
+)
+
+
+def arguments(case: Case, layout: str, dtype: torch.dtype, implementation: str | None = None) -> tuple[list, list]:
+    """The operator's tensors (None for a missing embedding) and its options."""
+    given = case.tensors(dtype)
+    tensors = [given.get(name) for name in NAMES]
+    sizes = [list(pair(x)) for x in (case.kernel_size, case.stride, case.dilation)]
+    moved = [LAYOUTS[layout](x) if x is not None and x.dim() == 5 else x for x in tensors]
+    return moved, [*sizes, case.border, case.scale, implementation]
+
+
+def leaves(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [x if x is None else x.detach().requires_grad_() for x in tensors]
+
+
+# opcheck itself looks at .grad of tensors that are no leaves.
+opchecks = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@opchecks
+@problems
+def test_opcheck(case, layout, dtype, implementation):
+    """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes, of both operators."""
+    if not implementation.supports(dtype) or implementation.device != "cpu":
+        pytest.skip(f"{implementation.name} does not compute {dtype} on the CPU")
+    tensors, options = arguments(case, layout, dtype, implementation.name)
+    opcheck(FORWARD, (*leaves(tensors), *options))
+    output, lse = FORWARD(*tensors, *options)
+    opcheck(BACKWARD, (LAYOUTS[layout](torch.randn_like(output)), *tensors, output, lse, *options))
+
+
+@opchecks
+@pytest.mark.parametrize(
+    "case", [Case(kernel_size=(1, 2), border="mask"), Case(kernel_size=1, embeddings="none")], ids=str
+)
+def test_opcheck_of_the_backward_that_is_itself_differentiated(case):
+    """Slow to trace, so for two small windows only."""
+    tensors, options = arguments(case, "contiguous", torch.float32)
+    output, lse = FORWARD(*tensors, *options)
+    opcheck(BACKWARD, (torch.randn_like(output).requires_grad_(), *leaves(tensors), output, lse, *options))
+
+
+def kinds(results) -> list[tuple]:
+    return [(x.shape, x.stride(), x.dtype, x.device.type) for x in results]
+
+
+@problems
+def test_fake_tensors_are_as_the_real_ones(case, layout, dtype):
+    """In shape, strides and dtype, of both operators."""
+    tensors, options = arguments(case, layout, dtype)
+    real = FORWARD(*tensors, *options)
+    real_grads = BACKWARD(real[0], *tensors, *real, *options)
+    with FakeTensorMode() as mode:
+        fakes = [x if x is None else mode.from_tensor(x) for x in tensors]
+        fake = FORWARD(*fakes, *options)
+        fake_grads = BACKWARD(fake[0], *fakes, *fake, *options)
+    assert kinds(fake) == kinds(real)
+    assert kinds(fake_grads) == kinds(real_grads)
+
+
+@pytest.mark.parametrize(
+    ("border", "shape"), [("zero", (2, 3, 5, 4, 3)), ("mask", (2, 3, 5, 4, 3)), ("valid", (2, 3, 5, 2, 3))]
+)
+def test_meta_tensors(border, shape):
+    """Shapes without numbers: 7x9 pixels, windows 4x3, stride (2, 3)."""
+    query = torch.empty(2, 3, 4, 7, 9, device="meta", requires_grad=True)
+    value = torch.empty(2, 3, 5, 7, 9, device="meta", requires_grad=True)
+    row = torch.empty(3, 4, 4, device="meta", requires_grad=True)
+    output = sasa.local_attention(query, query, value, (4, 3), stride=(2, 3), border=border, row_embedding=row)
+    assert output.device.type == "meta"
+    assert output.shape == shape
+    output.sum().backward()
+    for x in (query, value, row):
+        assert x.grad.shape == x.shape
+    weights = sasa.local_attention_weights(query, query, (4, 3), stride=(2, 3), border=border, row_embedding=row)
+    assert weights.shape == (2, 3, 12, *shape[3:])
+
+
+VMAPPED = {
+    "query": (0, None, None, None, None),
+    "key": (None, 1, None, None, None),
+    "value": (None, None, 4, None, None),
+    "row_embedding": (None, None, None, 0, None),
+    "col_embedding": (None, None, None, None, 2),
+    "all": (0, 1, 2, 3, 0),
+    "images": (5, 5, 5, None, None),
+}
+
+
+@pytest.mark.parametrize("in_dims", VMAPPED.values(), ids=VMAPPED)
+@pytest.mark.parametrize("border", BORDERS)
+def test_vmap_equals_a_loop(in_dims, border):
+    """Over each argument alone and several at once; gradients too."""
+    case = Case(size=(4, 5), border=border, value_width=2, stride=(2, 1))
+    count = 3
+    tensors = [
+        x if dim is None else torch.stack([x + 0.1 * i for i in range(count)], dim)
+        for x, dim in zip(case.tensors().values(), in_dims, strict=True)
+    ]
+
+    def attend(*given: Tensor) -> Tensor:
+        return sasa.local_attention(**dict(zip(NAMES, given, strict=True)), **case.options)
+
+    mapped, looped = leaves(tensors), leaves(tensors)
+    output = torch.vmap(attend, in_dims)(*mapped)
+    expected = torch.stack(
+        [
+            attend(*(x if d is None else x.select(d, i) for x, d in zip(looped, in_dims, strict=True)))
+            for i in range(count)
+        ]
+    )
+    torch.testing.assert_close(output, expected)
+    output.sin().sum().backward()
+    expected.sin().sum().backward()
+    for got, right in zip(mapped, looped, strict=True):
+        torch.testing.assert_close(got.grad, right.grad)
+
+
+def test_nested_vmap():
+    tensors = [torch.randn(2, 3, 1, 2, 3, 4, 4) for _ in range(3)]
+    attend = torch.vmap(torch.vmap(lambda q, k, v: sasa.local_attention(q, k, v, 3)))
+    flat = sasa.local_attention(*(x.flatten(0, 2) for x in tensors), 3)
+    torch.testing.assert_close(attend(*tensors), flat.unflatten(0, (2, 3, 1)))
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad], ids=lambda mode: mode.__name__)
+def test_vmap_of_the_weights(grad_mode):
+    query, key = torch.randn(2, 3, 1, 2, 3, 4, 5)
+    row = torch.randn(2, 3, 3)
+
+    def weights(query: Tensor, key: Tensor) -> Tensor:
+        return sasa.local_attention_weights(query, key, 3, row_embedding=row, border="mask")
+
+    with grad_mode():
+        torch.testing.assert_close(torch.vmap(weights)(query, key).flatten(0, 1), weights(query[:, 0], key[:, 0]))
+
+
+# A product of two vectors of D numbers is 2·D FLOPs. 2 images, 3 heads, D = 4, 5x6 = 30 queries, 7x7 = 49 taps:
+# 2·3·30·49 = 8,820 pairs of query and tap, each with q·k, q·(row + col) and the weighted sum: 6·4 FLOPs.
+FLOPS = [
+    (Case(size=(5, 6), batch=2, heads=3, width=4, kernel_size=7), 211_680),
+    (Case(size=(5, 6), batch=2, heads=3, width=4, kernel_size=7, embeddings="row"), 211_680),
+    # Without embeddings: 4·4 FLOPs a pair.
+    (Case(size=(5, 6), batch=2, heads=3, width=4, kernel_size=7, embeddings="none"), 141_120),
+    # 3·3 = 9 queries by stride 2, 2x3 = 6 taps, 2 heads: 108 pairs of 4·4 + 2·10.
+    (Case(size=(5, 6), width=4, value_width=10, kernel_size=(2, 3), stride=2, border="mask"), 3_888),
+    # 3x4 = 12 windows inside, 9 taps, 1 head: 108 pairs of 6·8.
+    (Case(size=(5, 6), heads=1, width=8, border="valid"), 5_184),
+]
+
+
+@pytest.mark.parametrize(("case", "flops"), FLOPS, ids=lambda x: str(x))
+def test_flops_of_the_forward(case, flops, implementation):
+    """6·k²·D a query and head with embeddings and D = Dv; the border's taps count as all others."""
+    tensors = {name: x.to(implementation.device) for name, x in case.tensors(torch.float32).items()}
+    with FlopCounterMode(display=False) as counter:
+        sasa.local_attention(**tensors, **case.options, implementation=implementation.name)
+    assert counter.get_total_flops() == flops
+    with FlopCounterMode(display=False) as counter:
+        sasa.local_attention(**{n: x.to("meta") for n, x in tensors.items()}, **case.options)
+    assert counter.get_total_flops() == flops
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "flops"),
+    # 8,820 pairs as above: q·k, q·(row + col) once more, and two products for the gradients of each of these and of
+    # the weighted sum (dq and dk, dq and drow + dcol, dp and dv): 8 products of 2·4 with embeddings, 5 without.
+    [("both", 564_480), ("none", 352_800)],
+)
+def test_flops_of_the_backward(embeddings, flops):
+    case = Case(size=(5, 6), batch=2, heads=3, width=4, kernel_size=7, embeddings=embeddings)
+    output = sasa.local_attention(
+        **dict(zip(NAMES, leaves(arguments(case, "contiguous", torch.float32)[0]), strict=True)), **case.options
+    )
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == flops
+
+
+@pytest.mark.parametrize("backward_inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("embeddings", EMBEDDINGS)
+def test_autocast_computes_in_bfloat16(embeddings, backward_inside):
+    """Bit for bit as with tensors rounded by hand, sums in float32; gradients come back in float32."""
+    case = Case(embeddings=embeddings)
+    tensors = {name: x.requires_grad_() for name, x in case.tensors(torch.float32).items()}
+    rounded = {name: x.detach().bfloat16().requires_grad_() for name, x in tensors.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        output = sasa.local_attention(**tensors, **case.options)
+    assert output.dtype == torch.bfloat16
+    expected = sasa.local_attention(**rounded, **case.options)
+    assert torch.equal(output, expected)
+    expected.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=backward_inside):
+        output.sum().backward()
+    for name, x in tensors.items():
+        assert x.grad.dtype == torch.float32
+        assert torch.equal(x.grad, rounded[name].grad.float())
+
+
+@pytest.mark.parametrize("embeddings", EMBEDDINGS)
+def test_autocast_of_the_weights(embeddings):
+    """As above."""
+    case = Case(embeddings=embeddings)
+    tensors = {name: x for name, x in case.tensors(torch.float32).items() if name != "value"}
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = sasa.local_attention_weights(**tensors, **case.options)
+    rounded = {name: x.bfloat16() for name, x in tensors.items()}
+    assert torch.equal(weights, sasa.local_attention_weights(**rounded, **case.options))
+
+
+def test_autocast_joins_mixed_dtypes():
+    """What a bfloat16 projection and float32 embeddings give under autocast; without it, they don't go together."""
+    query = torch.randn(1, 2, 3, 4, 4, dtype=torch.bfloat16)
+    row = torch.randn(2, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sasa.local_attention(query, query, query, 3, row_embedding=row).dtype == torch.bfloat16
+        assert sasa.local_attention_weights(query, query, 3, row_embedding=row).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"row_embedding: expected dtype torch\.bfloat16"):
+        sasa.local_attention(query, query, query, 3, row_embedding=row)
+
+
+def test_autocast_leaves_float64():
+    case = Case()
+    solution = solve(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = sasa.local_attention(**solution.tensors, **case.options)
+    assert output.dtype == torch.float64
+    torch.testing.assert_close(output, solution.right["output"])
