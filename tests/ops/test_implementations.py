@@ -10,7 +10,6 @@ from torch import Tensor
 
 import sasa
 from sasa.ops import implementations, reference
-from sasa.ops.implementations import Implementation
 
 
 @pytest.fixture(name="used")
@@ -28,16 +27,15 @@ def _used(monkeypatch) -> list[str]:
     def narrow_only(query: Tensor) -> str | None:
         return f"head width {query.shape[2]} is above 4" if query.shape[2] > 4 else None
 
+    of_reference = next(x for x in implementations.IMPLEMENTATIONS if x.name == "reference")
     added = [
-        Implementation(
-            "never", noting("never", reference.forward), noting("never", reference.backward), lambda _: "broken"
-        ),
-        Implementation(
-            "narrow",
-            noting("narrow forward", reference.forward),
-            noting("narrow backward", reference.backward),
-            narrow_only,
-        ),
+        of_reference._replace(
+            name=name,
+            forward=noting(f"{name} forward", reference.forward),
+            backward=noting(f"{name} backward", reference.backward),
+            unsupported=unsupported,
+        )
+        for name, unsupported in (("never", lambda _: "broken"), ("narrow", narrow_only))
     ]
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [*added, *implementations.IMPLEMENTATIONS])
     return used

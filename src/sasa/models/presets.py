@@ -28,18 +28,18 @@ class ResNetSize(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Layers with weights: the stem, three a block, and the classifier."""
+        """Layers as a ResNet's are counted: one for the stem, three a block, one for the classifier."""
         return 2 + 3 * sum(self.blocks)
 
 
 # For images of about 28 x 28 pixels.
 RESNET14 = ResNetSize(
-    stem_width=32,
+    stem_width=16,
     blocks=(2, 2),
     widths=(32, 64),
     expansion=2,
-    attention_kernel=7,
-    attention_heads=8,
+    attention_kernel=5,
+    attention_heads=4,
     convolution_kernel=3,
 )
 

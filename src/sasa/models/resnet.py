@@ -99,6 +99,8 @@ class ResNet(nn.Module):
         self.stem = nn.Sequential(
             OrderedDict(
                 spatial=layer(in_chans, size.stem_width, 1),
+                # An attention head can only average its window; edges are differences of heads, made here.
+                mix=nn.Conv2d(size.stem_width, size.stem_width, 1, bias=False),
                 bn=nn.BatchNorm2d(size.stem_width),
                 act=nn.ReLU(inplace=True),
                 pool=nn.MaxPool2d(2, ceil_mode=True),

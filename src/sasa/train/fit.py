@@ -195,6 +195,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*Experiment logs directory .* exists and is not empty.*")
+            # Lightning 2.6 with PyTorch 2.15, about the two of them alone.
+            warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)
             warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
             yield
     finally:

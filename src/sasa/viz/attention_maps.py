@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -33,14 +33,19 @@ def layer_weights(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: the network has no attention layer.
     """
+    return {name: weights for name, (weights, _) in _look(network, images).items()}
+
+
+def _look(network: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+    """Attention weights of every layer, and the height and width of the map it looked at."""
     layers = attention_layers(network)
     if not layers:
         raise ValueError("network: expected at least one RelativeSelfAttention layer, found none")
-    weights: dict[str, Tensor] = {}
+    seen: dict[str, tuple[Tensor, tuple[int, int]]] = {}
 
-    def keep(name: str):
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            weights[name] = layers[name].attention_weights(inputs[0])
+            seen[name] = layers[name].attention_weights(inputs[0]), (inputs[0].shape[2], inputs[0].shape[3])
 
         return hook
 
@@ -53,7 +58,7 @@ def layer_weights(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
         network.train(training)
         for handle in handles:
             handle.remove()
-    return weights
+    return seen
 
 
 def plot_attention(
@@ -83,7 +88,8 @@ def plot_attention(
     height, width = image.shape[1:]
     if not (0 <= pixel[0] < height and 0 <= pixel[1] < width):
         raise ValueError(f"pixel: expected (row, column) inside the {height}x{width} image, got {pixel}")
-    weights = layer_weights(network, image[None])
+    seen = _look(network, image[None])
+    weights = {name: weight for name, (weight, _) in seen.items()}
     names = list(weights) if layers is None else list(layers)
     modules = attention_layers(network)
     for name in names:
@@ -96,7 +102,7 @@ def plot_attention(
     axes = figure.subplots(len(names), heads + 1, squeeze=False)
     mesh = None
     for row, name in zip(axes, names, strict=True):
-        view = _View(modules[name], weights[name][0], pixel, (height, width))
+        view = _View(modules[name], weights[name][0], seen[name][1], pixel, (height, width))
         _draw_image(row[0], background, view)
         row[0].set_ylabel(_label(name, modules[name], weights[name]), fontsize=7)
         for head, panel in enumerate(row[1:]):
@@ -120,26 +126,28 @@ class _View:
     """Where the window of one query lies on the image, in pixels of the image."""
 
     def __init__(
-        self, layer: RelativeSelfAttention, weights_NKhw: Tensor, pixel: tuple[int, int], size: tuple[int, int]
+        self,
+        layer: RelativeSelfAttention,
+        weights_NKhw: Tensor,
+        map_size: tuple[int, int],
+        pixel: tuple[int, int],
+        size: tuple[int, int],
     ) -> None:
-        outputs = weights_NKhw.shape[2:]
         self.size = size
-        query = [pixel[i] * outputs[i] // size[i] for i in range(2)]
-        self.weights = weights_NKhw[:, :, query[0], query[1]].unflatten(1, layer.kernel_size).float().cpu().numpy()
-        edges, centre, self.spacing = [], [], []
+        edges, self.centre, query = [], [], []
         for i in range(2):
-            # The layer's map may be smaller than the image: one of its cells covers `cell` pixels of the image.
-            across = outputs[i] * layer.stride[i]
-            cell = size[i] / across
-            geometry = axis(across, layer.kernel_size[i], layer.stride[i], layer.dilation[i], layer.border)
-            first = geometry.centres.start + query[i] * layer.stride[i]
-            start = first - (layer.kernel_size[i] - 1) // 2 * layer.dilation[i]
-            taps = start + np.arange(layer.kernel_size[i] + 1) * layer.dilation[i]
-            edges.append((taps - (layer.dilation[i] - 1) / 2) * cell - 0.5)
-            centre.append((first + 0.5) * cell - 0.5)
-            self.spacing.append(cell)
+            kernel, stride, dilation = layer.kernel_size[i], layer.stride[i], layer.dilation[i]
+            geometry = axis(map_size[i], kernel, stride, dilation, layer.border)
+            cell = size[i] / map_size[i]  # the layer's map may be smaller than the image
+            nearest = round((int(pixel[i] / cell) - geometry.centres.start) / stride)
+            query.append(min(max(nearest, 0), geometry.outputs - 1))
+            centre = geometry.centres.start + query[i] * stride
+            taps = centre + (np.arange(kernel + 1) - (kernel - 1) // 2) * dilation
+            edges.append((taps - (dilation - 1) / 2) * cell - 0.5)
+            self.centre.append((centre + 0.5) * cell - 0.5)
         self.rows, self.cols = edges
-        self.centre = centre
+        weights_NK = weights_NKhw[:, :, query[0], query[1]].detach().float().cpu()
+        self.weights = weights_NK.unflatten(1, layer.kernel_size).numpy()
 
 
 def _draw_image(panel: Axes, background: np.ndarray, view: _View) -> None:

@@ -1,0 +1,1 @@
+"""Measurements, each against a peer in one run: ``python -m benchmarks.run``."""

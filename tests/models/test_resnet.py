@@ -1,0 +1,87 @@
+"""The networks: twins but for the spatial layer, any image size, every parameter trained."""
+
+import pytest
+import torch
+from torch import nn
+
+from sasa import RelativeSelfAttention
+from sasa.models import MODELS, create_model
+from sasa.models.presets import RESNET14
+
+TWINS = ("sasa_resnet14", "resnet14")
+
+
+def spatial_convolutions(network):
+    return [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+
+
+def test_the_attention_network_has_no_spatial_convolution_and_the_twin_no_attention():
+    attention, convolution = (create_model(name) for name in TWINS)
+    layers = [m for m in attention.modules() if isinstance(m, RelativeSelfAttention)]
+    assert spatial_convolutions(attention) == []
+    assert len(layers) == len(spatial_convolutions(convolution)) == 1 + sum(RESNET14.blocks)
+    assert not any(isinstance(m, RelativeSelfAttention) for m in convolution.modules())
+
+
+def test_twins_are_equal_but_for_the_spatial_layers():
+    def rest(network):
+        return {k: v.shape for k, v in network.state_dict().items() if "spatial" not in k}
+
+    assert rest(create_model(TWINS[0])) == rest(create_model(TWINS[1]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("size", [(28, 28), (1, 1), (7, 30), (5, 2)])
+def test_any_image_size(name, size):
+    network = create_model(name, num_classes=3, in_chans=2).eval()
+    assert network(torch.randn(2, 2, *size)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (9, 14)])
+def test_twins_have_maps_of_equal_size(size):
+    maps = []
+    for name in TWINS:
+        network = create_model(name, in_chans=1).eval()
+        x, shapes = network.stem(torch.randn(1, 1, *size)), []
+        for stage in network.stages:
+            x = stage(x)
+            shapes.append(x.shape)
+        maps.append(shapes)
+    assert maps[0] == maps[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_gets_a_gradient(name):
+    network = create_model(name, in_chans=1)
+    for module in network.modules():  # blocks start as their shortcut, which hides what is inside
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    network(torch.randn(4, 1, 12, 12)).square().sum().backward()
+    without = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_channels_last_batch_gives_the_same(name):
+    network = create_model(name, in_chans=3).eval()
+    x = torch.randn(2, 3, 10, 10)
+    torch.testing.assert_close(network(x.contiguous(memory_format=torch.channels_last)), network(x))
+
+
+def test_depth_counts_layers_as_a_resnets_are_counted():
+    network = create_model("resnet14")
+    layers = [n for n, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert RESNET14.depth == 14 == len([n for n in layers if "downsample" not in n and n != "stem.mix"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet1",), r"name: expected one of 'sasa_resnet14', 'resnet14', got 'resnet1'"),
+        (("resnet14", 0), r"num_classes: expected at least 1, got 0"),
+        (("resnet14", 10, 0), r"in_chans: expected at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(*arguments)

@@ -1,0 +1,66 @@
+"""The command line: what it prints, what it exits with."""
+
+import subprocess
+import sys
+
+import pytest
+from image_files import write_images
+
+import sasa
+from sasa.cli import main
+
+
+def test_info_names_versions_implementations_and_threads(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (sasa.__version__, "torch", "timm", "threads", "reference  plain PyTorch"):
+        assert expected in printed
+
+
+def test_help_lists_the_commands(capsys):
+    assert main([]) == main(["--help"]) == 0
+    assert "train a network on images" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == sasa.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "sasa: error: expected one of info, train, demo, got 'trian'"),
+        (["info", "--all"], "takes no options, got --all"),
+        (["train", "--data", "nowhere"], "sasa train: error: data: expected a folder, got nowhere"),
+        (["train", "--model=vgg"], "sasa train: error: model: expected one of sasa_resnet14"),
+    ],
+)
+def test_mistakes_exit_with_2_and_a_message(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "named"), [(["--epochs", "few"], "epochs"), (["--epoch-count", "3"], "epoch")])
+def test_options_are_validated(arguments, named, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *arguments])
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_train_from_the_command_line_and_a_config_file(tmp_path, capsys):
+    write_images(tmp_path / "images")
+    (tmp_path / "images" / "cat" / "0.png").write_bytes(b"broken")
+    config = tmp_path / "recipe.yaml"
+    config.write_text(f"model: resnet14\ndata: {tmp_path / 'images'}\nepochs: 7\nimage_size: 8\n")
+    common = ["train", "--config", str(config), "--epochs", "1", "--batch-size", "4", "--out"]
+    assert main([*common, str(tmp_path / "refused"), "--strict"]) == 2
+    assert "1 of 10 images can't be read" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="skipped an image"):
+        assert main([*common, str(tmp_path / "run"), "--no-augment"]) == 0
+    assert "resnet14: top-1" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "sasa", "info"], capture_output=True, text=True, check=True)
+    assert "implementations of the operator" in done.stdout

@@ -1,0 +1,88 @@
+"""What ``import sasa`` needs: PyTorch and nothing else. Everything more is asked for by name."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sasa
+
+PACKAGE = Path(sasa.__file__).parent
+EXTRAS = ("lightning", "pytorch_lightning", "timm", "torchvision", "torchmetrics", "torchinfo", "safetensors", "rich")
+EXTRAS += ("matplotlib", "jsonargparse", "PIL", "yaml", "docstring_parser")
+
+WITH_TORCH_ALONE = f"""
+import sys
+import importlib.abc
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.partition(".")[0])
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITH_TORCH_ALONE + code], capture_output=True, text=True
+    )
+
+
+def test_the_layer_runs_with_torch_alone():
+    done = run("""
+import torch, sasa
+layer = sasa.RelativeSelfAttention(4, 8, 3, 2)
+layer(torch.randn(1, 4, 5, 5)).sum().backward()
+layer.attention_weights(torch.randn(1, 4, 5, 5))
+import sasa.models
+sasa.models.create_model("sasa_resnet14")
+from sasa.cli import main
+raise SystemExit(main(["info"]))
+""")
+    assert done.returncode == 0, done.stderr
+    assert "reference  plain PyTorch" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "extra"),
+    [
+        ("import torch, sasa; sasa.RelativeSelfAttention(4, 8, 3, 2).summary(torch.randn(1, 4, 5, 5))", "models"),
+        ("import sasa.train", "train"),
+        ("import sasa.viz", "viz"),
+        ("from sasa.cli import main; raise SystemExit(main(['train']))", "train"),
+        ("from sasa.cli import main; raise SystemExit(main(['demo']))", "train"),
+    ],
+)
+def test_a_missing_extra_is_named(code, extra):
+    done = run(code)
+    assert done.returncode != 0
+    assert f"pip install 'sasa-torch[{extra}]'" in done.stderr
+
+
+def test_importing_sasa_imports_no_extra():
+    code = f"import sys, sasa; print([m for m in {EXTRAS!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+ORDER = ("ops", "nn", "models", "train", "viz")
+ALLOWED = {
+    "ops": (),
+    "nn": ("ops",),
+    "models": ("ops", "nn"),
+    "viz": ("ops", "nn"),
+    "train": ("ops", "nn", "models", "viz"),
+}
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_imports_point_one_way(folder):
+    for path in (PACKAGE / folder).glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module and not node.module.startswith("_"):
+                imported = node.module.partition(".")[0]
+                assert imported in ALLOWED[folder], f"{path.name} of {folder} imports {imported}"

@@ -1,0 +1,178 @@
+"""Images from the package, from IDX files and from folders, and what is said of bad ones."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from image_files import write_idx, write_images
+
+from sasa.train.data import ImageData
+from sasa.train.errors import DataError
+from sasa.train.sources import open_source
+
+
+def labels_of(dataset):
+    return sorted(dataset[i][1] for i in range(len(dataset)))
+
+
+def raw(image):
+    return image
+
+
+def test_packaged_images_are_balanced():
+    source = open_source(None)
+    train, val = source.train(raw), source.val(raw)
+    assert (len(train), len(val)) == (2000, 500)
+    assert np.bincount(labels_of(train)).tolist() == [200] * 10
+    assert np.bincount(labels_of(val)).tolist() == [50] * 10
+    assert source.classes[0] == "T-shirt/top" and source.classes[9] == "Ankle boot"
+    assert train[0][0].shape == (1, 28, 28)
+
+
+def test_no_packaged_validation_image_is_trained_on():
+    source = open_source(None)
+    train = {source.train(raw)[i][0].numpy().tobytes() for i in range(2000)}
+    assert not any(source.val(raw)[i][0].numpy().tobytes() in train for i in range(500))
+
+
+def test_batches_are_normalised_and_augmented_only_in_training():
+    torch.manual_seed(0)
+    data = ImageData(open_source(None), batch_size=500)
+    images, labels = next(iter(data.val_dataloader()))
+    assert images.shape == (500, 1, 28, 28) and labels.shape == (500,)
+    assert abs(images.mean().item()) < 0.1 and abs(images.std().item() - 1) < 0.1
+    assert torch.equal(data.val_set[0][0], data.val_set[0][0])
+    draws = [data.train_set[0][0] for _ in range(8)]
+    assert any(not torch.equal(draws[0], other) for other in draws[1:])
+    plain = ImageData(open_source(None), augment=False)
+    assert torch.equal(plain.train_set[0][0], plain.train_set[0][0])
+
+
+def test_idx_files(idx_folder):
+    source = open_source(idx_folder)
+    assert (len(source.train(raw)), len(source.val(raw))) == (12, 6)
+    assert source.classes == ["0", "1", "2"] and source.channels == 1
+    assert labels_of(source.val(raw)) == [0, 0, 1, 1, 2, 2]
+
+
+def test_idx_file_missing(idx_folder):
+    next(idx_folder.glob("t10k-labels*")).unlink()
+    with pytest.raises(DataError, match=r"data: expected t10k-labels-idx1-ubyte \(or .*gz\) beside the other"):
+        open_source(idx_folder)
+
+
+def test_idx_file_cut_short(idx_folder):
+    path = next(idx_folder.glob("train-images*"))
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\S* is not a whole IDX file"):
+        open_source(idx_folder)
+
+
+def test_idx_counts_differ(tmp_path):
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", torch.zeros(4, 28, 28, dtype=torch.uint8))
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(DataError, match="expected as many train images as labels, got 4 and 3"):
+        open_source(tmp_path)
+
+
+def test_one_folder_a_class_is_split_the_same_way_every_time(tmp_path):
+    write_images(tmp_path, each=10)
+    first, second = open_source(tmp_path), open_source(tmp_path)
+    assert first.classes == ["cat", "dog"] and first.channels == 3
+    assert labels_of(first.train(raw)) == [0] * 8 + [1] * 8
+    assert labels_of(first.val(raw)) == [0, 0, 1, 1]
+    same = zip(*(source.val(lambda image: image.size)[0] for source in (first, second)), strict=True)
+    assert all(a == b for a, b in same)
+
+
+@pytest.mark.parametrize("name", ["val", "test", "valid", "validation"])
+def test_train_and_validation_folders(tmp_path, name):
+    write_images(tmp_path / "train", each=3)
+    write_images(tmp_path / name, each=2)
+    source = open_source(tmp_path)
+    assert (len(source.train(raw)), len(source.val(raw))) == (6, 4)
+
+
+def test_folder_images_become_rgb_squares(tmp_path):
+    from PIL import Image
+
+    write_images(tmp_path / "train")
+    write_images(tmp_path / "val")
+    Image.new("L", (40, 9)).save(tmp_path / "val" / "cat" / "0.png")
+    Image.new("RGBA", (9, 40)).save(tmp_path / "val" / "cat" / "1.png")
+    data = ImageData(open_source(tmp_path), image_size=16)
+    assert {tuple(data.val_set[i][0].shape) for i in range(len(data.val_set))} == {(3, 16, 16)}
+    assert {tuple(data.train_set[i][0].shape) for i in range(len(data.train_set))} == {(3, 16, 16)}
+
+
+def test_label_folder_missing_from_validation(tmp_path):
+    write_images(tmp_path / "train", classes=("cat", "dog", "owl"))
+    write_images(tmp_path / "val", classes=("cat", "dog", "emu"))
+    with pytest.raises(DataError, match="missing from val: owl, only in val: emu"):
+        open_source(tmp_path)
+
+
+def test_validation_folder_missing(tmp_path):
+    write_images(tmp_path / "train")
+    with pytest.raises(DataError, match=r"data: expected a folder val beside .*train"):
+        open_source(tmp_path)
+
+
+def test_folder_without_images(tmp_path):
+    with pytest.raises(DataError, match=r"expected one folder of images a class in .*, found no folders"):
+        open_source(tmp_path)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    with pytest.raises(DataError, match=r"data: no images below .*looked for \.jpg"):
+        open_source(tmp_path)
+
+
+def test_folder_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"data: expected a folder, got .*nowhere"):
+        open_source(tmp_path / "nowhere")
+
+
+def test_empty_class_folder_is_named(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "owl").mkdir()
+    with pytest.raises(DataError, match=r"data: no readable images in .*owl"):
+        open_source(tmp_path)
+
+
+def test_class_of_one_image_can_not_be_split(tmp_path):
+    write_images(tmp_path)
+    write_images(tmp_path, classes=("owl",), each=1)
+    with pytest.raises(DataError, match=r"two images or more a class.*\['owl'\]"):
+        open_source(tmp_path)
+
+
+def test_unreadable_image_is_named_skipped_and_counted(tmp_path):
+    write_images(tmp_path)
+    whole = (tmp_path / "cat" / "3.png").read_bytes()
+    (tmp_path / "cat" / "3.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "dog" / "4.png").write_bytes(b"not an image")
+    with pytest.warns(UserWarning, match=r"skipped an image that can't be read: .*(cat.3|dog.4)\.png \(\w+") as caught:
+        source = open_source(tmp_path)
+    assert len(caught) == 2
+    assert source.skipped == 2
+    assert len(source.train(raw)) + len(source.val(raw)) == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert labels_of(source.train(raw)) == [0, 0, 0, 1, 1, 1]
+
+
+def test_strict_refuses_unreadable_images(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "dog" / "4.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"data: 1 of 10 images can't be read: .*dog.4\.png \(UnidentifiedImageError"):
+        open_source(tmp_path, strict=True)
+
+
+def test_class_left_without_a_readable_image_is_named(tmp_path):
+    write_images(tmp_path, each=2)
+    for path in (tmp_path / "dog").iterdir():
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(DataError, match=r"no readable images in .*dog"):
+        open_source(tmp_path)
