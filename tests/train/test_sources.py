@@ -16,13 +16,18 @@ def labels_of(dataset):
     return sorted(dataset[i][1] for i in range(len(dataset)))
 
 
-def raw(image):
+def same(image):
     return image
+
+
+def images_of(make):
+    """A data set without transforms."""
+    return make(same, same)
 
 
 def test_packaged_images_are_balanced():
     source = open_source(None)
-    train, val = source.train(raw), source.val(raw)
+    train, val = images_of(source.train), images_of(source.val)
     assert (len(train), len(val)) == (2000, 500)
     assert np.bincount(labels_of(train)).tolist() == [200] * 10
     assert np.bincount(labels_of(val)).tolist() == [50] * 10
@@ -32,14 +37,15 @@ def test_packaged_images_are_balanced():
 
 def test_no_packaged_validation_image_is_trained_on():
     source = open_source(None)
-    train = {source.train(raw)[i][0].numpy().tobytes() for i in range(2000)}
-    assert not any(source.val(raw)[i][0].numpy().tobytes() in train for i in range(500))
+    train, val = images_of(source.train), images_of(source.val)
+    trained = {train[i][0].numpy().tobytes() for i in range(2000)}
+    assert not any(val[i][0].numpy().tobytes() in trained for i in range(500))
 
 
 def test_batches_are_normalised_and_augmented_only_in_training():
     torch.manual_seed(0)
     data = ImageData(open_source(None), batch_size=500)
-    images, labels = next(iter(data.val_dataloader()))
+    images, labels = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     assert images.shape == (500, 1, 28, 28) and labels.shape == (500,)
     assert abs(images.mean().item()) < 0.1 and abs(images.std().item() - 1) < 0.1
     assert torch.equal(data.val_set[0][0], data.val_set[0][0])
@@ -51,9 +57,9 @@ def test_batches_are_normalised_and_augmented_only_in_training():
 
 def test_idx_files(idx_folder):
     source = open_source(idx_folder)
-    assert (len(source.train(raw)), len(source.val(raw))) == (12, 6)
+    assert (len(images_of(source.train)), len(images_of(source.val))) == (12, 6)
     assert source.classes == ["0", "1", "2"] and source.channels == 1
-    assert labels_of(source.val(raw)) == [0, 0, 1, 1, 2, 2]
+    assert labels_of(images_of(source.val)) == [0, 0, 1, 1, 2, 2]
 
 
 def test_idx_file_missing(idx_folder):
@@ -81,10 +87,9 @@ def test_one_folder_a_class_is_split_the_same_way_every_time(tmp_path):
     write_images(tmp_path, each=10)
     first, second = open_source(tmp_path), open_source(tmp_path)
     assert first.classes == ["cat", "dog"] and first.channels == 3
-    assert labels_of(first.train(raw)) == [0] * 8 + [1] * 8
-    assert labels_of(first.val(raw)) == [0, 0, 1, 1]
-    same = zip(*(source.val(lambda image: image.size)[0] for source in (first, second)), strict=True)
-    assert all(a == b for a, b in same)
+    assert labels_of(images_of(first.train)) == [0] * 8 + [1] * 8
+    assert labels_of(images_of(first.val)) == [0, 0, 1, 1]
+    assert [image.size for image, _ in images_of(first.val)] == [image.size for image, _ in images_of(second.val)]
 
 
 @pytest.mark.parametrize("name", ["val", "test", "valid", "validation"])
@@ -92,7 +97,7 @@ def test_train_and_validation_folders(tmp_path, name):
     write_images(tmp_path / "train", each=3)
     write_images(tmp_path / name, each=2)
     source = open_source(tmp_path)
-    assert (len(source.train(raw)), len(source.val(raw))) == (6, 4)
+    assert (len(images_of(source.train)), len(images_of(source.val))) == (6, 4)
 
 
 def test_folder_images_become_rgb_squares(tmp_path):
@@ -157,10 +162,10 @@ def test_unreadable_image_is_named_skipped_and_counted(tmp_path):
         source = open_source(tmp_path)
     assert len(caught) == 2
     assert source.skipped == 2
-    assert len(source.train(raw)) + len(source.val(raw)) == 8
+    assert len(images_of(source.train)) + len(images_of(source.val)) == 8
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert labels_of(source.train(raw)) == [0, 0, 0, 1, 1, 1]
+        assert labels_of(images_of(source.train)) == [0, 0, 0, 1, 1, 1]
 
 
 def test_strict_refuses_unreadable_images(tmp_path):

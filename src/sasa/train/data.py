@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -26,11 +27,16 @@ class ImageData(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         self.batch_size, self.workers = batch_size, workers
-        fit = [v2.ToImage(), v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)]
+        fit = v2.Compose([v2.ToImage(), v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
         vary = [v2.RandomCrop(image_size, padding=max(1, image_size // 14)), v2.RandomHorizontalFlip()]
-        end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(source.mean, source.std), v2.ToPureTensor()]
-        self.train_set = source.train(v2.Compose([*fit, *(vary if augment else []), *end]))
-        self.val_set = source.val(v2.Compose([*fit, *end]))
+        self.train_set = source.train(fit, v2.Compose([*(vary if augment else []), v2.ToPureTensor()]))
+        self.val_set = source.val(fit, v2.ToPureTensor())
+        self.normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(source.mean, source.std)])
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Bytes to normalised floats, for the whole batch at once."""
+        images, labels = batch
+        return self.normalise(images), labels
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches. A last batch too small to normalise over is left out."""

@@ -56,6 +56,7 @@ def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 
     network, facts = load_model(out / ATTENTION / "model.safetensors")
     batches = ImageData(source, 1, facts["image_size"], augment=False)
     image, label = batches.val_set[0]
+    image = batches.normalise(image)
     with torch.no_grad():
         guess = facts["classes"][int(network(image[None]).argmax())]
     pixel = _edge_pixel(image)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from torchvision.datasets.utils import extract_archive
 
 from .errors import DataError
 
-Transform = Callable[[object], Tensor]
+Transform = Callable[[Any], Any]
+MakeDataset = Callable[[Transform, Transform], Dataset]
 
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
 
@@ -32,8 +33,9 @@ class Source(NamedTuple):
     """Images to train and validate on, before any transform.
 
     Attributes:
-        train: makes the training set, given the transform of an image.
-        val: makes the validation set.
+        train: makes the training set, given two transforms of an image: one that always does the same, and one
+            that is drawn anew each time the image is taken.
+        val: makes the validation set, likewise.
         classes: names, in the order of the labels.
         channels: 1 for grey, 3 for RGB.
         mean: of each channel of the training set, with pixels from 0 to 1.
@@ -41,8 +43,8 @@ class Source(NamedTuple):
         skipped: unreadable images left out.
     """
 
-    train: Callable[[Transform], Dataset]
-    val: Callable[[Transform], Dataset]
+    train: MakeDataset
+    val: MakeDataset
     classes: list[str]
     channels: int
     mean: tuple[float, ...]
@@ -51,16 +53,30 @@ class Source(NamedTuple):
 
 
 class TensorImages(Dataset):
-    """Images in memory: (N, 1, H, W) bytes with N labels."""
+    """Images in memory: (N, 1, H, W) bytes with N labels. ``fit`` is done once, on all of them together."""
 
-    def __init__(self, images: Tensor, labels: Tensor, transform: Transform) -> None:
-        self.images, self.labels, self.transform = images, labels, transform
+    def __init__(self, images: Tensor, labels: Tensor, fit: Transform, vary: Transform) -> None:
+        self.images, self.labels, self.vary = fit(images), labels, vary
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), int(self.labels[index])
+        return self.vary(self.images[index]), int(self.labels[index])
+
+
+class FolderImages(Dataset):
+    """Images in files, with both transforms put on each when it is taken."""
+
+    def __init__(self, images: Dataset, fit: Transform, vary: Transform) -> None:
+        self.images, self.fit, self.vary = images, fit, vary
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        return self.vary(self.fit(image)), label
 
 
 def open_source(folder: Path | None, strict: bool = False) -> Source:
@@ -97,8 +113,8 @@ def _packaged() -> Source:
 def _in_memory(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: list[str]) -> Source:
     pixels = train[0].float() / 255
     return Source(
-        train=lambda transform: TensorImages(*train, transform),
-        val=lambda transform: TensorImages(*val, transform),
+        train=lambda fit, vary: TensorImages(*train, fit, vary),
+        val=lambda fit, vary: TensorImages(*val, fit, vary),
         classes=classes,
         channels=1,
         mean=(pixels.mean().item(),),
@@ -146,7 +162,7 @@ def _split_folders(folder: Path, strict: bool) -> Source:
             f"missing from {found[0].name}: {', '.join(missing) or 'none'}, "
             f"only in {found[0].name}: {', '.join(unknown) or 'none'}"
         )
-    return _folder_source(lambda: train, lambda: val, train.classes, skipped_train + skipped_val)
+    return _folder_source(train, val, train.classes, skipped_train + skipped_val)
 
 
 def _one_folder(folder: Path, strict: bool) -> Source:
@@ -160,38 +176,19 @@ def _one_folder(folder: Path, strict: bool) -> Source:
     # Every fifth image of a class, and at least one; files are in order of name, so the split is always the same.
     val = sorted(index for indices in by_class.values() for index in indices[1::5])
     train = sorted(set(range(len(images))) - set(val))
-    return _folder_source(lambda: Subset(images, train), lambda: Subset(images, val), images.classes, skipped)
+    return _folder_source(Subset(images, train), Subset(images, val), images.classes, skipped)
 
 
-def _folder_source(
-    train: Callable[[], Dataset], val: Callable[[], Dataset], classes: list[str], skipped: int
-) -> Source:
-    def with_transform(make: Callable[[], Dataset]) -> Callable[[Transform], Dataset]:
-        return lambda transform: Transformed(make(), transform)
-
+def _folder_source(train: Dataset, val: Dataset, classes: list[str], skipped: int) -> Source:
     return Source(
-        with_transform(train),
-        with_transform(val),
-        classes,
+        train=lambda fit, vary: FolderImages(train, fit, vary),
+        val=lambda fit, vary: FolderImages(val, fit, vary),
+        classes=classes,
         channels=3,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
         skipped=skipped,
     )
-
-
-class Transformed(Dataset):
-    """A data set with a transform put on its images."""
-
-    def __init__(self, images: Dataset, transform: Transform) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[index]
-        return self.transform(image), label
 
 
 def _image_folder(folder: Path, strict: bool) -> tuple[ImageFolder, int]:
