@@ -63,13 +63,30 @@ def test_a_missing_extra_is_named(code, extra):
     assert f"pip install 'sasa-torch[{extra}]'" in done.stderr
 
 
-def test_importing_sasa_imports_no_extra():
-    code = f"import sys, sasa; print([m for m in {EXTRAS!r} if m in sys.modules])"
+def test_importing_sasa_imports_no_extra_and_nothing_slow():
+    slow = (*EXTRAS, "triton", "torch.utils.flop_counter", "torch._inductor")
+    code = f"import sys, torch; before = set(sys.modules); import sasa; print({set(slow)!r} & set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"
 
 
 ORDER = ("ops", "nn", "models", "train", "viz")
+
+
+@pytest.mark.parametrize("order", ["import sasa, torch.utils.flop_counter", "import torch.utils.flop_counter, sasa"])
+def test_flops_are_known_whichever_is_imported_first(order):
+    code = f"""
+{order}
+import torch
+q = torch.zeros(1, 1, 4, 5, 5, requires_grad=True)
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    sasa.local_attention(q, q, q, 3).sum().backward()
+print(counter.get_total_flops())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == str(25 * 9 * 4 * (4 + 10)), done.stderr
+
+
 ALLOWED = {
     "ops": (),
     "nn": ("ops",),

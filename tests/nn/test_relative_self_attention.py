@@ -263,6 +263,19 @@ def test_bad_input_shape(shape):
         layer(torch.randn(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bool])
+def test_bad_input_dtype(dtype):
+    layer = RelativeSelfAttention(4, 8, 3, 2)
+    with pytest.raises(ValueError, match=rf"x: expected dtype torch.float32 as the parameters have, got {dtype}"):
+        layer(torch.ones(1, 4, 5, 5, dtype=dtype))
+
+
+def test_bad_input_device():
+    layer = RelativeSelfAttention(4, 8, 3, 2, device="meta")
+    with pytest.raises(ValueError, match=r"x: expected device meta as the parameters are on, got cpu"):
+        layer(torch.ones(1, 4, 5, 5))
+
+
 def test_valid_border_with_an_image_smaller_than_the_window():
     layer = RelativeSelfAttention(4, 8, 7, 2, border="valid")
     with pytest.raises(ValueError, match=r"at least 7x7 pixels.*got 5x6"):

@@ -161,6 +161,11 @@ class RelativeSelfAttention(nn.Module):
             raise ValueError(
                 f"x: expected shape (batch, in_channels={self.in_channels}, height, width), got {tuple(x.shape)}"
             )
+        weight = self.qkv.weight
+        if x.device != weight.device:
+            raise ValueError(f"x: expected device {weight.device} as the parameters are on, got {x.device}")
+        if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"x: expected dtype {weight.dtype} as the parameters have, got {x.dtype}")
         if self.position == "absolute":
             x = x + sinusoidal_encoding(x)
         return self.qkv(x).unflatten(1, (3 * self.num_heads, -1)).chunk(3, dim=1)

@@ -1,7 +1,7 @@
 """The one registered operator, ``torch.ops.sasa.local_attention``, and its backward.
 
-Schema, shapes for tracing (fake and meta tensors), autograd, vmap and FLOP formulas are stated here once and hold for
-every implementation. ``local_attention.py`` is what users call.
+Schema, shapes for tracing (fake and meta tensors), autograd and vmap are stated here once, FLOPs in ``flops.py``, and
+hold for every implementation. ``local_attention.py`` is what users call.
 
 The operator also returns the log-sum-exp of the logits, from which the backward recomputes the weights. That second
 output carries no gradient.
@@ -9,13 +9,10 @@ output carries no gradient.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
+from . import flops, reference
 from .implementations import choose
 from .window import Window, window
 
@@ -167,21 +164,4 @@ def _vmap(info, in_dims, query, key, value, row, col, *options):
 torch.library.register_vmap("sasa::local_attention", _vmap)
 
 
-@register_flop_formula(torch.ops.sasa.local_attention)
-def forward_flops(query, key, value, row, col, kernel_size, *args, out_shape, **kwargs) -> int:
-    """FLOPs of the forward: 2·D a query, head and tap for q·k, as many for q·(row + col), 2·Dv for the weighted sum;
-    so 6·k²·D a query and head for the layer of the paper. A multiply-add is 2 FLOPs; the softmax is not counted.
-    """
-    batch, heads, width = query[:3]
-    _, _, value_width, *outputs = out_shape[0]
-    terms = 1 + (row is not None or col is not None)
-    return 2 * batch * heads * math.prod(outputs) * math.prod(kernel_size) * (terms * width + value_width)
-
-
-@register_flop_formula(torch.ops.sasa.local_attention_backward)
-def backward_flops(grad_output, query, key, value, row, col, output, lse, kernel_size, *args, **kwargs) -> int:
-    """FLOPs of the backward: twice the forward's, for two gradients of each product, plus the logits once more."""
-    batch, heads, width = query[:3]
-    terms = 1 + (row is not None or col is not None)
-    taps = batch * heads * math.prod(grad_output[3:]) * math.prod(kernel_size)
-    return 2 * taps * (3 * terms * width + 2 * value[2])
+flops.register()
