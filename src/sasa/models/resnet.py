@@ -59,8 +59,6 @@ class Bottleneck(nn.Module):
                 nn.Conv2d(in_channels, out_channels, 1, bias=False),
                 nn.BatchNorm2d(out_channels),
             )
-        # The block starts as its shortcut (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
-        nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual plus shortcut."""
