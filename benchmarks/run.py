@@ -39,7 +39,7 @@ CASES = [
     ("stage4", "forward"),
 ]
 QUICK = [("stage4", "forward")]
-TURNS = 5
+TURNS = 3
 
 
 def build(name: str, problem: Problem) -> torch.nn.Module:

@@ -197,21 +197,14 @@ def units(tensors: dict[str, Tensor], grad_output: Tensor, lse: Tensor, scale: f
     return {"lse": max(logit, amplified), **{name: amplified * unit for name, unit in weighted.items()}}
 
 
-def run_loops(tensors: dict[str, Tensor], grad_output: Tensor | None, **options) -> dict[str, Tensor]:
-    """Output, weights and log-sum-exp by the loops and, given ``grad_output``, the gradients ("grad query", ...)."""
-    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-    results = attention(**leaves, **options)
-    found = {name: x.detach() for name, x in results._asdict().items()}
-    if grad_output is not None:
-        grads = torch.autograd.grad(results.output, list(leaves.values()), grad_output)
-        found |= {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
-    return found
-
-
 def solve_tensors(tensors: dict[str, Tensor], grad_output: Tensor, **options) -> Solution:
     """The solution for these tensors, of any dtype and memory format."""
-    wide = {name: x.double() for name, x in tensors.items()}
-    right = run_loops(wide, grad_output.double(), **options)
+    leaves = {name: x.double().clone().requires_grad_() for name, x in tensors.items()}
+    results = attention(**leaves, **options)
+    grads = torch.autograd.grad(results.output, list(leaves.values()), grad_output.double())
+    right = {name: x.detach() for name, x in results._asdict().items()}
+    right |= {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    wide = {name: x.detach() for name, x in leaves.items()}
     return Solution(tensors, grad_output, right, units(wide, grad_output.double(), right["lse"], options["scale"]))
 
 

@@ -133,13 +133,13 @@ def test_projections_are_views_of_one_product():
         assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
 
 
-def test_initial_logits_have_variance_two_and_values_one():
+def test_both_terms_of_the_logits_and_the_values_start_with_variance_one():
     torch.manual_seed(0)
     x = torch.randn(8, 64, 16, 16)
-    for scale in (1.0, 0.25):
-        layer = RelativeSelfAttention(64, 128, 3, 4, scale=scale)
+    for scale, bias in ((1.0, True), (0.25, True), (1.0, False)):
+        layer = RelativeSelfAttention(64, 256, 3, 4, scale=scale, bias=bias)
         q, k, v = layer._project(x)
-        assert abs((scale * q * k).sum(2).var().item() - 1) < 0.1
+        assert abs((scale * q * k).sum(2).var().item() - 1) < 0.2
         options = layer._options()
         r = options["row_embedding"][..., 0] + options["col_embedding"][..., 0]
         assert abs((scale * q * r[..., None, None]).sum(2).var().item() - 1) < 0.3

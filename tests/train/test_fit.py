@@ -77,13 +77,13 @@ def test_flops_are_counted_from_the_equation():
     network = create_model("sasa_resnet14", in_chans=1).eval()
     counted = count_flops(network, (1, 1, 28, 28))
 
-    def attention(channels, outputs, size):
-        return 2 * 3 * channels * outputs * size**2 + 6 * 25 * outputs * size**2
+    def attention(channels, outputs, size, taps=25):
+        return 2 * 3 * channels * outputs * size**2 + 6 * taps * outputs * size**2
 
     def block(inputs, width, size, after):
         return 2 * inputs * width * size**2 + attention(width, width, size) + 2 * width * 2 * width * after**2
 
-    stem = attention(1, 16, 28) + 2 * 16 * 16 * 28**2
+    stem = attention(1, 16, 28, taps=9) + 2 * 16 * 16 * 28**2
     first = block(16, 32, 14, 14) + 2 * 16 * 64 * 14**2 + block(64, 32, 14, 14)
     second = block(64, 64, 14, 7) + 2 * 64 * 128 * 7**2 + block(128, 64, 7, 7)
     assert counted == stem + first + second + 2 * 128 * 10

@@ -21,8 +21,9 @@ def test_weights_of_every_layer(network):
     weights = layer_weights(network, torch.randn(2, 1, 28, 28))
     assert list(weights) == list(attention_layers(network))
     assert len(weights) == 5
+    assert weights["stem.spatial"].shape == (2, 8, 9, 28, 28)
+    assert weights["stages.stage2.1.spatial"].shape == (2, 4, 25, 7, 7)
     for tensor in weights.values():
-        assert tensor.shape[:3] == (2, 4, 25)
         torch.testing.assert_close(tensor.sum(2), torch.ones_like(tensor.sum(2)))
 
 
@@ -37,9 +38,10 @@ def test_looking_leaves_the_network_as_it_was(network):
 
 def test_figure_has_a_row_a_layer_and_a_panel_a_head(network):
     figure = plot_attention(network, torch.randn(1, 28, 28), (10, 12), title="title")
-    assert len(figure.axes) == 5 * (1 + 4) + 1  # and the colour bar
+    assert len(figure.axes) == 5 * (1 + 8) + 1  # and the colour bar
+    assert [panel.get_title() for panel in figure.axes[1:5]] == [f"head {i}" for i in range(1, 5)]
     figure = plot_attention(network, torch.randn(1, 28, 28), (0, 27), layers=["stem.spatial"])
-    assert len(figure.axes) == 1 + 4 + 1
+    assert len(figure.axes) == 1 + 8 + 1
 
 
 def test_window_lies_on_the_pixel():

@@ -13,8 +13,10 @@ class ResNetSize(NamedTuple):
         blocks: bottleneck blocks a stage. Every stage but the first halves the image.
         widths: channels a stage of the spatial layers, inside the bottlenecks.
         expansion: channels between the blocks, as a multiple of the width.
-        attention_kernel: window of the attention layers, in the stem too.
-        attention_heads: heads of the attention layers.
+        stem_kernel: window of the stem's attention layer.
+        stem_heads: its heads. Grey pixels have little content to attend to: the stem wants many small windows.
+        attention_kernel: window of the other attention layers.
+        attention_heads: their heads.
         convolution_kernel: kernel of the convolutional twin's layers.
     """
 
@@ -22,6 +24,8 @@ class ResNetSize(NamedTuple):
     blocks: tuple[int, ...]
     widths: tuple[int, ...]
     expansion: int
+    stem_kernel: int
+    stem_heads: int
     attention_kernel: int
     attention_heads: int
     convolution_kernel: int
@@ -38,6 +42,8 @@ RESNET14 = ResNetSize(
     blocks=(2, 2),
     widths=(32, 64),
     expansion=2,
+    stem_kernel=3,
+    stem_heads=8,
     attention_kernel=5,
     attention_heads=4,
     convolution_kernel=3,

@@ -89,14 +89,16 @@ class ResNet(nn.Module):
         checks.choice("spatial", spatial, ("attention", "convolution"))
         checks.positive("num_classes", num_classes)
         checks.positive("in_chans", in_chans)
+        stem: SpatialLayer
         layer: SpatialLayer
         if spatial == "attention":
+            stem = partial(attention_layer, kernel_size=size.stem_kernel, num_heads=size.stem_heads)
             layer = partial(attention_layer, kernel_size=size.attention_kernel, num_heads=size.attention_heads)
         else:
-            layer = partial(convolution_layer, kernel_size=size.convolution_kernel)
+            stem = layer = partial(convolution_layer, kernel_size=size.convolution_kernel)
         self.stem = nn.Sequential(
             OrderedDict(
-                spatial=layer(in_chans, size.stem_width, 1),
+                spatial=stem(in_chans, size.stem_width, 1),
                 # An attention head can only average its window; edges are differences of heads, made here.
                 mix=nn.Conv2d(size.stem_width, size.stem_width, 1, bias=False),
                 bn=nn.BatchNorm2d(size.stem_width),

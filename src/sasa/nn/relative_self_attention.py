@@ -132,15 +132,21 @@ class RelativeSelfAttention(nn.Module):
         The paper gives no initialisation and does not scale the logits, so with the usual one their variance would
         be the head width D, the softmax would start on one neighbour, and the others would get no gradient. Keys,
         values and r start with variance 1 and queries with variance 1/D: the factor that scaled dot-product attention
-        puts on the logits lies in W_Q (as in T5, arXiv 1910.10683), where training may change it. Biases start at 0.
+        puts on the logits lies in W_Q (as in T5, arXiv 1910.10683), where training may change it.
+
+        Half of the queries' variance is their bias: its product with r gives every head a window of a shape of its
+        own from the start, as a convolution has, where W_Q x alone fades with x. The other biases start at 0.
         """
         std = self.in_channels**-0.5
+        query_std = (self.out_channels / self.num_heads) ** -0.5 / (abs(self.scale) or 1.0)
         nn.init.normal_(self.qkv.weight, std=std)
-        head_width = self.out_channels // self.num_heads
         with torch.no_grad():
-            self.qkv.weight[: self.out_channels] /= head_width**0.5 * (abs(self.scale) or 1.0)
-        if self.qkv.bias is not None:
-            nn.init.zeros_(self.qkv.bias)
+            if self.qkv.bias is None:
+                self.qkv.weight[: self.out_channels] *= query_std
+            else:
+                self.qkv.weight[: self.out_channels] *= query_std / 2**0.5
+                nn.init.zeros_(self.qkv.bias)
+                nn.init.normal_(self.qkv.bias[: self.out_channels], std=query_std / 2**0.5)
         for embedding in (self.row_embedding, self.col_embedding):
             if embedding is not None and embedding.numel():
                 nn.init.normal_(embedding)

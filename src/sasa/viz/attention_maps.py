@@ -98,7 +98,7 @@ def plot_attention(
     background = _as_picture(image if picture is None else picture)
 
     heads = max(weights[name].shape[1] for name in names)
-    figure = Figure(figsize=(1.7 * (heads + 1) + 0.8, 1.95 * len(names) + 0.5), layout="compressed")
+    figure = Figure(figsize=(1.7 * (heads + 1) + 0.8, 1.72 * len(names) + 0.5), layout="compressed")
     axes = figure.subplots(len(names), heads + 1, squeeze=False)
     mesh = None
     for row, name in zip(axes, names, strict=True):
@@ -110,7 +110,7 @@ def plot_attention(
                 panel.axis("off")
                 continue
             mesh = _draw_head(panel, background, view, head)
-            if row is axes[0]:
+            if name == names[0]:
                 panel.set_title(f"head {head + 1}", fontsize=8)
     axes[0][0].set_title("image, pixel, window", fontsize=8)
     if mesh is not None:
