@@ -134,16 +134,14 @@ def test_projections_are_views_of_one_product():
 
 
 def test_both_terms_of_the_logits_and_the_values_start_with_variance_one():
-    torch.manual_seed(0)
-    x = torch.randn(8, 64, 16, 16)
+    x = torch.randn(4, 64, 16, 16)
     for scale, bias in ((1.0, True), (0.25, True), (1.0, False)):
-        layer = RelativeSelfAttention(64, 256, 3, 4, scale=scale, bias=bias)
+        layer = RelativeSelfAttention(64, 1024, 3, 64, scale=scale, bias=bias)
         q, k, v = layer._project(x)
-        assert abs((scale * q * k).sum(2).var().item() - 1) < 0.2
         options = layer._options()
         r = options["row_embedding"][..., 0] + options["col_embedding"][..., 0]
-        assert abs((scale * q * r[..., None, None]).sum(2).var().item() - 1) < 0.3
-        assert abs(v.var().item() - 1) < 0.1
+        for product in ((scale * q * k).sum(2), (scale * q * r[..., None, None]).sum(2), v):
+            assert 0.75 < product.square().mean().item() < 1.25
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -47,9 +47,10 @@ def number(name: str, value: float) -> float:
     """``value`` as a float; raises TypeError unless it is a number, ValueError unless it is finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # A comparison, unlike math.isfinite and float(), also takes a number that torch.compile traces as a symbol.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
-    return float(value)
+    return value * 1.0
 
 
 def same_kind(**tensors: Tensor | None) -> None:

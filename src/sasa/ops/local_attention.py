@@ -133,7 +133,8 @@ def local_attention_weights(
     checks.same_kind(query=query, key=key, row_embedding=row_embedding, col_embedding=col_embedding)
     checks.shapes(query, key, None, row_embedding, col_embedding, sizes[0], sizes[2], border)
     geometry = window(query.shape[3], query.shape[4], *sizes, border)
-    return reference.weights(query, key, row_embedding, col_embedding, geometry, border, scale)
+    with reference.without_autocast(query):
+        return reference.weights(query, key, row_embedding, col_embedding, geometry, border, scale)
 
 
 def _autocast(*tensors: Tensor | None) -> list:

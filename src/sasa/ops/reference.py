@@ -11,7 +11,8 @@ Inside, the batch comes last (NDHWB): a shifted view of small images then still 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ def weights(
     dtype = _sum_dtype(query)
     q, k = _batch_last(dtype, query, key)
     row, col = _cast(dtype, row, col)
-    p_NKhwB = _logits(q, k, row, col, window, border, scale).softmax(1)
+    p_NKhwB = _logits(q, k, row, col, window, border, scale, _dot_taps).softmax(1)
     return p_NKhwB.movedim(-1, 0).to(query.dtype).contiguous()
 
 
@@ -49,7 +50,7 @@ def attention(
     dtype = _sum_dtype(query)
     q, k, v = _batch_last(dtype, query, key, value)
     row, col = _cast(dtype, row, col)
-    p_NKhwB = _logits(q, k, row, col, window, border, scale).softmax(1)
+    p_NKhwB = _logits(q, k, row, col, window, border, scale, _dot_taps).softmax(1)
     return _weighted_sum(p_NKhwB, v, window).movedim(-1, 0).to(query.dtype)
 
 
@@ -70,7 +71,7 @@ def forward(
     outputs, lses = [], []
     for part in _chunks(query):
         q, k, v = _batch_last(dtype, query[part], key[part], value[part])
-        logits = _logits(q, k, row, col, window, border, scale)
+        logits = _logits(q, k, row, col, window, border, scale, _dot_taps_reusing_memory)
         outputs.append(_weighted_sum(logits.softmax(1), v, window))
         lses.append(logits.logsumexp(1))
     return _batch_first(query.dtype, outputs), _batch_first(dtype, lses)
@@ -104,13 +105,14 @@ def backward(
     for part in _chunks(query):
         g, q, k, v = _batch_last(dtype, grad_output[part], query[part], key[part], value[part])
         lse_N1hwB = lse[part].movedim(0, -1).unsqueeze(1)
-        p_NKhwB = _logits(q, k, row, col, window, border, scale).sub_(lse_N1hwB).exp_()
+        logits = _logits(q, k, row, col, window, border, scale, _dot_taps_reusing_memory)
+        p_NKhwB = logits.sub_(lse_N1hwB).exp_()
 
         padded_v = _pad(v, window)
         dv = torch.zeros_like(padded_v)
         for index, (ys, xs) in enumerate(window.taps):
             dv[:, :, ys, xs].addcmul_(p_NKhwB[:, index, None], g)
-        dp_NKhwB = _dot_taps(g, padded_v, window)
+        dp_NKhwB = _dot_taps_reusing_memory(g, padded_v, window)
         ds_NKhwB = dp_NKhwB.sub_((p_NKhwB * dp_NKhwB).sum(1, keepdim=True)).mul_(p_NKhwB).mul_(scale)
 
         padded_k = _pad(k, window)
@@ -142,15 +144,22 @@ def backward(
 
 
 def _logits(
-    q: Tensor, k: Tensor, row: Tensor | None, col: Tensor | None, window: Window, border: str, scale: float
+    q: Tensor,
+    k: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    window: Window,
+    border: str,
+    scale: float,
+    dot_taps: Callable[[Tensor, Tensor, Window], Tensor],
 ) -> Tensor:
     """Logits scale · q·(k + row + col) of every tap: (N, K, h, w, B). Taps that a ``"mask"`` border hides are -inf."""
     q = _at_centres(q, window) * scale
-    logits = _dot_taps(q, _pad(k, window), window).unflatten(1, (window.rows.kernel, window.cols.kernel))
+    logits = dot_taps(q, _pad(k, window), window).unflatten(1, (window.rows.kernel, window.cols.kernel))
     if row is not None:
-        logits += (row.mT @ q.flatten(2)).unflatten(2, q.shape[2:]).unsqueeze(2)
+        logits = logits + (row.mT @ q.flatten(2)).unflatten(2, q.shape[2:]).unsqueeze(2)
     if col is not None:
-        logits += (col.mT @ q.flatten(2)).unflatten(2, q.shape[2:]).unsqueeze(1)
+        logits = logits + (col.mT @ q.flatten(2)).unflatten(2, q.shape[2:]).unsqueeze(1)
     if border == "mask":
         inside_yh, inside_xw = window.rows.inside(q.device), window.cols.inside(q.device)
         inside_yxhwB = (inside_yh[:, None, :, None] & inside_xw[None, :, None, :]).unsqueeze(-1)
@@ -160,9 +169,11 @@ def _logits(
 
 def _dot_taps(x_NDhwB: Tensor, padded_NDHWB: Tensor, window: Window) -> Tensor:
     """Product x · (padded image shifted by each tap), summed over the channels: (N, K, h, w, B)."""
-    if torch.is_grad_enabled():
-        return torch.stack([(x_NDhwB * padded_NDHWB[:, :, ys, xs]).sum(1) for ys, xs in window.taps], dim=1)
-    # The same without autograd, and without fresh memory for every product, whose page faults would cost half the time.
+    return torch.stack([(x_NDhwB * padded_NDHWB[:, :, ys, xs]).sum(1) for ys, xs in window.taps], dim=1)
+
+
+def _dot_taps_reusing_memory(x_NDhwB: Tensor, padded_NDHWB: Tensor, window: Window) -> Tensor:
+    """The same, for where nothing is traced: fresh memory for every product costs page faults, half of the time."""
     dots = x_NDhwB.new_empty((x_NDhwB.shape[0], len(window.taps), *x_NDhwB.shape[2:]))
     product = torch.empty_like(x_NDhwB)
     for index, (ys, xs) in enumerate(window.taps):
@@ -200,6 +211,14 @@ def _chunks(x: Tensor) -> Iterator[slice]:
     size = max(1, CHUNK // max(1, x[:1].numel()))
     for start in range(0, max(1, x.shape[0]), size):
         yield slice(start, start + size)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Keeps autocast, which has done its part on the arguments, off the products inside."""
+    device = x.device.type
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

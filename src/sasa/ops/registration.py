@@ -60,7 +60,8 @@ def _window(query: Tensor, kernel_size: list[int], stride: list[int], dilation: 
 def _forward(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation):
     geometry = _window(query, kernel_size, stride, dilation, border)
     run = choose(implementation, query).forward
-    output, lse = run(query, key, value, row, col, geometry, border, scale)
+    with reference.without_autocast(query):
+        output, lse = run(query, key, value, row, col, geometry, border, scale)
     return _in_format_of(query, output), lse
 
 
@@ -70,7 +71,8 @@ def _backward(
 ):
     geometry = _window(query, kernel_size, stride, dilation, border)
     run = choose(implementation, query).backward
-    grads = run(grad_output, query, key, value, row, col, lse, geometry, border, scale)
+    with reference.without_autocast(query):
+        grads = run(grad_output, query, key, value, row, col, lse, geometry, border, scale)
     dense = [_in_format_of(x, grad) for x, grad in zip((query, key, value), grads[:3], strict=True)]
     # An operator can't return None: a missing embedding's gradient is an empty tensor.
     return (*dense, *(query.new_empty(0) if grad is None else grad for grad in grads[3:]))
@@ -127,7 +129,7 @@ def _setup_second(ctx, inputs, output):
 def _second_gradients(ctx, *grad_grads):
     """Second derivatives: differentiate the gradients of the reference, which autograd knows to any order."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), reference.without_autocast(ctx.saved_tensors[0]):
         # Views, so that a tensor passed twice (say as query and key) still counts as two arguments.
         views: list = [x if x is None else x.view_as(x) if x.requires_grad else x.detach() for x in ctx.saved_tensors]
         given = [x for x in views if x is not None]
