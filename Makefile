@@ -2,12 +2,13 @@
 # make test   the whole test suite
 # make bench  measure and write benchmarks/results/
 # make lint   ruff and pyright
+# make results   bench and demo, copied to where the README shows them
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench results lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
@@ -17,6 +18,12 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
+
+# the figures and pictures that the README shows
+results: bench demo
+	mkdir -p docs/demo
+	cp runs/demo/results.json runs/demo/curves.png runs/demo/attention.png docs/demo/
+	$(BIN)/python -m benchmarks.readme
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

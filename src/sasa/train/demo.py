@@ -21,7 +21,7 @@ from .sources import Source, open_source
 ATTENTION, CONVOLUTION, LINEAR = "sasa_resnet14", "resnet14", "linear classifier"
 
 
-def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 16, seed: int = 0) -> list[Result]:
+def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 12, seed: int = 0) -> list[Result]:
     """Train a network of attention, its convolutional twin and a linear classifier, and draw what attention sees.
 
     Writes each run to a folder of its own in out, and ``results.json``, ``curves.png`` and ``attention.png``.

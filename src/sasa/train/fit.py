@@ -56,7 +56,7 @@ def train(
     model: str = "sasa_resnet14",
     data: Path | None = None,
     out: Path = Path("runs/train"),
-    epochs: int = 16,
+    epochs: int = 12,
     batch_size: int = 32,
     learning_rate: float = 5e-3,
     weight_decay: float = 0.05,
