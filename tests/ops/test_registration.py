@@ -28,6 +28,7 @@ PROBLEMS = [
     (Case(batch=2, border="valid", embeddings="none", value_width=2), "slice_channels_last", torch.float32),
     (Case(batch=2, embeddings="row", dilation=2, scale=0.5), "permuted", torch.bfloat16),
     (Case(batch=2, embeddings="col", stride=(1, 2)), "strided", torch.float16),
+    (Case(batch=2, value_width=2, border="mask"), "one each", torch.float32),
     (Case(size=(1, 1), border="mask"), "contiguous", torch.float32),
     (Case(size=(3, 1), heads=1, width=1), "channels_last", torch.float64),
 ]
@@ -43,8 +44,9 @@ def arguments(case: Case, layout: str, dtype: torch.dtype, implementation: str |
     given = case.tensors(dtype)
     tensors = [given.get(name) for name in NAMES]
     sizes = [list(pair(x)) for x in (case.kernel_size, case.stride, case.dilation)]
-    moved = [LAYOUTS[layout](x) if x is not None and x.dim() == 5 else x for x in tensors]
-    return moved, [*sizes, case.border, case.scale, implementation]
+    names = ["channels_last", "contiguous", "slice_channels_last"] if layout == "one each" else [layout] * 3
+    moved = [LAYOUTS[name](x) for name, x in zip(names, tensors, strict=False)]
+    return [*moved, *tensors[3:]], [*sizes, case.border, case.scale, implementation]
 
 
 def leaves(tensors: list[Tensor | None]) -> list[Tensor | None]:
@@ -64,7 +66,9 @@ def test_opcheck(case, layout, dtype, implementation):
     tensors, options = arguments(case, layout, dtype, implementation.name)
     opcheck(FORWARD, (*leaves(tensors), *options))
     output, lse = FORWARD(*tensors, *options)
-    opcheck(BACKWARD, (LAYOUTS[layout](torch.randn_like(output)), *tensors, output, lse, *options))
+    opcheck(
+        BACKWARD, (LAYOUTS.get(layout, Tensor.contiguous)(torch.randn_like(output)), *tensors, output, lse, *options)
+    )
 
 
 @opchecks
@@ -161,16 +165,18 @@ def test_nested_vmap():
     torch.testing.assert_close(attend(*tensors), flat.unflatten(0, (2, 3, 1)))
 
 
+@pytest.mark.parametrize("in_dims", [(0, 0, None), (0, None, None), (None, None, 0)], ids=["both", "query", "row"])
 @pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad], ids=lambda mode: mode.__name__)
-def test_vmap_of_the_weights(grad_mode):
-    query, key = torch.randn(2, 3, 1, 2, 3, 4, 5)
-    row = torch.randn(2, 3, 3)
+def test_vmap_of_the_weights(grad_mode, in_dims):
+    tensors = [torch.randn(*shape) for shape in ((3, 1, 2, 3, 4, 5), (3, 1, 2, 3, 4, 5), (3, 2, 3, 3))]
+    given = [x if dim == 0 else x[0] for x, dim in zip(tensors, in_dims, strict=True)]
 
-    def weights(query: Tensor, key: Tensor) -> Tensor:
+    def weights(query: Tensor, key: Tensor, row: Tensor) -> Tensor:
         return sasa.local_attention_weights(query, key, 3, row_embedding=row, border="mask")
 
     with grad_mode():
-        torch.testing.assert_close(torch.vmap(weights)(query, key).flatten(0, 1), weights(query[:, 0], key[:, 0]))
+        looped = [weights(*(x[i] if dim == 0 else x for x, dim in zip(given, in_dims, strict=True))) for i in range(3)]
+        torch.testing.assert_close(torch.vmap(weights, in_dims)(*given), torch.stack(looped))
 
 
 # A product of two vectors of D numbers is 2·D FLOPs. 2 images, 3 heads, D = 4, 5x6 = 30 queries, 7x7 = 49 taps:
@@ -262,6 +268,23 @@ def test_autocast_of_the_weights(embeddings):
         weights = sasa.local_attention_weights(**tensors, **case.options)
     rounded = {name: x.bfloat16() for name, x in tensors.items()}
     assert torch.equal(weights, sasa.local_attention_weights(**rounded, **case.options))
+
+
+def test_autocast_of_second_derivatives():
+    """As above, all of it inside of autocast."""
+    case = Case()
+    tensors = {name: x.requires_grad_() for name, x in case.tensors(torch.float32).items()}
+    rounded = {name: x.detach().bfloat16().requires_grad_() for name, x in tensors.items()}
+
+    def second(tensors: dict[str, Tensor]) -> list[Tensor]:
+        given = list(tensors.values())
+        first = torch.autograd.grad(sasa.local_attention(**tensors, **case.options).sum(), given, create_graph=True)
+        return torch.autograd.grad(sum(x.sum() for x in first), given)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = second(tensors)
+    for x, y in zip(found, second(rounded), strict=True):
+        assert torch.equal(x, y.float())
 
 
 def test_autocast_joins_mixed_dtypes():

@@ -139,8 +139,8 @@ def _second_gradients(ctx, *grad_grads):
         geometry = _window(query, ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border)
         output = reference.attention(query, key, value, row, col, geometry, ctx.border, ctx.scale)
         firsts = torch.autograd.grad(output, given[1:], grad_output, create_graph=True)
-    vectors = [g for x, g in zip(views[1:], grad_grads, strict=True) if x is not None]
-    seconds = iter(torch.autograd.grad(firsts, given, vectors, create_graph=create_graph, materialize_grads=True))
+        vectors = [g for x, g in zip(views[1:], grad_grads, strict=True) if x is not None]
+        seconds = iter(torch.autograd.grad(firsts, given, vectors, create_graph=create_graph, materialize_grads=True))
     return (*(None if x is None else next(seconds) for x in views), *(None,) * 8)
 
 
