@@ -43,8 +43,9 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     for mark, table in (("demo", demo_table()), ("layer", layer_table())):
-        pattern = rf"(<!-- {mark} table -->\n).*?(\n<!-- end -->)"
-        text = re.sub(pattern, lambda found, table=table: found[1] + table + found[2], text, flags=re.DOTALL)
+        begin, end = f"<!-- {mark} table -->\n", "<!-- end -->"
+        pattern = f"{begin}.*?{end}"
+        text = re.sub(pattern, lambda _, whole=f"{begin}{table}\n{end}": whole, text, count=1, flags=re.DOTALL)
     readme.write_text(text)
 
 
