@@ -70,7 +70,7 @@ def train(
 ) -> Result:
     """Train a network on images and write its weights, log and result.
 
-    Writes ``model.safetensors`` (weights, with what is needed to use them), ``last.ckpt`` (to go on from),
+    Writes ``model.safetensors`` (weights, with what is needed to use them), ``last.ckpt`` (the Lightning checkpoint),
     ``metrics.csv`` and ``result.json``.
 
     Args:
