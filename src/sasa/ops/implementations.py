@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 
 
 class Implementation(NamedTuple):
@@ -38,6 +38,13 @@ def _supports_everything(query: Tensor) -> str | None:
 
 # Fastest first: None takes the first that supports the call.
 IMPLEMENTATIONS: list[Implementation] = [
+    Implementation(
+        "cpu",
+        "compiled kernels; CPU tensors, float16 to float64, any window",
+        cpu.forward,
+        cpu.backward,
+        cpu.unsupported,
+    ),
     Implementation(
         "reference",
         "plain PyTorch; any device, float16 to float64, any window",

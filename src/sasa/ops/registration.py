@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import flops, reference
 from .implementations import choose
+from .memory_format import empty, in_format_of
 from .window import Window, window
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? row_embedding, Tensor? col_embedding"
@@ -29,26 +30,6 @@ torch.library.define(
 )
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of (B, N, D, H, W) are next to each other in memory, as in a view of a channels_last
-    (B, N·D, H, W) tensor.
-    """
-    return x.stride(2) == 1 and x.stride(4) != 1
-
-
-def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """An empty (B, N, channels, height, width) tensor in the memory format of ``like``."""
-    batch, heads = like.shape[:2]
-    if _is_channels_last(like):
-        return like.new_empty((batch, height, width, heads, channels)).permute(0, 3, 4, 1, 2)
-    return like.new_empty((batch, heads, channels, height, width))
-
-
-def _in_format_of(like: Tensor, x: Tensor) -> Tensor:
-    empty = _empty(like, *x.shape[2:])
-    return x if x.stride() == empty.stride() else empty.copy_(x)
-
-
 def _window(query: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], border: str) -> Window:
     def pair(x: list[int]) -> tuple[int, int]:
         return x[0], x[-1]
@@ -62,7 +43,7 @@ def _forward(query, key, value, row, col, kernel_size, stride, dilation, border,
     run = choose(implementation, query).forward
     with reference.without_autocast(query):
         output, lse = run(query, key, value, row, col, geometry, border, scale)
-    return _in_format_of(query, output), lse
+    return in_format_of(query, output), lse
 
 
 @torch.library.impl("sasa::local_attention_backward", "default")
@@ -73,7 +54,7 @@ def _backward(
     run = choose(implementation, query).backward
     with reference.without_autocast(query):
         grads = run(grad_output, query, key, value, row, col, lse, geometry, border, scale)
-    dense = [_in_format_of(x, grad) for x, grad in zip((query, key, value), grads[:3], strict=True)]
+    dense = [in_format_of(x, grad) for x, grad in zip((query, key, value), grads[:3], strict=True)]
     # An operator can't return None: a missing embedding's gradient is an empty tensor.
     return (*dense, *(query.new_empty(0) if grad is None else grad for grad in grads[3:]))
 
@@ -84,14 +65,14 @@ def _forward_shapes(query, key, value, row, col, kernel_size, stride, dilation, 
     height, width = geometry.rows.outputs, geometry.cols.outputs
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return (
-        _empty(query, value.shape[2], height, width),
+        empty(query, value.shape[2], height, width),
         query.new_empty((*query.shape[:2], height, width), dtype=lse_dtype),
     )
 
 
 @torch.library.register_fake("sasa::local_attention_backward")
 def _backward_shapes(grad_output, query, key, value, row, col, output, lse, *options):
-    dense = [_empty(x, *x.shape[2:]) for x in (query, key, value)]
+    dense = [empty(x, *x.shape[2:]) for x in (query, key, value)]
     embeddings = [query.new_empty(0 if x is None else x.shape) for x in (row, col)]
     return (*dense, *embeddings)
 

@@ -1,0 +1,207 @@
+// What forward and backward share: a group of planes, its keys and values in lanes, and the logits of a column of
+// queries.
+#pragma once
+
+#include "window.h"
+
+namespace sasa {
+namespace SASA_ISA {
+
+constexpr int64_t kColumns = 16;  // queries packed and unpacked together along a row
+
+// Channels first <= c < last outside of which an embedding is zero in every head and tap: for an embedding split into
+// a row and a column half, products over half of the channels do.
+template <class S>
+Range channels_used(const sasa_embedding& embedding, int64_t heads, int64_t channels, int64_t taps) {
+  Range used{channels, 0};
+  if (embedding.data == nullptr) return {0, 0};
+  const S* data = static_cast<const S*>(embedding.data);
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t n = 0; n < heads; ++n)
+      for (int64_t t = 0; t < taps; ++t) {
+        const auto x = widen(data[n * embedding.stride[0] + c * embedding.stride[1] + t * embedding.stride[2]]);
+        if (x == 0) continue;
+        used.first = lesser(used.first, c);
+        used.last = c + 1;
+      }
+  return used.first < used.last ? used : Range{0, 0};
+}
+
+// One call's constants.
+template <class S, int P>
+struct Call {
+  const sasa_problem& problem;
+  int64_t planes, groups, taps;
+  int64_t together;  // rows of queries in a block
+  Range row_channels, col_channels;
+  int64_t lse_stride[2];
+
+  explicit Call(const sasa_problem& p)
+      : problem(p),
+        planes(p.batch * p.heads),
+        groups(ceil_div(planes, P)),
+        taps(p.rows.kernel * p.cols.kernel),
+        together(queries_together(p.rows)),
+        row_channels(channels_used<S>(p.row, p.heads, p.channels, p.rows.kernel)),
+        col_channels(channels_used<S>(p.col, p.heads, p.channels, p.cols.kernel)),
+        lse_stride{p.heads * p.rows.outputs * p.cols.outputs, p.rows.outputs * p.cols.outputs} {}
+};
+
+// A group of P planes on one thread.
+template <class S, int P>
+struct Group {
+  using T = typename Compute<S>::T;
+  using W = Vector<T, P>;
+  using V = typename W::V;
+
+  const Call<S, P>& call;
+  const sasa_problem& p;
+  int64_t first_plane;
+  Planes<P> of_query, of_key, of_value, of_lse;
+  int64_t first_col = 0, cols = 0;  // columns of the image in the rings
+  Ring<V> keys, values;
+  int64_t* held;  // the row of the image in each place of the rings; -1 for none
+  KeyRowIndex* block_rows;
+  KeyRow<V>* key_rows;
+  V *row_table, *col_table;  // the embeddings in lanes: [tap][channel]
+  V* logits;                 // [query][tap]
+  V *row_terms, *col_terms;  // [query][kh], [query][kw]: q.row and q.col
+
+  // `most_cols`: columns of the image that the rings have room for.
+  Group(const Call<S, P>& c, int64_t most_cols, int64_t first, Workspace& w)
+      : call(c),
+        p(c.problem),
+        first_plane(first),
+        of_query(planes_of(p.query)),
+        of_key(planes_of(p.key)),
+        of_value(planes_of(p.value)),
+        of_lse(c.lse_stride, p.heads, c.planes, first) {
+    const int64_t span = rows_spanned(p.rows, call.together);
+    keys = {w.take<V>(span * most_cols * p.channels), span, most_cols * p.channels};
+    values = {w.take<V>(span * most_cols * p.value_channels), span, most_cols * p.value_channels};
+    held = w.take<int64_t>(span);
+    block_rows = w.take<KeyRowIndex>(span);
+    key_rows = w.take<KeyRow<V>>(span);
+    row_table = w.take<V>(p.rows.kernel * p.channels);
+    col_table = w.take<V>(p.cols.kernel * p.channels);
+    logits = w.take<V>(kQueries * call.taps);
+    row_terms = w.take<V>(kQueries * p.rows.kernel);
+    col_terms = w.take<V>(kQueries * p.cols.kernel);
+  }
+
+  Planes<P> planes_of(const sasa_tensor& x) const { return {x.stride, p.heads, call.planes, first_plane}; }
+
+  // Begins on the windows x0 <= x < x1, with no rows held.
+  void start(int64_t x0, int64_t x1) {
+    if (p.row.data != nullptr)
+      pack_embedding<W, S>(row_table, p.row, p.rows.kernel, p.channels, p.heads, call.planes, first_plane);
+    if (p.col.data != nullptr)
+      pack_embedding<W, S>(col_table, p.col, p.cols.kernel, p.channels, p.heads, call.planes, first_plane);
+    for (int64_t i = 0; i < keys.span; ++i) held[i] = -1;
+    first_col = lesser(p.cols.size, greater(0, x0 * p.cols.stride - p.cols.before));
+    const int64_t end = (x1 - 1) * p.cols.stride - p.cols.before + (p.cols.kernel - 1) * p.cols.dilation + 1;
+    cols = greater(0, lesser(p.cols.size, end) - first_col);
+  }
+
+  static const S* row_of(const sasa_tensor& x, int64_t y, int64_t col) {
+    return static_cast<const S*>(x.data) + y * x.stride[3] + col * x.stride[4];
+  }
+
+  Row row_like(const sasa_tensor& x, int64_t channels) const { return {cols, channels, x.stride[4], x.stride[2]}; }
+
+  // Sees to it that row y of keys and values is in the rings; true if it was not.
+  bool hold(int64_t y) {
+    if (held[y % keys.span] == y) return false;
+    held[y % keys.span] = y;
+    pack<W, S>(keys.row(y), row_of(p.key, y, first_col), of_key, row_like(p.key, p.channels), T(1));
+    pack<W, S>(values.row(y), row_of(p.value, y, first_col), of_value, row_like(p.value, p.value_channels), T(1));
+    return true;
+  }
+
+  // Asks for a share, column i of n, of the rows of keys and values that the next block will hold.
+  void prefetch_below(const Block& block, int64_t i, int64_t n) const {
+    if (block.count == 0) return;
+    const int64_t x0 = cols * i / n, count = cols * (i + 1) / n - x0;
+    const int64_t last = block.rows[block.count - 1].y;
+    for (int64_t y = last + 1; y <= lesser(last + block.queries * p.rows.stride, p.rows.size - 1); ++y) {
+      prefetch<W, S>(row_of(p.key, y, first_col), of_key, row_like(p.key, p.channels), x0, count);
+      prefetch<W, S>(row_of(p.value, y, first_col), of_value, row_like(p.value, p.value_channels), x0, count);
+    }
+  }
+
+  // `count` queries of row y from column x on, times the scale.
+  void pack_queries(V* to, int64_t y, int64_t x, int64_t count) const {
+    const S* from = row_of(p.query, y * p.rows.stride + centre(p.rows), x * p.cols.stride + centre(p.cols));
+    pack<W, S>(to, from, of_query, {count, p.channels, p.query.stride[4] * p.cols.stride, p.query.stride[2]},
+               T(p.scale));
+  }
+
+  // Points key_rows at the keys of the queries in column x, their weights in `weights`; returns the columns' taps.
+  Range point_at(const Block& block, int64_t x, V* weights) {
+    const Range inside = taps_inside(p.cols, x);
+    const int64_t pixel = x * p.cols.stride - p.cols.before + inside.first * p.cols.dilation - first_col;
+    for (int i = 0; i < block.count; ++i) {
+      const KeyRowIndex& row = block.rows[i];
+      key_rows[i] = {keys.row(row.y) + pixel * p.channels, values.row(row.y) + pixel * p.value_channels, row.first,
+                     row.last, weights + row.first * call.taps + row.tap * p.cols.kernel + inside.first};
+    }
+    return inside;
+  }
+
+  // Between the weights of queries r and r + 1 for one row of keys: the row is `step` taps higher for the second.
+  int64_t weights_stride(const Block& block) const { return call.taps - block.step * p.cols.kernel; }
+
+  // x.k of the taps inside the image, where k are the keys or the values of key_rows; to their weights, moved by
+  // `offset` vectors.
+  void products(const Block& block, Range inside, const V* x, int64_t x_stride, const V* KeyRow<V>::*source,
+                int64_t channels, int64_t offset) {
+    for (int i = 0; i < block.count; ++i) {
+      const KeyRow<V>& row = key_rows[i];
+      dots<V>(x + row.first * x_stride, x_stride, row.last - row.first, row.*source, p.cols.dilation * channels,
+              int(inside.last - inside.first), channels, row.weights + offset, weights_stride(block));
+    }
+  }
+
+  // Logits of the column's queries for all taps, and the largest of each query; needs point_at.
+  void all_logits(const Block& block, Range inside, const V* q, int64_t q_stride, V* largest) {
+    const bool masked = p.border == SASA_MASK;
+    const V lowest = W::all(-T(__builtin_inf()));
+    Range rows[kQueries];
+    for (int r = 0; r < block.queries; ++r) {
+      rows[r] = taps_inside(p.rows, block.y + r);
+      if (rows[r].last - rows[r].first < p.rows.kernel || inside.last - inside.first < p.cols.kernel)
+        for (int64_t t = 0; t < call.taps; ++t) logits[r * call.taps + t] = masked ? lowest : V{};
+    }
+    products(block, inside, q, q_stride, &KeyRow<V>::keys, p.channels, 0);
+    position_terms(q, q_stride, block.queries);
+    for (int r = 0; r < block.queries; ++r) {
+      // Behind a mask nothing is added: infinity must not meet minus infinity.
+      const Range dys = masked ? rows[r] : Range{0, p.rows.kernel};
+      const Range dxs = masked ? inside : Range{0, p.cols.kernel};
+      V most = lowest;
+      for (int64_t dy = dys.first; dy < dys.last; ++dy) {
+        const V row_term = row_terms[r * p.rows.kernel + dy];
+        const V* col_term = col_terms + r * p.cols.kernel;
+        V* logit = logits + r * call.taps + dy * p.cols.kernel;
+        for (int64_t dx = dxs.first; dx < dxs.last; ++dx) {
+          logit[dx] += row_term + col_term[dx];
+          most = W::max(logit[dx], most);
+        }
+      }
+      largest[r] = most;
+    }
+  }
+
+  // The queries' products with the embeddings.
+  void position_terms(const V* q, int64_t q_stride, int queries) {
+    const auto terms = [&](const V* table, int64_t taps, Range used, V* to) {
+      dots<V>(q + used.first, q_stride, queries, table + used.first, p.channels, int(taps), used.last - used.first, to,
+              taps);
+    };
+    terms(row_table, p.rows.kernel, call.row_channels, row_terms);
+    terms(col_table, p.cols.kernel, call.col_channels, col_terms);
+  }
+};
+
+}  // namespace SASA_ISA
+}  // namespace sasa

@@ -1,0 +1,126 @@
+// Forward: logits, softmax and weighted sum of a column of queries at a time; nothing of size taps x pixels exists.
+#include "instances.h"
+#include "parallel.h"
+
+namespace sasa {
+namespace SASA_ISA {
+namespace {
+
+template <class S, int P>
+struct Forward {
+  using G = Group<S, P>;
+  using T = typename G::T;
+  using W = typename G::W;
+  using V = typename G::V;
+
+  const Call<S, P>& call;
+  const sasa_problem& p;
+  const sasa_tensor& output;
+  // How the work is cut: segments of rows and strips of columns. Any cut gives the same bits: a query's sums don't
+  // know what is computed beside them.
+  int64_t segments, segment_rows, strips, strip_cols;
+
+  Forward(const Call<S, P>& c, const sasa_tensor& o) : call(c), p(c.problem), output(o) {
+    // Enough tasks that no thread waits long for the last one, but rows of keys at the cuts are packed twice.
+    const int64_t rows = p.rows.outputs, wanted = p.threads <= 1 ? 1 : 4 * int64_t(p.threads);
+    segments = lesser(ceil_div(wanted, call.groups), greater(1, rows / 12));
+    if (segments * call.groups < p.threads) segments = lesser(ceil_div(p.threads, call.groups), rows);
+    segment_rows = ceil_div(rows, segments);
+    segments = ceil_div(rows, segment_rows);
+    // Strips bound the memory that the rows of keys in lanes take, about this many bytes a thread.
+    constexpr int64_t kBytes = 8 << 20;
+    const int64_t column = rows_spanned(p.rows, call.together) * (p.channels + p.value_channels) * int64_t(sizeof(V));
+    const int64_t columns = greater(4 * p.cols.kernel * p.cols.dilation, kBytes / column);
+    strips = ceil_div(p.cols.outputs * p.cols.stride, greater(64, columns));
+    strip_cols = ceil_div(p.cols.outputs, strips);
+    strips = ceil_div(p.cols.outputs, strip_cols);
+  }
+
+  struct Scratch {
+    G group;
+    V *queries, *outputs, *lse;  // [query][column][channel]
+
+    Scratch(const Forward& f, int64_t first_plane, Workspace& w)
+        : group(f.call, columns_under(f.p.cols, f.strip_cols), first_plane, w) {
+      queries = w.take<V>(kQueries * kColumns * f.p.channels);
+      outputs = w.take<V>(kQueries * kColumns * f.p.value_channels);
+      lse = w.take<V>(kQueries * kColumns);
+    }
+  };
+
+  static void task(void* context, int64_t task, char* memory) {
+    const Forward& f = *static_cast<const Forward*>(context);
+    const int64_t strip = task % f.strips, segment = task / f.strips % f.segments;
+    Workspace workspace{memory};
+    Scratch scratch(f, task / f.strips / f.segments * P, workspace);
+    f.run(scratch, segment * f.segment_rows, lesser((segment + 1) * f.segment_rows, f.p.rows.outputs),
+          strip * f.strip_cols, lesser((strip + 1) * f.strip_cols, f.p.cols.outputs));
+  }
+
+  void run(Scratch& scratch, int64_t y0, int64_t y1, int64_t x0, int64_t x1) const {
+    G& group = scratch.group;
+    const Planes<P> of_output = group.planes_of(output);
+    group.start(x0, x1);
+    in_blocks(y0, y1, call.together, [&](int64_t y, int queries) {
+      const Block block(p.rows, y, queries, group.block_rows);
+      for (int i = 0; i < block.count; ++i) group.hold(block.rows[i].y);
+      for (int64_t x = x0; x < x1; x += kColumns) {
+        const int64_t count = lesser(kColumns, x1 - x);
+        for (int r = 0; r < queries; ++r)
+          group.pack_queries(scratch.queries + r * kColumns * p.channels, y + r, x, count);
+        for (int64_t i = 0; i < count; ++i) {
+          group.prefetch_below(block, x - x0 + i, x1 - x0);
+          column(scratch, block, x + i, i);
+        }
+        for (int r = 0; r < queries; ++r) {
+          unpack<W, S>(static_cast<S*>(output.data) + (y + r) * output.stride[3] + x * output.stride[4],
+                       scratch.outputs + r * kColumns * p.value_channels, of_output,
+                       {count, p.value_channels, output.stride[4], output.stride[2]}, T(1));
+          unpack<W, T>(static_cast<T*>(p.lse) + (y + r) * p.cols.outputs + x, scratch.lse + r * kColumns, group.of_lse,
+                       {count, 1, 1, 1}, T(1));
+        }
+      }
+    });
+  }
+
+  // The block's queries in column x, at place i of the scratch.
+  void column(Scratch& scratch, const Block& block, int64_t x, int64_t i) const {
+    G& group = scratch.group;
+    const int64_t E = p.value_channels;
+    V largest[kQueries], factor[kQueries];
+    const Range inside = group.point_at(block, x, group.logits);
+    group.all_logits(block, inside, scratch.queries + i * p.channels, kColumns * p.channels, largest);
+    for (int r = 0; r < block.queries; ++r) {
+      V sum{};
+      V* weight = group.logits + r * call.taps;
+      for (int64_t t = 0; t < call.taps; ++t) {
+        weight[t] = exp_of_negative<W>(weight[t] - largest[r]);
+        sum += weight[t];
+      }
+      factor[r] = 1 / sum;
+      scratch.lse[r * kColumns + i] = largest[r] + log_of_sum<W>(sum);
+    }
+    V* out = scratch.outputs + i * E;
+    weigh<V>(group.key_rows, block.count, &KeyRow<V>::values, p.cols.dilation * E, int(inside.last - inside.first),
+             group.weights_stride(block), E, out, kColumns * E, block.queries);
+    for (int r = 0; r < block.queries; ++r)
+      for (int64_t c = 0; c < E; ++c) out[r * kColumns * E + c] *= factor[r];
+  }
+};
+
+}  // namespace
+
+int forward(const sasa_problem& problem, const sasa_tensor& output) {
+  return for_instance(problem, [&](auto storage, auto lanes) {
+    using S = decltype(storage);
+    constexpr int P = decltype(lanes)::value;
+    const Call<S, P> call(problem);
+    Forward<S, P> f(call, output);
+    Workspace size{nullptr};
+    typename Forward<S, P>::Scratch(f, 0, size);
+    return run_parallel(problem.threads, call.groups * f.segments * f.strips, size.used, Forward<S, P>::task, &f);
+  });
+}
+
+}  // namespace SASA_ISA
+}  // namespace sasa

@@ -1,0 +1,18 @@
+// Work shared out to threads. The same for every instruction set.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace sasa {
+
+// Calls work(context, task, workspace) once for every task, on up to `threads` threads, each with a workspace of its
+// own of `bytes` bytes, aligned to 64. Returns a sasa_status.
+using Work = void (*)(void* context, int64_t task, char* workspace);
+int run_parallel(int threads, int64_t tasks, size_t bytes, Work work, void* context);
+
+// Memory aligned to 64 bytes, in huge pages where it is large: a kernel touches it once, so faults would show.
+char* allocate(size_t bytes);
+void release(char* memory);
+
+}  // namespace sasa

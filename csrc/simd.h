@@ -1,0 +1,193 @@
+// Vectors, and the few functions of them that the kernels need, in GCC's and Clang's vector extensions: one source for
+// every instruction set. The compiler's flags decide what they become.
+//
+// Everything lives in a namespace named after the instruction set, so that the linker never merges a function compiled
+// for one with its namesake compiled for another. For the same reason no function of the standard library is used here.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef SASA_ISA
+#error "SASA_ISA: the name of the instruction set this file is compiled for"
+#endif
+
+#define SASA_INLINE inline __attribute__((always_inline))
+#define SASA_NOINLINE __attribute__((noinline))
+#define SASA_UNROLL _Pragma("GCC unroll 16")
+
+namespace sasa {
+namespace SASA_ISA {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// P numbers of type T, float or double: P lanes.
+template <class T_, int P_>
+struct Vector {
+  using T = T_;
+  static constexpr int P = P_;
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T V __attribute__((vector_size(P_ * sizeof(T_))));
+  typedef Int I __attribute__((vector_size(P_ * sizeof(T_))));
+
+  static SASA_INLINE V all(T x) { return V{} + x; }
+  static SASA_INLINE V max(V a, V b) { return a > b ? a : b; }
+};
+
+// Keeps a loaded vector in a register: compilers otherwise load it anew for every product it takes part in.
+#if defined(__x86_64__)
+#define SASA_IN_REGISTER(v) __asm__("" : "+v"(v))
+#elif defined(__aarch64__)
+#define SASA_IN_REGISTER(v) __asm__("" : "+w"(v))
+#else
+#define SASA_IN_REGISTER(v)
+#endif
+
+constexpr int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class To, class From>
+SASA_INLINE To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To y;
+  memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+// a0 + x * (a1 + x * (a2 + ...))
+template <class V, class T, int N>
+SASA_INLINE V polynomial(V x, const T (&a)[N]) {
+  V y = V{} + a[N - 1];
+  SASA_UNROLL
+  for (int i = N - 2; i >= 0; --i) y = y * x + a[i];
+  return y;
+}
+
+template <class T>
+struct Constants;
+
+template <>
+struct Constants<float> {
+  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, found in the low bits
+  static constexpr float kLog2e = 0x1.715476p0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
+  static constexpr float kLeast = -87.3f;  // below it exp is not a normal number: taken as 0
+  static constexpr int kMantissa = 23;
+  static constexpr int32_t kExponents = 0x3f800000, kFractions = 0x007fffff, kSqrtHalf = 0x3f3504f3;
+  // Minimax polynomial of exp on [-ln 2 / 2, ln 2 / 2], relative error 4e-9 before rounding.
+  static constexpr float kExp[] = {1.0f,         1.0f,         0x1.fffffcp-2f, 0x1.555492p-3f,
+                                   0x1.5558f2p-5f, 0x1.1239e2p-7f, 0x1.6a2432p-10f};
+  // 2 artanh(z) / z in powers of z^2.
+  static constexpr float kLog[] = {2.0f, 2.0f / 3, 2.0f / 5, 2.0f / 7, 2.0f / 9};
+};
+
+template <>
+struct Constants<double> {
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kLog2e = 0x1.71547652b82fep0, kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
+  static constexpr double kLeast = -708.3;
+  static constexpr int kMantissa = 52;
+  static constexpr int64_t kExponents = 0x3ff0000000000000, kFractions = 0x000fffffffffffff,
+                           kSqrtHalf = 0x3fe6a09e667f3bcd;
+  // Taylor's, to the 13th power: relative error 5e-18 before rounding.
+  static constexpr double kExp[] = {1.0,           1.0,           1.0 / 2,        1.0 / 6,         1.0 / 24,
+                                    1.0 / 120,     1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
+                                    1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  static constexpr double kLog[] = {2.0,      2.0 / 3,  2.0 / 5,  2.0 / 7,  2.0 / 9, 2.0 / 11,
+                                    2.0 / 13, 2.0 / 15, 2.0 / 17, 2.0 / 19, 2.0 / 21};
+};
+
+// x * 2^n for whole n, where AVX-512 has an instruction for it.
+#if defined(__AVX512F__)
+#define SASA_HAS_SCALE 1
+SASA_INLINE __m512 scale(__m512 x, __m512 n) { return _mm512_scalef_ps(x, n); }
+SASA_INLINE __m256 scale(__m256 x, __m256 n) { return _mm256_scalef_ps(x, n); }
+SASA_INLINE __m512d scale(__m512d x, __m512d n) { return _mm512_scalef_pd(x, n); }
+SASA_INLINE __m256d scale(__m256d x, __m256d n) { return _mm256_scalef_pd(x, n); }
+#else
+#define SASA_HAS_SCALE 0
+#endif
+
+// exp(x) for x <= 0, within 2 units in the last place, but 0 for what is below the normal numbers; NaN stays NaN.
+template <class W>
+SASA_INLINE typename W::V exp_of_negative(typename W::V x) {
+  using C = Constants<typename W::T>;
+  using V = typename W::V;
+  // The larger of two numbers is the second where one is NaN.
+#if SASA_HAS_SCALE
+  x = W::max(W::all(2 * C::kLeast), x);
+#endif
+  const V shifted = x * C::kLog2e + C::kRound;
+  const V n = shifted - C::kRound;
+  const V r = (x - n * C::kLn2High) - n * C::kLn2Low;
+  const V y = polynomial(r, C::kExp);
+#if SASA_HAS_SCALE
+  return scale(y, n);
+#else
+  using I = typename W::I;
+  const I power = bits_as<I>(shifted) << C::kMantissa;
+  return x >= C::kLeast ? bits_as<V>(bits_as<I>(y) + power) : W::max(V{}, x);
+#endif
+}
+
+// log(x) for finite x >= 1; NaN stays NaN.
+template <class W>
+SASA_INLINE typename W::V log_of_sum(typename W::V x) {
+  using C = Constants<typename W::T>;
+  using I = typename W::I;
+  using V = typename W::V;
+  // x = 2^e * m with m in [sqrt(1/2), sqrt(2)).
+  const I shifted = bits_as<I>(x) - C::kSqrtHalf;
+  const I e = shifted >> C::kMantissa;
+  const V m = bits_as<V>((shifted & C::kFractions) + C::kSqrtHalf);
+  const V z = (m - 1) / (m + 1);
+  const V log_m = z * polynomial(z * z, C::kLog);
+  const V n = __builtin_convertvector(e, V);
+  return (n * C::kLn2High + (n * C::kLn2Low + log_m)) + (x - x);
+}
+
+// The two results of exchanging the odd blocks of `a` with the even blocks of `b`, blocks of H lanes.
+template <class W, int H, size_t... E>
+SASA_INLINE void exchange(typename W::V& a, typename W::V& b, std::index_sequence<E...>) {
+  constexpr int P = W::P;
+#if defined(__clang__) || __GNUC__ >= 12
+  const auto low = __builtin_shufflevector(a, b, ((E & H) == 0 ? E : P + E - H)...);
+  const auto high = __builtin_shufflevector(a, b, ((E & H) == 0 ? E + H : P + E)...);
+#else
+  const auto low = __builtin_shuffle(a, b, typename W::I{((E & H) == 0 ? E : P + E - H)...});
+  const auto high = __builtin_shuffle(a, b, typename W::I{((E & H) == 0 ? E + H : P + E)...});
+#endif
+  a = low;
+  b = high;
+}
+
+template <class W, int H = W::P / 2>
+SASA_INLINE void transpose(typename W::V (&rows)[W::P]) {
+  if constexpr (H > 0) {
+    SASA_UNROLL
+    for (int i = 0; i < W::P; ++i)
+      if ((i & H) == 0) exchange<W, H>(rows[i], rows[i + H], std::make_index_sequence<W::P>{});
+    transpose<W, H / 2>(rows);
+  }
+}
+
+}  // namespace SASA_ISA
+}  // namespace sasa

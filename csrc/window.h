@@ -1,0 +1,106 @@
+// Which keys the queries see: geometry in pixels, and the rows of keys kept in lanes while queries walk down the image.
+#pragma once
+
+#include "lanes.h"
+#include "products.h"
+
+namespace sasa {
+namespace SASA_ISA {
+
+// Taps first <= t < last; none when first >= last.
+struct Range {
+  int64_t first, last;
+};
+
+// The taps of window `output` that fall inside the image.
+SASA_INLINE Range taps_inside(const sasa_axis& axis, int64_t output) {
+  const int64_t start = output * axis.stride - axis.before;  // of the first tap
+  const int64_t first = start >= 0 ? 0 : ceil_div(-start, axis.dilation);
+  const int64_t left = axis.size - 1 - start;
+  return {first, left < 0 ? 0 : lesser(axis.kernel, left / axis.dilation + 1)};
+}
+
+// Pixel under the centre of window 0.
+SASA_INLINE int64_t centre(const sasa_axis& axis) { return (axis.kernel - 1) / 2 * axis.dilation - axis.before; }
+
+// Pixels under `windows` neighbouring windows.
+SASA_INLINE int64_t columns_under(const sasa_axis& axis, int64_t windows) {
+  return lesser(axis.size, (windows - 1) * axis.stride + (axis.kernel - 1) * axis.dilation + 1);
+}
+
+// Rows of queries computed together: they share keys only if every stride is a whole number of taps.
+SASA_INLINE int64_t queries_together(const sasa_axis& rows) { return rows.stride % rows.dilation == 0 ? kQueries : 1; }
+
+// Rows of the image between the first key of the first of `queries` rows of queries and the last key of the last.
+SASA_INLINE int64_t rows_spanned(const sasa_axis& rows, int64_t queries) {
+  return (queries - 1) * rows.stride + (rows.kernel - 1) * rows.dilation + 1;
+}
+
+// Row of keys y for the queries `first` <= r < `last` of a block, of which it is tap `tap` - (r - first) * `step`.
+struct KeyRowIndex {
+  int64_t y;
+  int first, last;
+  int64_t tap;
+};
+
+// A block of queries above each other, and the rows of keys that any of them sees.
+struct Block {
+  int64_t y;
+  int queries;
+  int64_t step;  // taps between the windows of neighbouring queries
+  KeyRowIndex* rows;
+  int count;
+
+  // `storage` holds rows_spanned() rows.
+  Block(const sasa_axis& axis, int64_t y_, int queries_, KeyRowIndex* storage)
+      : y(y_), queries(queries_), step(axis.stride / axis.dilation), rows(storage), count(0) {
+    const int64_t start = y * axis.stride - axis.before;
+    const int64_t taps = queries > 1 ? (queries - 1) * step + axis.kernel : axis.kernel;
+    const int64_t skipped = start >= 0 ? 0 : ceil_div(-start, axis.dilation);
+    for (int64_t tap = skipped; tap < taps; ++tap) {  // counted from the first tap of the first query
+      const int64_t row = start + tap * axis.dilation;
+      if (row >= axis.size) break;
+      int first = 0, last = 0;
+      while (first < queries && tap - first * step >= axis.kernel) ++first;
+      for (last = first; last < queries && tap - last * step >= 0;) ++last;
+      if (first < last) rows[count++] = {row, first, last, tap - first * step};
+    }
+  }
+};
+
+// Rows of keys (or values, or their gradients) in lanes. Row y has the place y % span: rows that a block sees never
+// collide, and a row is packed once while blocks walk down.
+template <class V>
+struct Ring {
+  V* rows;
+  int64_t span, row_size;  // rows; vectors a row
+
+  SASA_INLINE V* row(int64_t y) const { return rows + y % span * row_size; }
+};
+
+// Query rows of a segment, cut into blocks of nearly equal height.
+template <class F>
+SASA_INLINE void in_blocks(int64_t first, int64_t last, int64_t together, F block) {
+  for (int64_t y = first; y < last;) {
+    const int64_t blocks = ceil_div(last - y, together);
+    const int64_t queries = ceil_div(last - y, blocks);
+    block(y, int(queries));
+    y += queries;
+  }
+}
+
+// Hands out parts of a workspace; with no memory, counts how much is needed.
+struct Workspace {
+  char* memory;
+  size_t used = 0;
+
+  template <class U>
+  U* take(int64_t count) {
+    U* part = memory == nullptr ? nullptr : reinterpret_cast<U*>(memory + used);
+    used += (size_t(count) * sizeof(U) + 63) / 64 * 64;
+    return part;
+  }
+};
+
+}  // namespace SASA_ISA
+}  // namespace sasa

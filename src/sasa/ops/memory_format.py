@@ -1,0 +1,27 @@
+"""Memory formats of (B, N, D, H, W) tensors: contiguous, or the view of a channels_last (B, N·D, H, W) tensor."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of (B, N, D, H, W) are next to each other in memory, as in a view of a channels_last
+    (B, N·D, H, W) tensor.
+    """
+    return x.stride(2) == 1 and x.stride(4) != 1
+
+
+def empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An empty (B, N, channels, height, width) tensor in the memory format of ``like``."""
+    batch, heads = like.shape[:2]
+    if is_channels_last(like):
+        return like.new_empty((batch, height, width, heads, channels)).permute(0, 3, 4, 1, 2)
+    return like.new_empty((batch, heads, channels, height, width))
+
+
+def in_format_of(like: Tensor, x: Tensor) -> Tensor:
+    """``x`` in the memory format of ``like``: itself, if it has it."""
+    if x.is_contiguous() if not is_channels_last(like) else x.permute(0, 3, 4, 1, 2).is_contiguous():
+        return x
+    return empty(like, *x.shape[2:]).copy_(x)
