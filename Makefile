@@ -1,20 +1,32 @@
 # make demo   train attention and its convolutional twin on the packaged images, and draw what they see
-# make test   the whole test suite
+# make test   the whole test suite, the C++ kernels under sanitizers first
 # make bench  measure and write benchmarks/results/
-# make lint   ruff and pyright
+# make lint   ruff, pyright and clang-format
 # make results   bench and demo, copied to where the README shows them
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+KERNELS := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.cpp)
 
-.PHONY: demo test bench results lint format clean
+.PHONY: demo test sanitize bench results lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
 
-test: $(INSTALLED)
+test: sanitize
 	$(BIN)/python -m pytest
+
+# the kernels alone, on a grid of problems: bad addresses, undefined behaviour, races between threads
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+sanitize: $(INSTALLED)
+	$(BIN)/cmake -G "Unix Makefiles" -B build/sanitize/address -DSASA_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize/address --parallel $(CORES)
+	build/sanitize/address/sasa_driver
+	$(BIN)/cmake -G "Unix Makefiles" -B build/sanitize/thread -DSASA_SANITIZE=thread
+	$(BIN)/cmake --build build/sanitize/thread --parallel $(CORES)
+	build/sanitize/thread/sasa_driver 2 7
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
@@ -29,12 +41,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-KERNELS := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
+	$(BIN)/clang-format -i $(SOURCES)
 
 $(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 // queries.
 #pragma once
 
-#include "window.h"
+#include "projection.h"
 
 namespace sasa {
 namespace SASA_ISA {
@@ -35,6 +35,7 @@ struct Call {
   int64_t together;  // rows of queries in a block
   Range row_channels, col_channels;
   int64_t lse_stride[2];
+  const Weights<S, P>* weights = nullptr;  // where queries, keys and values are projected
 
   explicit Call(const sasa_problem& p)
       : problem(p),
@@ -66,6 +67,9 @@ struct Group {
   V *row_table, *col_table;  // the embeddings in lanes: [tap][channel]
   V* logits;                 // [query][tap]
   V *row_terms, *col_terms;  // [query][kh], [query][kw]: q.row and q.col
+  bool whole[kQueries];      // whether all taps of the column's queries are inside the image
+  T* input;                  // pixels of the layer's input, in_channels numbers each
+  int64_t* wanted;           // rows of keys to be projected together
 
   // `most_cols`: columns of the image that the rings have room for.
   Group(const Call<S, P>& c, int64_t most_cols, int64_t first, Workspace& w)
@@ -87,6 +91,9 @@ struct Group {
     logits = w.take<V>(kQueries * call.taps);
     row_terms = w.take<V>(kQueries * p.rows.kernel);
     col_terms = w.take<V>(kQueries * p.cols.kernel);
+    const bool projected = p.projection != nullptr;
+    input = w.take<T>(projected ? greater(most_cols, kColumns) * p.projection->in_channels : 0);
+    wanted = w.take<int64_t>(projected ? span : 0);
   }
 
   Planes<P> planes_of(const sasa_tensor& x) const { return {x.stride, p.heads, call.planes, first_plane}; }
@@ -109,18 +116,60 @@ struct Group {
 
   Row row_like(const sasa_tensor& x, int64_t channels) const { return {cols, channels, x.stride[4], x.stride[2]}; }
 
-  // Sees to it that row y of keys and values is in the rings; true if it was not.
-  bool hold(int64_t y) {
-    if (held[y % keys.span] == y) return false;
-    held[y % keys.span] = y;
-    pack<W, S>(keys.row(y), row_of(p.key, y, first_col), of_key, row_like(p.key, p.channels), T(1));
-    pack<W, S>(values.row(y), row_of(p.value, y, first_col), of_value, row_like(p.value, p.value_channels), T(1));
-    return true;
+  // Sees to it that the rings hold the rows of keys and values that the block sees. Rows that must make room are
+  // passed to `let_go` before, new ones to `take_up` after.
+  template <class F, class H>
+  void hold(const Block& block, F let_go, H take_up) {
+    int count = 0;
+    for (int i = 0; i < block.count; ++i) {
+      const int64_t y = block.rows[i].y;
+      int64_t& place = held[y % keys.span];
+      if (place == y) continue;
+      if (place >= 0) let_go(place);
+      place = y;
+      if (call.weights != nullptr) {
+        wanted[count++] = y;
+      } else {
+        pack<W, S>(keys.row(y), row_of(p.key, y, first_col), of_key, row_like(p.key, p.channels), T(1));
+        pack<W, S>(values.row(y), row_of(p.value, y, first_col), of_value, row_like(p.value, p.value_channels), T(1));
+      }
+      take_up(y);
+    }
+    for (int i = 0; i < count; ++i) {
+      const T* x = stage_input(wanted[i], first_col, cols, 1);
+      for (int64_t c = 0; c < p.channels; c += kBlock) {
+        call.weights->project(keys.row(wanted[i]), x, staged_stride(1), cols, first_plane % p.heads / P, 1, c);
+        call.weights->project(values.row(wanted[i]), x, staged_stride(1), cols, first_plane % p.heads / P, 2, c);
+      }
+    }
+  }
+
+  // `count` pixels of the layer's input, `step` columns apart, as rows of numbers: where they lie, or a copy.
+  const T* stage_input(int64_t y, int64_t col, int64_t count, int64_t step) {
+    const sasa_tensor& x = p.projection->input;
+    const S* from = row_of(x, y, col) + first_plane / p.heads * x.stride[0];
+    if constexpr (std::is_same_v<S, T>)
+      if (x.stride[2] == 1) return from;
+    const int64_t inputs = p.projection->in_channels;
+    if (x.stride[2] == 1) {
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = 0; c < inputs; ++c) input[i * inputs + c] = widen(from[i * step * x.stride[4] + c]);
+    } else {
+      for (int64_t c = 0; c < inputs; ++c)
+        for (int64_t i = 0; i < count; ++i)
+          input[i * inputs + c] = widen(from[i * step * x.stride[4] + c * x.stride[2]]);
+    }
+    return input;
+  }
+
+  int64_t staged_stride(int64_t step) const {
+    const sasa_tensor& x = p.projection->input;
+    return std::is_same_v<S, T> && x.stride[2] == 1 ? step * x.stride[4] : p.projection->in_channels;
   }
 
   // Asks for a share, column i of n, of the rows of keys and values that the next block will hold.
   void prefetch_below(const Block& block, int64_t i, int64_t n) const {
-    if (block.count == 0) return;
+    if (block.count == 0 || call.weights != nullptr) return;
     const int64_t x0 = cols * i / n, count = cols * (i + 1) / n - x0;
     const int64_t last = block.rows[block.count - 1].y;
     for (int64_t y = last + 1; y <= lesser(last + block.queries * p.rows.stride, p.rows.size - 1); ++y) {
@@ -129,8 +178,30 @@ struct Group {
     }
   }
 
+  // Asks for the block's queries in column x, or in the first columns of the block below.
+  void prefetch_queries(const Block& block, int64_t x, int64_t x0, int64_t x1) const {
+    if (call.weights != nullptr) return;
+    int64_t y = block.y;
+    if (x >= x1) {
+      x += x0 - x1;
+      y += block.queries;
+    }
+    for (int r = 0; r < block.queries && x < x1 && y + r < p.rows.outputs; ++r)
+      prefetch<W, S>(row_of(p.query, (y + r) * p.rows.stride + centre(p.rows), x * p.cols.stride + centre(p.cols)),
+                     of_query, {1, p.channels, p.query.stride[4], p.query.stride[2]}, 0, 1);
+  }
+
   // `count` queries of row y from column x on, times the scale.
-  void pack_queries(V* to, int64_t y, int64_t x, int64_t count) const {
+  void pack_queries(V* to, int64_t y, int64_t x, int64_t count) {
+    if (call.weights != nullptr) {
+      const T* input_row =
+          stage_input(y * p.rows.stride + centre(p.rows), x * p.cols.stride + centre(p.cols), count, p.cols.stride);
+      for (int64_t c = 0; c < p.channels; c += kBlock)
+        call.weights->project(to, input_row, staged_stride(p.cols.stride), count, first_plane % p.heads / P, 0, c);
+      if (p.scale != 1)
+        for (int64_t i = 0; i < count * p.channels; ++i) to[i] *= T(p.scale);
+      return;
+    }
     const S* from = row_of(p.query, y * p.rows.stride + centre(p.rows), x * p.cols.stride + centre(p.cols));
     pack<W, S>(to, from, of_query, {count, p.channels, p.query.stride[4] * p.cols.stride, p.query.stride[2]},
                T(p.scale));
@@ -153,7 +224,7 @@ struct Group {
 
   // x.k of the taps inside the image, where k are the keys or the values of key_rows; to their weights, moved by
   // `offset` vectors.
-  void products(const Block& block, Range inside, const V* x, int64_t x_stride, const V* KeyRow<V>::*source,
+  void products(const Block& block, Range inside, const V* x, int64_t x_stride, const V* KeyRow<V>::* source,
                 int64_t channels, int64_t offset) {
     for (int i = 0; i < block.count; ++i) {
       const KeyRow<V>& row = key_rows[i];
@@ -169,7 +240,8 @@ struct Group {
     Range rows[kQueries];
     for (int r = 0; r < block.queries; ++r) {
       rows[r] = taps_inside(p.rows, block.y + r);
-      if (rows[r].last - rows[r].first < p.rows.kernel || inside.last - inside.first < p.cols.kernel)
+      whole[r] = rows[r].last - rows[r].first == p.rows.kernel && inside.last - inside.first == p.cols.kernel;
+      if (!whole[r])
         for (int64_t t = 0; t < call.taps; ++t) logits[r * call.taps + t] = masked ? lowest : V{};
     }
     products(block, inside, q, q_stride, &KeyRow<V>::keys, p.channels, 0);

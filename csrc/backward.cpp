@@ -23,7 +23,10 @@ struct Cut {
 
   // `tables` holds (segments + 1) times axis.size numbers.
   Cut(const sasa_axis& axis, int64_t segment_rows, int32_t* tables)
-      : count(ceil_div(axis.outputs, segment_rows)), rows(segment_rows), seen_by(tables), place(tables + axis.size),
+      : count(ceil_div(axis.outputs, segment_rows)),
+        rows(segment_rows),
+        seen_by(tables),
+        place(tables + axis.size),
         most_shared(0) {
     for (int64_t i = 0; i < axis.size; ++i) seen_by[i] = 0;
     for (int64_t i = 0; i < axis.size * count; ++i) place[i] = -1;
@@ -58,12 +61,16 @@ struct Backward {
   const sasa_problem& p;
   const sasa_gradients& grads;
   const Cut& cut;
-  V* shared = nullptr;    // [group][segment][place]: rows of key gradients, then of value gradients
-  V* partial = nullptr;   // [group][segment][tap][channel]: embedding gradients, rows' taps first
+  V* shared = nullptr;             // [group][segment][place]: rows of key gradients, then of value gradients
+  V* partial = nullptr;            // [group][segment][tap][channel]: embedding gradients, rows' taps first
   int64_t keys_size, values_size;  // vectors a row
 
   Backward(const Call<S, P>& c, const sasa_gradients& g, const Cut& segments)
-      : call(c), p(c.problem), grads(g), cut(segments), keys_size(p.cols.size * p.channels),
+      : call(c),
+        p(c.problem),
+        grads(g),
+        cut(segments),
+        keys_size(p.cols.size * p.channels),
         values_size(p.cols.size * p.value_channels) {}
 
   int64_t embedding_taps() const { return p.rows.kernel + p.cols.kernel; }
@@ -71,10 +78,10 @@ struct Backward {
   struct Scratch {
     G group;
     Ring<V> grad_keys, grad_values;
-    V *queries, *outputs, *lse;   // [query][column][channel]; outputs: the gradient
+    V *queries, *outputs, *lse;  // [query][column][channel]; outputs: the gradient
     V* grad_queries;
-    V* grad_logits;               // [query][tap]
-    V *row_sums, *col_sums;       // [query][kh], [query][kw] of grad_logits
+    V* grad_logits;          // [query][tap]
+    V *row_sums, *col_sums;  // [query][kh], [query][kw] of grad_logits
 
     Scratch(const Backward& b, int64_t first_plane, Workspace& w) : group(b.call, b.p.cols.size, first_plane, w) {
       const sasa_problem& p = b.p;
@@ -109,7 +116,13 @@ struct Backward {
     const int64_t y0 = segment * cut.rows, y1 = lesser(y0 + cut.rows, p.rows.outputs);
     in_blocks(y0, y1, call.together, [&](int64_t y, int queries) {
       const Block block(p.rows, y, queries, group.block_rows);
-      for (int i = 0; i < block.count; ++i) hold(scratch, index, segment, block.rows[i].y);
+      group.hold(
+          block, [&](int64_t row) { let_go(scratch, index, segment, row); },
+          [&](int64_t row) {
+            V *dk = scratch.grad_keys.row(row), *dv = scratch.grad_values.row(row);
+            for (int64_t i = 0; i < keys_size; ++i) dk[i] = V{};
+            for (int64_t i = 0; i < values_size; ++i) dv[i] = V{};
+          });
       for (int64_t x = 0; x < p.cols.outputs; x += kColumns) {
         const int64_t count = lesser(kColumns, p.cols.outputs - x);
         for (int r = 0; r < queries; ++r) {
@@ -121,6 +134,7 @@ struct Backward {
         }
         for (int64_t i = 0; i < count; ++i) {
           group.prefetch_below(block, x + i, p.cols.outputs);
+          group.prefetch_queries(block, x + i + kColumns, 0, p.cols.outputs);
           column(scratch, block, x + i, i, embeddings);
         }
         for (int r = 0; r < queries; ++r) {
@@ -134,15 +148,6 @@ struct Backward {
     });
     for (int64_t i = 0; i < group.keys.span; ++i)
       if (group.held[i] >= 0) let_go(scratch, index, segment, group.held[i]);
-  }
-
-  void hold(Scratch& scratch, int64_t index, int64_t segment, int64_t y) const {
-    const int64_t before = scratch.group.held[y % scratch.group.keys.span];
-    if (!scratch.group.hold(y)) return;
-    if (before >= 0) let_go(scratch, index, segment, before);
-    V *dk = scratch.grad_keys.row(y), *dv = scratch.grad_values.row(y);
-    for (int64_t i = 0; i < keys_size; ++i) dk[i] = V{};
-    for (int64_t i = 0; i < values_size; ++i) dv[i] = V{};
   }
 
   // No later query of the segment sees row y.
@@ -185,21 +190,23 @@ struct Backward {
     const int taps_across = int(inside.last - inside.first);
     group.all_logits(block, inside, q, q_stride, largest);
     for (int r = 0; r < block.queries; ++r) {
-      const V lse = scratch.lse[r * kColumns + i];
+      exp_all<W>(weights + r * taps, taps, scratch.lse[r * kColumns + i]);
+      if (group.whole[r]) continue;
       V outside{};  // the product of the gradient with the zeros outside: NaN where the gradient is not finite
       for (int64_t c = 0; c < E; ++c) outside += g[r * g_stride + c] * 0;
-      for (int64_t t = 0; t < taps; ++t) {
-        weights[r * taps + t] = exp_of_negative<W>(weights[r * taps + t] - lse);
-        ds[r * taps + t] = outside;
-      }
+      for (int64_t t = 0; t < taps; ++t) ds[r * taps + t] = outside;
     }
     group.products(block, inside, g, g_stride, &KeyRow<V>::values, E, ds - weights);
     for (int r = 0; r < block.queries; ++r) {
       const V* weight = weights + r * taps;
       V* d = ds + r * taps;
-      V mean{};
-      for (int64_t t = 0; t < taps; ++t) mean += weight[t] * d[t];
-      for (int64_t t = 0; t < taps; ++t) d[t] = weight[t] * (d[t] - mean);
+      V means[4] = {};  // apart, so that one sum need not wait for the one before
+      int64_t t = 0;
+      for (; t + 4 <= taps; t += 4)
+        for (int j = 0; j < 4; ++j) means[j] += weight[t + j] * d[t + j];
+      for (; t < taps; ++t) means[0] += weight[t] * d[t];
+      const V mean = (means[0] + means[1]) + (means[2] + means[3]);
+      for (t = 0; t < taps; ++t) d[t] = weight[t] * (d[t] - mean);
       sum_rows_and_cols(d, scratch.row_sums + r * p.rows.kernel, scratch.col_sums + r * p.cols.kernel);
     }
     for (int j = 0; j < block.count; ++j) {
@@ -308,11 +315,11 @@ struct Backward {
     bool all_seen_once = true;
     for (int64_t y = 0; y < p.rows.size; ++y) all_seen_once = all_seen_once && cut.seen_by[y] == 1;
     if (status == SASA_OK && !all_seen_once)
-      status = run_parallel(p.threads, call.groups * p.rows.size, size_t(keys_size + values_size) * sizeof(V),
-                            sum_task, this);
+      status = run_parallel(p.threads, call.groups * p.rows.size, size_t(keys_size + values_size) * sizeof(V), sum_task,
+                            this);
     if (status == SASA_OK && (grads.row.data != nullptr || grads.col.data != nullptr))
-      status = run_parallel(p.threads, embedding_taps() * p.channels, size_t(p.heads) * sizeof(double),
-                            embedding_task, this);
+      status = run_parallel(p.threads, embedding_taps() * p.channels, size_t(p.heads) * sizeof(double), embedding_task,
+                            this);
     return status;
   }
 };
@@ -323,16 +330,16 @@ int backward(const sasa_problem& problem, const sasa_gradients& gradients) {
   return for_instance(problem, [&](auto storage, auto lanes) {
     using S = decltype(storage);
     constexpr int P = decltype(lanes)::value;
-    const Call<S, P> call(problem);
     // Segments enough for many threads, but not so low that most rows of keys are shared.
+    const int64_t groups = ceil_div(problem.batch * problem.heads, P);
     const sasa_axis& rows = problem.rows;
-    const int64_t segment_rows =
-        ceil_div(rows.outputs, lesser(ceil_div(32, call.groups), greater(1, rows.outputs / 4)));
+    const int64_t segment_rows = ceil_div(rows.outputs, lesser(ceil_div(16, groups), greater(1, rows.outputs / 4)));
     const int64_t segments = ceil_div(rows.outputs, segment_rows);
     char* tables = allocate(size_t(rows.size) * size_t(segments + 1) * sizeof(int32_t));
     if (tables == nullptr) return int(SASA_OUT_OF_MEMORY);
     const Cut cut(rows, segment_rows, reinterpret_cast<int32_t*>(tables));
-    const int status = Backward<S, P>(call, gradients, cut).run_all();
+    const int status = with_weights<S, P>(
+        problem, [&](const Call<S, P>& call) { return Backward<S, P>(call, gradients, cut).run_all(); });
     release(tables);
     return status;
   });

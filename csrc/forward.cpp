@@ -22,7 +22,8 @@ struct Forward {
 
   Forward(const Call<S, P>& c, const sasa_tensor& o) : call(c), p(c.problem), output(o) {
     // Enough tasks that no thread waits long for the last one, but rows of keys at the cuts are packed twice.
-    const int64_t rows = p.rows.outputs, wanted = p.threads <= 1 ? 1 : 4 * int64_t(p.threads);
+    const int64_t rows = p.rows.outputs;
+    const int64_t wanted = p.threads <= 1 ? 1 : call.weights != nullptr ? p.threads : 4 * int64_t(p.threads);
     segments = lesser(ceil_div(wanted, call.groups), greater(1, rows / 12));
     if (segments * call.groups < p.threads) segments = lesser(ceil_div(p.threads, call.groups), rows);
     segment_rows = ceil_div(rows, segments);
@@ -63,13 +64,14 @@ struct Forward {
     group.start(x0, x1);
     in_blocks(y0, y1, call.together, [&](int64_t y, int queries) {
       const Block block(p.rows, y, queries, group.block_rows);
-      for (int i = 0; i < block.count; ++i) group.hold(block.rows[i].y);
+      group.hold(block, [](int64_t) {}, [](int64_t) {});
       for (int64_t x = x0; x < x1; x += kColumns) {
         const int64_t count = lesser(kColumns, x1 - x);
         for (int r = 0; r < queries; ++r)
           group.pack_queries(scratch.queries + r * kColumns * p.channels, y + r, x, count);
         for (int64_t i = 0; i < count; ++i) {
           group.prefetch_below(block, x - x0 + i, x1 - x0);
+          group.prefetch_queries(block, x + i + kColumns, x0, x1);
           column(scratch, block, x + i, i);
         }
         for (int r = 0; r < queries; ++r) {
@@ -91,12 +93,7 @@ struct Forward {
     const Range inside = group.point_at(block, x, group.logits);
     group.all_logits(block, inside, scratch.queries + i * p.channels, kColumns * p.channels, largest);
     for (int r = 0; r < block.queries; ++r) {
-      V sum{};
-      V* weight = group.logits + r * call.taps;
-      for (int64_t t = 0; t < call.taps; ++t) {
-        weight[t] = exp_of_negative<W>(weight[t] - largest[r]);
-        sum += weight[t];
-      }
+      const V sum = exp_all<W>(group.logits + r * call.taps, call.taps, largest[r]);
       factor[r] = 1 / sum;
       scratch.lse[r * kColumns + i] = largest[r] + log_of_sum<W>(sum);
     }
@@ -114,11 +111,12 @@ int forward(const sasa_problem& problem, const sasa_tensor& output) {
   return for_instance(problem, [&](auto storage, auto lanes) {
     using S = decltype(storage);
     constexpr int P = decltype(lanes)::value;
-    const Call<S, P> call(problem);
-    Forward<S, P> f(call, output);
-    Workspace size{nullptr};
-    typename Forward<S, P>::Scratch(f, 0, size);
-    return run_parallel(problem.threads, call.groups * f.segments * f.strips, size.used, Forward<S, P>::task, &f);
+    return with_weights<S, P>(problem, [&](const Call<S, P>& call) {
+      Forward<S, P> f(call, output);
+      Workspace size{nullptr};
+      typename Forward<S, P>::Scratch(f, 0, size);
+      return run_parallel(problem.threads, call.groups * f.segments * f.strips, size.used, Forward<S, P>::task, &f);
+    });
   });
 }
 

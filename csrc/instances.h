@@ -9,26 +9,60 @@ namespace SASA_ISA {
 template <int N>
 using Lanes = std::integral_constant<int, N>;
 
-// Half-wide vectors where fewer lanes would lie idle: they do more than half of the work of wide ones.
+// Half-wide vectors where fewer lanes would lie idle: they do more than half of the work of wide ones. Where queries,
+// keys and values are projected, vectors must be filled with the heads of one image.
+template <class S>
+constexpr int kLanes = kVectorBytes / int(sizeof(typename Compute<S>::T));
+
+template <class S>
+int lanes_for(const sasa_problem& p) {
+  constexpr int P = kLanes<S>;
+  if (kVectorBytes == 16) return P;
+  if (p.projection != nullptr) return p.heads % P == 0 ? P : P / 2;
+  const int64_t planes = p.batch * p.heads;
+  return 10 * ceil_div(planes, P) > 6 * ceil_div(planes, P / 2) ? P / 2 : P;
+}
+
 template <class S, class F>
 int for_lanes(const sasa_problem& p, F f) {
-  constexpr int P = kVectorBytes / int(sizeof(typename Compute<S>::T));
-  if constexpr (kVectorBytes > 16) {
-    const int64_t planes = p.batch * p.heads;
-    if (10 * ceil_div(planes, P) > 6 * ceil_div(planes, P / 2)) return f(S{}, Lanes<P / 2>{});
-  }
-  return f(S{}, Lanes<P>{});
+  if constexpr (kVectorBytes > 16)
+    if (lanes_for<S>(p) < kLanes<S>) return f(S{}, Lanes<kLanes<S> / 2>{});
+  return f(S{}, Lanes<kLanes<S>>{});
 }
 
 template <class F>
 int for_instance(const sasa_problem& p, F f) {
   switch (p.dtype) {
-    case SASA_FLOAT32: return for_lanes<float>(p, f);
-    case SASA_FLOAT64: return for_lanes<double>(p, f);
-    case SASA_BFLOAT16: return for_lanes<BFloat16>(p, f);
-    case SASA_FLOAT16: return for_lanes<Float16>(p, f);
-    default: return SASA_BAD_ARGUMENT;
+    case SASA_FLOAT32:
+      return for_lanes<float>(p, f);
+    case SASA_FLOAT64:
+      return for_lanes<double>(p, f);
+    case SASA_BFLOAT16:
+      return for_lanes<BFloat16>(p, f);
+    case SASA_FLOAT16:
+      return for_lanes<Float16>(p, f);
+    default:
+      return SASA_BAD_ARGUMENT;
   }
+}
+
+// Calls run(call), with the layer's weights in lanes if there are any.
+template <class S, int P, class F>
+int with_weights(const sasa_problem& problem, F run) {
+  Call<S, P> call(problem);
+  if (problem.projection == nullptr) return run(call);
+  if (problem.heads % P != 0 || problem.channels != problem.value_channels) return SASA_BAD_ARGUMENT;
+  Workspace needed{nullptr};
+  Weights<S, P>(problem, needed);
+  char* memory = allocate(needed.used);
+  if (memory == nullptr) return SASA_OUT_OF_MEMORY;
+  Workspace workspace{memory};
+  Weights<S, P> weights(problem, workspace);
+  int status = run_parallel(problem.threads, problem.heads / P * 3, 0, Weights<S, P>::task, &weights);
+  call.weights = &weights;
+  if (status == SASA_OK) status = run(call);
+  release(memory);
+  return status;
 }
 
 }  // namespace SASA_ISA

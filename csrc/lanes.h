@@ -35,9 +35,9 @@ struct Row {
 
 // The two dimensions of a row by how they lie in memory, where the inner one is contiguous.
 struct Order {
-  int64_t inner, outer;            // sizes
+  int64_t inner, outer;              // sizes
   int64_t inner_lanes, outer_lanes;  // strides in vectors
-  int64_t outer_memory;            // stride in elements
+  int64_t outer_memory;              // stride in elements
 };
 
 // Whether one of the dimensions is contiguous in memory, and their order if so.
@@ -83,6 +83,45 @@ SASA_INLINE void unpack_block(S* to, const typename W::V* from, int64_t stride, 
     if (lane < planes.count) store<W>(to + planes.offset[lane], v[lane], All ? W::P : count);
 }
 
+// Half of the lanes' numbers of one block, half of the next: short blocks fill the transposition two at a time.
+template <class W, class S>
+SASA_INLINE void pack_two(typename W::V* to, int64_t inner_to, int64_t outer_to, const S* from, int64_t outer_from,
+                          const Planes<W::P>& planes, typename W::T factor) {
+  using Half = Vector<typename W::T, W::P / 2>;
+  typename W::V v[W::P];
+  SASA_UNROLL
+  for (int lane = 0; lane < W::P; ++lane)
+    v[lane] =
+        join<W>(load_all<Half>(from + planes.offset[lane]), load_all<Half>(from + planes.offset[lane] + outer_from));
+  transpose<W>(v);
+  SASA_UNROLL
+  for (int i = 0; i < W::P / 2; ++i) {
+    to[i * inner_to] = v[i] * factor;
+    to[outer_to + i * inner_to] = v[W::P / 2 + i] * factor;
+  }
+}
+
+template <class W, class S>
+SASA_INLINE void unpack_two(S* to, int64_t outer_to, const typename W::V* from, int64_t inner_from, int64_t outer_from,
+                            const Planes<W::P>& planes, typename W::T factor) {
+  using Half = Vector<typename W::T, W::P / 2>;
+  typename W::V v[W::P];
+  SASA_UNROLL
+  for (int i = 0; i < W::P / 2; ++i) {
+    v[i] = from[i * inner_from] * factor;
+    v[W::P / 2 + i] = from[outer_from + i * inner_from] * factor;
+  }
+  transpose<W>(v);
+  SASA_UNROLL
+  for (int lane = 0; lane < W::P; ++lane)
+    if (lane < planes.count) {
+      typename Half::V halves[2];
+      memcpy(halves, &v[lane], sizeof(halves));
+      store<Half>(to + planes.offset[lane], halves[0], W::P / 2);
+      store<Half>(to + planes.offset[lane] + outer_to, halves[1], W::P / 2);
+    }
+}
+
 // Asks for the memory of `count` pixels from `first` on, to be packed later: loads of P planes at once are too many for
 // the processor to foresee. Addresses past the tensor do no harm.
 template <class W, class S>
@@ -96,7 +135,7 @@ SASA_INLINE void prefetch(const S* from, const Planes<W::P>& planes, const Row& 
   for (int lane = 0; lane < planes.count; ++lane)
     for (int64_t o = 0; o < outer; ++o)
       for (int64_t i = 0; i < inner; i += kLine)
-        __builtin_prefetch(start + planes.offset[lane] + o * order.outer_memory + i, 0, 2);
+        __builtin_prefetch(start + planes.offset[lane] + o * order.outer_memory + i, 0, 3);
 }
 
 // to[pixel * channels + channel] = from[...] of every lane, times `factor`.
@@ -124,12 +163,18 @@ SASA_NOINLINE void pack(typename W::V* to, const S* from, const Planes<W::P>& pl
     const int count = int(lesser(P, order.inner - start));
     typename W::V* target = to + start * order.inner_lanes;
     const S* source = from + start;
+    int64_t first = 0;
+    if constexpr (P >= 8)
+      if (count == P / 2)
+        for (; first + 2 <= order.outer; first += 2)
+          pack_two<W>(target + first * order.outer_lanes, order.inner_lanes, order.outer_lanes,
+                      source + first * order.outer_memory, order.outer_memory, planes, factor);
     if (count == P)
       for (int64_t o = 0; o < order.outer; ++o)
         pack_block<W, true>(target + o * order.outer_lanes, order.inner_lanes, source + o * order.outer_memory, planes,
                             P, factor);
     else
-      for (int64_t o = 0; o < order.outer; ++o)
+      for (int64_t o = first; o < order.outer; ++o)
         pack_block<W, false>(target + o * order.outer_lanes, order.inner_lanes, source + o * order.outer_memory, planes,
                              count, factor);
   }
@@ -153,12 +198,18 @@ SASA_NOINLINE void unpack(S* to, const typename W::V* from, const Planes<W::P>& 
     const int count = int(lesser(P, order.inner - start));
     const typename W::V* source = from + start * order.inner_lanes;
     S* target = to + start;
+    int64_t first = 0;
+    if constexpr (P >= 8)
+      if (count == P / 2)
+        for (; first + 2 <= order.outer; first += 2)
+          unpack_two<W>(target + first * order.outer_memory, order.outer_memory, source + first * order.outer_lanes,
+                        order.inner_lanes, order.outer_lanes, planes, factor);
     if (count == P)
       for (int64_t o = 0; o < order.outer; ++o)
         unpack_block<W, true>(target + o * order.outer_memory, source + o * order.outer_lanes, order.inner_lanes,
                               planes, P, factor);
     else
-      for (int64_t o = 0; o < order.outer; ++o)
+      for (int64_t o = first; o < order.outer; ++o)
         unpack_block<W, false>(target + o * order.outer_memory, source + o * order.outer_lanes, order.inner_lanes,
                                planes, count, factor);
   }

@@ -19,11 +19,11 @@ extern "C" {
 #define SASA_EXPORT __attribute__((visibility("default")))
 
 /* Raised with every change of the structures below; sasa_interface_version() returns the library's. */
-#define SASA_INTERFACE_VERSION 1
+#define SASA_INTERFACE_VERSION 3
 
 enum sasa_dtype { SASA_FLOAT32 = 0, SASA_FLOAT64 = 1, SASA_BFLOAT16 = 2, SASA_FLOAT16 = 3 };
 enum sasa_border { SASA_ZERO = 0, SASA_MASK = 1, SASA_VALID = 2 };
-enum sasa_status { SASA_OK = 0, SASA_OUT_OF_MEMORY = 1, SASA_BAD_ARGUMENT = 2 };
+enum sasa_status { SASA_OK = 0, SASA_OUT_OF_MEMORY = 1, SASA_BAD_ARGUMENT = 2, SASA_UNSUPPORTED = 3 };
 
 /* A tensor (batch, heads, channels, height, width); strides in elements, any sign or order. */
 typedef struct {
@@ -47,20 +47,33 @@ typedef struct {
   int64_t before;   /* pixels by which the first window reaches out of the image */
 } sasa_axis;
 
+/* A layer's projections: queries, keys and values are the input times the weight plus the bias, per pixel. */
+typedef struct {
+  sasa_tensor input; /* (batch, 1, in_channels, height, width) */
+  int64_t in_channels;
+  const void* weight; /* (3 * heads * channels, in_channels): queries, keys, values; strides in elements */
+  int64_t weight_stride[2];
+  const void* bias; /* (3 * heads * channels) contiguous, or NULL */
+} sasa_projection;
+
 /* Sizes and inputs of a call. The log-sum-exp is contiguous (batch, heads, rows.outputs, cols.outputs), float32, or
  * float64 for float64 inputs: forward writes it, backward reads it. */
 typedef struct {
-  int32_t dtype;   /* sasa_dtype, of all tensors */
-  int32_t border;  /* sasa_border */
-  int32_t threads; /* at most so many; the results do not depend on it */
+  int32_t dtype;      /* sasa_dtype, of all tensors */
+  int32_t border;     /* sasa_border */
+  int32_t threads;    /* at most so many; the results do not depend on it */
   int32_t capability; /* instruction set, an index below sasa_capability_count() */
   double scale;
   int64_t batch, heads, channels, value_channels;
   sasa_axis rows, cols;
-  sasa_tensor query, key, value;
+  sasa_tensor query, key, value;     /* not read if there is a projection */
+  const sasa_projection* projection; /* or NULL; for heads of which sasa_can_project() */
   sasa_embedding row, col;
   void* lse;
 } sasa_problem;
+
+/* Whether so many heads, with value_channels equal to channels, can be projected: they must fill vectors. */
+SASA_EXPORT int sasa_can_project(const sasa_problem* problem);
 
 /* Writes output (batch, heads, value_channels, rows.outputs, cols.outputs) and problem->lse. */
 SASA_EXPORT int sasa_forward(const sasa_problem* problem, const sasa_tensor* output);
@@ -74,6 +87,22 @@ typedef struct {
 
 /* Recomputes the weights from problem->lse and writes all gradients. */
 SASA_EXPORT int sasa_backward(const sasa_problem* problem, const sasa_gradients* gradients);
+
+/* y = x W^T + b over pixels, float32, all matrices contiguous: the gradient of y gives grad_input = grad W, and
+ * grad_weight += grad^T x, grad_bias += the sum of grad. */
+typedef struct {
+  int32_t threads, capability;
+  int64_t pixels, outputs, inputs;
+  const float* grad;   /* (pixels, outputs) */
+  const float* input;  /* (pixels, inputs) */
+  const float* weight; /* (outputs, inputs) */
+  float* grad_input;   /* (pixels, inputs) */
+  float* grad_weight;  /* (outputs, inputs), added to */
+  float* grad_bias;    /* (outputs), added to; or NULL */
+} sasa_linear;
+
+/* SASA_UNSUPPORTED, with nothing written, if the inputs don't fill vectors or grad_input is not aligned to them. */
+SASA_EXPORT int sasa_linear_gradients(const sasa_linear* problem);
 
 /* Instruction sets in this build that this processor has, slowest first; "default" needs nothing. */
 SASA_EXPORT int32_t sasa_capability_count(void);

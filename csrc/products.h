@@ -14,9 +14,9 @@
 namespace sasa {
 namespace SASA_ISA {
 
-constexpr int kQueries = 3;                            // queries above each other, computed together
-constexpr int kTaps = kRegisters == 32 ? 7 : 4;        // taps whose sums stay in registers: kQueries * kTaps + 4 of them
-constexpr int kChannels = kRegisters == 32 ? 8 : 4;    // channels likewise
+constexpr int kQueries = 3;                          // queries above each other, computed together
+constexpr int kTaps = kRegisters == 32 ? 7 : 4;      // taps whose sums stay in registers: kQueries * kTaps + 4 of them
+constexpr int kChannels = kRegisters == 32 ? 8 : 4;  // channels likewise
 
 // One row of keys as a column of queries sees it. Strides are in vectors.
 template <class V>
@@ -44,8 +44,7 @@ SASA_NOINLINE void dots_of(const V* q, int64_t q_stride, const V* k, int64_t k_s
     }
   }
   SASA_UNROLL
-  for (int r = 0; r < Q; ++r)
-    SASA_UNROLL
+  for (int r = 0; r < Q; ++r) SASA_UNROLL
   for (int t = 0; t < N; ++t) w[r * w_stride + t] = sum[r][t];
 }
 
@@ -54,8 +53,7 @@ SASA_NOINLINE void spread_of(const V* q, int64_t q_stride, V* k, int64_t k_strid
                              int64_t w_stride) {
   V weight[Q][N];
   SASA_UNROLL
-  for (int r = 0; r < Q; ++r)
-    SASA_UNROLL
+  for (int r = 0; r < Q; ++r) SASA_UNROLL
   for (int t = 0; t < N; ++t) weight[r][t] = w[r * w_stride + t];
   for (int64_t c = 0; c < channels; ++c) {
     V query[Q];
@@ -106,8 +104,8 @@ template <class V>
 SASA_INLINE void dots(const V* q, int64_t q_stride, int queries, const V* k, int64_t k_stride, int taps,
                       int64_t channels, V* w, int64_t w_stride) {
   in_parts(taps, [&](int start, int count) {
-    dots_for<V>(queries, count, std::make_integer_sequence<int, kTaps>{})(
-        q, q_stride, k + start * k_stride, k_stride, channels, w + start, w_stride);
+    dots_for<V>(queries, count, std::make_integer_sequence<int, kTaps>{})(q, q_stride, k + start * k_stride, k_stride,
+                                                                          channels, w + start, w_stride);
   });
 }
 
@@ -115,8 +113,8 @@ template <class V>
 SASA_INLINE void spread(const V* q, int64_t q_stride, int queries, V* k, int64_t k_stride, int taps, int64_t channels,
                         const V* w, int64_t w_stride) {
   in_parts(taps, [&](int start, int count) {
-    spread_for<V>(queries, count, std::make_integer_sequence<int, kTaps>{})(
-        q, q_stride, k + start * k_stride, k_stride, channels, w + start, w_stride);
+    spread_for<V>(queries, count, std::make_integer_sequence<int, kTaps>{})(q, q_stride, k + start * k_stride, k_stride,
+                                                                            channels, w + start, w_stride);
   });
 }
 
@@ -139,19 +137,31 @@ SASA_INLINE void weigh_row(V (&sum)[kQueries][N], const V* v, int64_t v_stride, 
 }
 
 template <class V, int N>
-SASA_NOINLINE void weigh_of(const KeyRow<V>* rows, int count, const V* KeyRow<V>::*source, int64_t channel,
+SASA_NOINLINE void weigh_of(const KeyRow<V>* rows, int count, const V* KeyRow<V>::* source, int64_t channel,
                             int64_t v_stride, int taps, int64_t w_stride, V* y, int64_t y_stride, int queries) {
   V sum[kQueries][N] = {};
   for (int i = 0; i < count; ++i) {
     const KeyRow<V>& row = rows[i];
     const V* v = row.*source + channel;
     switch (row.first * 4 + row.last) {
-      case 1: weigh_row<V, 0, 1>(sum, v, v_stride, taps, row.weights, w_stride); break;
-      case 2: weigh_row<V, 0, 2>(sum, v, v_stride, taps, row.weights, w_stride); break;
-      case 3: weigh_row<V, 0, 3>(sum, v, v_stride, taps, row.weights, w_stride); break;
-      case 6: weigh_row<V, 1, 2>(sum, v, v_stride, taps, row.weights, w_stride); break;
-      case 7: weigh_row<V, 1, 3>(sum, v, v_stride, taps, row.weights, w_stride); break;
-      default: weigh_row<V, 2, 3>(sum, v, v_stride, taps, row.weights, w_stride); break;
+      case 1:
+        weigh_row<V, 0, 1>(sum, v, v_stride, taps, row.weights, w_stride);
+        break;
+      case 2:
+        weigh_row<V, 0, 2>(sum, v, v_stride, taps, row.weights, w_stride);
+        break;
+      case 3:
+        weigh_row<V, 0, 3>(sum, v, v_stride, taps, row.weights, w_stride);
+        break;
+      case 6:
+        weigh_row<V, 1, 2>(sum, v, v_stride, taps, row.weights, w_stride);
+        break;
+      case 7:
+        weigh_row<V, 1, 3>(sum, v, v_stride, taps, row.weights, w_stride);
+        break;
+      default:
+        weigh_row<V, 2, 3>(sum, v, v_stride, taps, row.weights, w_stride);
+        break;
     }
   }
   SASA_UNROLL
@@ -164,7 +174,7 @@ SASA_NOINLINE void weigh_of(const KeyRow<V>* rows, int count, const V* KeyRow<V>
 
 // y[query] = sum over the rows of keys and their taps; `source` says whether to weigh the keys or the values.
 template <class V>
-SASA_INLINE void weigh(const KeyRow<V>* rows, int count, const V* KeyRow<V>::*source, int64_t v_stride, int taps,
+SASA_INLINE void weigh(const KeyRow<V>* rows, int count, const V* KeyRow<V>::* source, int64_t v_stride, int taps,
                        int64_t w_stride, int64_t channels, V* y, int64_t y_stride, int queries) {
   int64_t c = 0;
   for (; c + kChannels <= channels; c += kChannels)

@@ -48,8 +48,15 @@ struct Vector {
   typedef T V __attribute__((vector_size(P_ * sizeof(T_))));
   typedef Int I __attribute__((vector_size(P_ * sizeof(T_))));
 
-  static SASA_INLINE V all(T x) { return V{} + x; }
+  static SASA_INLINE V all(T x) { return all_of(x, std::make_index_sequence<P_>{}); }
   static SASA_INLINE V max(V a, V b) { return a > b ? a : b; }
+
+ private:
+  // Not zero plus x, which is an addition: a zero may have a sign.
+  template <size_t... Lane>
+  static SASA_INLINE V all_of(T x, std::index_sequence<Lane...>) {
+    return V{(void(Lane), x)...};
+  }
 };
 
 // Keeps a loaded vector in a register: compilers otherwise load it anew for every product it takes part in.
@@ -93,7 +100,7 @@ struct Constants<float> {
   static constexpr int kMantissa = 23;
   static constexpr int32_t kExponents = 0x3f800000, kFractions = 0x007fffff, kSqrtHalf = 0x3f3504f3;
   // Minimax polynomial of exp on [-ln 2 / 2, ln 2 / 2], relative error 4e-9 before rounding.
-  static constexpr float kExp[] = {1.0f,         1.0f,         0x1.fffffcp-2f, 0x1.555492p-3f,
+  static constexpr float kExp[] = {1.0f,           1.0f,           0x1.fffffcp-2f, 0x1.555492p-3f,
                                    0x1.5558f2p-5f, 0x1.1239e2p-7f, 0x1.6a2432p-10f};
   // 2 artanh(z) / z in powers of z^2.
   static constexpr float kLog[] = {2.0f, 2.0f / 3, 2.0f / 5, 2.0f / 7, 2.0f / 9};
@@ -108,9 +115,9 @@ struct Constants<double> {
   static constexpr int64_t kExponents = 0x3ff0000000000000, kFractions = 0x000fffffffffffff,
                            kSqrtHalf = 0x3fe6a09e667f3bcd;
   // Taylor's, to the 13th power: relative error 5e-18 before rounding.
-  static constexpr double kExp[] = {1.0,           1.0,           1.0 / 2,        1.0 / 6,         1.0 / 24,
-                                    1.0 / 120,     1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
-                                    1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  static constexpr double kExp[] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
   static constexpr double kLog[] = {2.0,      2.0 / 3,  2.0 / 5,  2.0 / 7,  2.0 / 9, 2.0 / 11,
                                     2.0 / 13, 2.0 / 15, 2.0 / 17, 2.0 / 19, 2.0 / 21};
 };
@@ -148,6 +155,35 @@ SASA_INLINE typename W::V exp_of_negative(typename W::V x) {
 #endif
 }
 
+// w = exp(w - shift), where that is at most 1; returns the sum. Half-wide vectors are computed two at a time.
+template <class W>
+SASA_INLINE typename W::V exp_all(typename W::V* w, int64_t count, typename W::V shift) {
+  using V = typename W::V;
+  V sum{};
+  int64_t i = 0;
+  if constexpr (2 * sizeof(V) == kVectorBytes) {
+    using Wide = Vector<typename W::T, 2 * W::P>;
+    typename Wide::V shifts, sums{};
+    memcpy(&shifts, &shift, sizeof(V));
+    memcpy(reinterpret_cast<char*>(&shifts) + sizeof(V), &shift, sizeof(V));
+    for (; i + 2 <= count; i += 2) {
+      typename Wide::V pair;
+      memcpy(&pair, w + i, sizeof(pair));
+      pair = exp_of_negative<Wide>(pair - shifts);
+      memcpy(w + i, &pair, sizeof(pair));
+      sums += pair;
+    }
+    V halves[2];
+    memcpy(halves, &sums, sizeof(sums));
+    sum = halves[0] + halves[1];
+  }
+  for (; i < count; ++i) {
+    w[i] = exp_of_negative<W>(w[i] - shift);
+    sum += w[i];
+  }
+  return sum;
+}
+
 // log(x) for finite x >= 1; NaN stays NaN.
 template <class W>
 SASA_INLINE typename W::V log_of_sum(typename W::V x) {
@@ -177,6 +213,22 @@ SASA_INLINE void exchange(typename W::V& a, typename W::V& b, std::index_sequenc
 #endif
   a = low;
   b = high;
+}
+
+// A vector of two halves.
+template <class W, size_t... E, class H>
+SASA_INLINE typename W::V join_lanes(H low, H high, std::index_sequence<E...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(low, high, E...);
+#else
+  H halves[2] = {low, high};
+  return bits_as<typename W::V>(halves);
+#endif
+}
+
+template <class W, class H>
+SASA_INLINE typename W::V join(H low, H high) {
+  return join_lanes<W>(low, high, std::make_index_sequence<W::P>{});
 }
 
 template <class W, int H = W::P / 2>

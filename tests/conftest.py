@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sasa.ops import implementations
+from sasa.ops import cpu, implementations
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on CUDA
 torch.set_num_threads(2)
@@ -27,10 +27,14 @@ def _same_start():
 
 
 class Tested(NamedTuple):
-    """An implementation on a device of this machine."""
+    """An implementation on a device of this machine; of the compiled kernels, one instruction set."""
 
     name: str
     device: str
+    capability: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}{f'[{self.capability}]' if self.capability else ''}-{self.device}"
 
     def supports(self, dtype: torch.dtype) -> bool:
         """Whether it computes tensors of this dtype on this device."""
@@ -46,13 +50,35 @@ class Tested(NamedTuple):
         return torch.float64 if self.supports(torch.float64) else torch.float32
 
 
-def _tested() -> list[Tested]:
+FASTEST_ALONE = ("test_compile", "test_registration")  # what they test does not depend on the instruction set
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """Tests that ask for the implementation run with every one of this machine, whatever the number of them."""
+    if "implementation" not in metafunc.fixturenames:
+        return
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     every = [Tested(name, device) for name in implementations.names() for device in devices]
-    return [tested for tested in every if tested.supports(torch.float32)]
+    tested = [one for one in every if one.supports(torch.float32)]
+    if metafunc.module.__name__ not in FASTEST_ALONE:
+        tested += [Tested("cpu", "cpu", capability) for capability in cpu.capabilities()[:-1]]
+    metafunc.parametrize("implementation", tested, ids=str, indirect=True, scope="session")
 
 
-@pytest.fixture(scope="session", params=_tested(), ids="-".join)
+@pytest.fixture(scope="session")
 def implementation(request) -> Tested:
     """Every implementation this machine can run, the slow ones and those of the future alike."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _instruction_set(request):
+    """The instruction set of the implementation under test, for this test alone."""
+    tested = request.getfixturevalue("implementation") if "implementation" in request.fixturenames else None
+    if tested is None or tested.capability is None:
+        yield
+        return
+    before = cpu.capability()
+    cpu.set_capability(tested.capability)
+    yield
+    cpu.set_capability(before)

@@ -8,6 +8,7 @@ from image_files import write_images
 
 import sasa
 from sasa.cli import main
+from sasa.ops import cpu
 
 
 def test_info_names_versions_implementations_and_threads(capsys):
@@ -15,6 +16,29 @@ def test_info_names_versions_implementations_and_threads(capsys):
     printed = capsys.readouterr().out
     for expected in (sasa.__version__, "torch", "timm", "threads", "reference  plain PyTorch"):
         assert expected in printed
+
+
+def compiled_kernels_in(printed: str) -> str:
+    return next(line.split(maxsplit=2)[2] for line in printed.splitlines() if line.startswith("compiled kernels"))
+
+
+def test_info_tells_the_instruction_sets_of_the_compiled_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "_chosen", "default")
+    main(["info"])
+    assert compiled_kernels_in(capsys.readouterr().out) == f"default (of {', '.join(cpu.capabilities())})"
+
+
+def test_info_tells_why_there_are_no_compiled_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "why_missing", lambda: "no compiler")
+    main(["info"])
+    assert compiled_kernels_in(capsys.readouterr().out) == "no: no compiler"
+
+
+def test_info_tells_of_an_unknown_instruction_set(capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "_chosen", None)
+    monkeypatch.setenv("SASA_CPU_CAPABILITY", "avx1024")
+    assert main(["info"]) == 0
+    assert "SASA_CPU_CAPABILITY: expected one of 'default'" in compiled_kernels_in(capsys.readouterr().out)
 
 
 def test_help_lists_the_commands(capsys):

@@ -14,6 +14,7 @@ import torch
 
 from . import __version__
 from ._extras import require
+from .ops import cpu
 from .ops.implementations import IMPLEMENTATIONS
 
 USAGE = """usage: sasa COMMAND [options]
@@ -57,6 +58,7 @@ def _info(arguments: list[str]) -> int:
             rows[package] = "not installed"
     rows["threads"] = str(torch.get_num_threads())
     rows["cpu capability"] = torch.backends.cpu.get_cpu_capability()
+    rows["compiled kernels"] = _compiled_kernels()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows["cuda devices"] = ", ".join(devices) or "none"
     width = max(map(len, rows))
@@ -66,6 +68,17 @@ def _info(arguments: list[str]) -> int:
     for implementation in IMPLEMENTATIONS:
         print(f"  {implementation.name:<10} {implementation.summary}")
     return 0
+
+
+def _compiled_kernels() -> str:
+    """The instruction set that the CPU kernels use and those they could, or why there are none."""
+    reason = cpu.why_missing()
+    if reason is not None:
+        return f"no: {reason}"
+    try:
+        return f"{cpu.capability()} (of {', '.join(cpu.capabilities())})"
+    except ValueError as error:
+        return f"error: {error}"
 
 
 def _train(arguments: list[str]) -> int:

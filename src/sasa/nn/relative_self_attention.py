@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._extras import require
-from ..ops import checks
-from ..ops.implementations import names
-from ..ops.local_attention import local_attention, local_attention_weights
+from ..ops import checks, cpu
+from ..ops.implementations import choose, names
+from ..ops.local_attention import autocast, local_attention, local_attention_weights
+from ..ops.projected import projected_attention
 from ..ops.window import BORDERS
 from .notebook import read_notebook_weights
 from .position import POSITION_SPLITS, POSITIONS, embedding_rows, embeddings_by_head, sinusoidal_encoding
@@ -48,6 +50,9 @@ class RelativeSelfAttention(nn.Module):
         bias: whether the projections have biases.
         scale: factor on the logits; the paper has none.
         implementation: None for the fastest, or a name: see :func:`sasa.local_attention`.
+        recompute: whether to keep only the input for the backward, as a convolution does, and project queries, keys
+            and values again there, for a fraction of the memory. None does so where it is faster too: with the CPU
+            kernels, in float32, for heads in multiples of 8.
         device: where to create the parameters.
         dtype: of the parameters.
 
@@ -89,6 +94,7 @@ class RelativeSelfAttention(nn.Module):
         bias: bool = True,
         scale: float = 1.0,
         implementation: str | None = None,
+        recompute: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -113,6 +119,7 @@ class RelativeSelfAttention(nn.Module):
         self.position_split = position_split
         self.scale = checks.number("scale", scale)
         self.implementation = implementation
+        self.recompute = recompute
 
         self.qkv = nn.Conv2d(in_channels, 3 * out_channels, 1, bias=bias, device=device, dtype=dtype)
         if position == "relative":
@@ -153,6 +160,8 @@ class RelativeSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend: (B, in_channels, H, W) to (B, out_channels, H', W')."""
+        if self._keeps_nothing(x):
+            return self._projected_attention(x)
         query, key, value = self._project(x)
         return local_attention(query, key, value, implementation=self.implementation, **self._options()).flatten(1, 2)
 
@@ -161,8 +170,50 @@ class RelativeSelfAttention(nn.Module):
         query, key, _ = self._project(x)
         return local_attention_weights(query, key, **self._options())
 
+    def _keeps_nothing(self, x: Tensor) -> bool:
+        """Whether to compute the layer as one operator, without queries, keys and values in memory: as ``recompute``
+        says, and on the CPU where no backward will want them. Hooks on ``qkv`` and what took its place are honoured.
+        """
+        qkv = self.qkv
+        if type(qkv) is not nn.Conv2d or qkv._forward_hooks or qkv._forward_pre_hooks or is_parametrized(qkv):
+            return False
+        tracked = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if tracked and self.recompute is None:
+            return not torch.compiler.is_compiling() and self._is_faster_recomputed(x)
+        return bool(self.recompute) if tracked else x.device.type == "cpu"
+
+    def _is_faster_recomputed(self, x: Tensor) -> bool:
+        return (
+            x.device.type == "cpu"
+            and x.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and self.num_heads % 8 == 0
+            and self.implementation in (None, "cpu")
+            and cpu.why_missing() is None
+        )
+
+    def _projected_attention(self, x: Tensor) -> Tensor:
+        x = self._checked(x)
+        options = self._options()
+        tensors = x, self.qkv.weight, self.qkv.bias, options["row_embedding"], options["col_embedding"]
+        x, weight, bias, row, col = autocast(*tensors)
+        height, width = ((k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        if min(x.shape[2:]) < 1 or (self.border == "valid" and (x.shape[2] < height or x.shape[3] < width)):
+            query, key, value = self._project(x)
+            return local_attention(query, key, value, **options)  # raises the error that says what is wrong
+        if self.implementation is not None and not torch.compiler.is_compiling():
+            choose(self.implementation, x)
+        sizes = self.num_heads, self.kernel_size, self.stride, self.dilation
+        return projected_attention(
+            x, weight.flatten(1), bias, row, col, *sizes, self.border, self.scale, self.implementation
+        )
+
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, N, D, H, W): views of one product."""
+        return self.qkv(self._checked(x)).unflatten(1, (3 * self.num_heads, -1)).chunk(3, dim=1)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """The input with what is added to it; raises ValueError if it doesn't fit the layer."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"x: expected shape (batch, in_channels={self.in_channels}, height, width), got {tuple(x.shape)}"
@@ -174,7 +225,7 @@ class RelativeSelfAttention(nn.Module):
             raise ValueError(f"x: expected dtype {weight.dtype} as the parameters have, got {x.dtype}")
         if self.position == "absolute":
             x = x + sinusoidal_encoding(x)
-        return self.qkv(x).unflatten(1, (3 * self.num_heads, -1)).chunk(3, dim=1)
+        return x
 
     def _options(self) -> dict:
         row = col = None
@@ -235,7 +286,7 @@ class RelativeSelfAttention(nn.Module):
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
         parts += [f"num_heads={self.num_heads}, stride={self.stride}"]
         defaults = {"dilation": (1, 1), "border": "zero", "position": "relative", "position_split": "per_head"}
-        defaults |= {"scale": 1.0, "implementation": None}
+        defaults |= {"scale": 1.0, "implementation": None, "recompute": None}
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")

@@ -1,7 +1,7 @@
 """The C++ kernels (``csrc/``): finds the library, loads it, and calls it with the addresses of tensors.
 
-The library knows nothing of PyTorch: it is built once by CMake when the package is installed, and holds the same kernels
-for several instruction sets. Where it could not be built the package works all the same, on the reference.
+The library knows nothing of PyTorch: it is built once by CMake when the package is installed, and holds the same
+kernels for several instruction sets. Where it could not be built the package works all the same, on the reference.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from . import memory_format
 from .window import BORDERS, Axis, Window
 
 CAPABILITY_VARIABLE = "SASA_CPU_CAPABILITY"
-_INTERFACE_VERSION = 1  # SASA_INTERFACE_VERSION of csrc/local_attention.h, whose structures are repeated here
+_INTERFACE_VERSION = 3  # SASA_INTERFACE_VERSION of csrc/local_attention.h, whose structures are repeated here
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of sasa_dtype
+_UNSUPPORTED = 3  # of sasa_status
 _FILES = ("libsasa_cpu.so", "libsasa_cpu.dylib")
 
 
@@ -38,6 +40,16 @@ class _Axis(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("size", "outputs", "kernel", "stride", "dilation", "before"))
 
 
+class _Projection(ctypes.Structure):
+    _fields_ = (
+        ("input", _Tensor),
+        ("in_channels", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("weight_stride", ctypes.c_int64 * 2),
+        ("bias", ctypes.c_void_p),
+    )
+
+
 class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("dtype", "border", "threads", "capability")),
@@ -45,6 +57,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "heads", "channels", "value_channels")),
         *((name, _Axis) for name in ("rows", "cols")),
         *((name, _Tensor) for name in ("query", "key", "value")),
+        ("projection", ctypes.POINTER(_Projection)),
         *((name, _Embedding) for name in ("row", "col")),
         ("lse", ctypes.c_void_p),
     )
@@ -54,6 +67,14 @@ class _Gradients(ctypes.Structure):
     _fields_ = (
         *((name, _Tensor) for name in ("output", "query", "key", "value")),
         *((name, _Embedding) for name in ("row", "col")),
+    )
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("threads", "capability")),
+        *((name, ctypes.c_int64) for name in ("pixels", "outputs", "inputs")),
+        *((name, ctypes.c_void_p) for name in ("grad", "input", "weight", "grad_input", "grad_weight", "grad_bias")),
     )
 
 
@@ -76,7 +97,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not found:
         return None, (
             "the compiled kernels are missing: sasa was installed without a C++ compiler; "
-            "install one and run pip install --force-reinstall --no-deps sasa-torch"
+            "install one and run pip install --force-reinstall --no-deps --no-cache-dir sasa-torch"
         )
     try:
         library = ctypes.CDLL(str(found[0]))
@@ -93,8 +114,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.sasa_set_parallel.restype = None
     library.sasa_use_huge_pages.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     library.sasa_use_huge_pages.restype = None
+    library.sasa_can_project.argtypes = (ctypes.POINTER(_Problem),)
     library.sasa_forward.argtypes = (ctypes.POINTER(_Problem), ctypes.POINTER(_Tensor))
     library.sasa_backward.argtypes = (ctypes.POINTER(_Problem), ctypes.POINTER(_Gradients))
+    library.sasa_linear_gradients.argtypes = (ctypes.POINTER(_Linear),)
     library.sasa_set_parallel(_openmp_of_torch())
     return library, ""
 
@@ -119,12 +142,20 @@ def why_missing() -> str | None:
     return None if library is not None else reason
 
 
+@functools.cache
+def _names_of(library: ctypes.CDLL | None) -> tuple[str, ...]:
+    if library is None:
+        return ()
+    return tuple(library.sasa_capability_name(index).decode() for index in range(library.sasa_capability_count()))
+
+
+def _capabilities() -> tuple[str, ...]:
+    return _names_of(_load()[0])
+
+
 def capabilities() -> list[str]:
     """Instruction sets that the library has and this processor understands, slowest first; empty without a library."""
-    library, _ = _load()
-    if library is None:
-        return []
-    return [library.sasa_capability_name(index).decode() for index in range(library.sasa_capability_count())]
+    return list(_capabilities())
 
 
 _chosen: str | None = None
@@ -137,7 +168,7 @@ def capability() -> str | None:
         ValueError: the variable names something else.
     """
     global _chosen
-    if _chosen is None and capabilities():
+    if _chosen is None and _capabilities():
         set_capability(os.environ.get(CAPABILITY_VARIABLE) or capabilities()[-1], CAPABILITY_VARIABLE)
     return _chosen
 
@@ -179,10 +210,25 @@ def in_huge_pages(fresh: Tensor) -> Tensor:
     """``fresh``, a new dense tensor, backed by huge pages where the system has them: half of the time of writing a
     large tensor for the first time is page faults.
     """
+    size = fresh.numel() * fresh.element_size()
     library, _ = _load()
-    if library is not None and fresh.device.type == "cpu":
-        library.sasa_use_huge_pages(fresh.data_ptr(), fresh.numel() * fresh.element_size())
+    if size >= 2**22 and library is not None and fresh.device.type == "cpu":
+        library.sasa_use_huge_pages(fresh.data_ptr(), size)
     return fresh
+
+
+class Projection(NamedTuple):
+    """A layer's input and its projections to queries, keys and values, one 1x1 convolution.
+
+    Attributes:
+        input: (B, C, H, W).
+        weight: (3·N·D, C): queries, keys, values.
+        bias: (3·N·D) or None.
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
 
 
 def forward(
@@ -198,13 +244,11 @@ def forward(
     """Output (B, N, Dv, h, w) in the memory format of ``query``, and log-sum-exp of the logits (B, N, h, w)."""
     height, width = window.rows.outputs, window.cols.outputs
     output = in_huge_pages(memory_format.empty(query, value.shape[2], height, width))
-    sums = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = query.new_empty((*query.shape[:2], height, width), dtype=sums)
+    lse = _empty_lse(query, *query.shape[:2], height, width)
     if query.shape[0] > 0:
-        problem = _problem(query, key, value, row, col, lse, window, border, scale)
-        library, _ = _load()
-        assert library is not None  # noqa: S101  (`unsupported` has seen to it)
-        _check(library.sasa_forward(problem, _tensor(output)))
+        problem = _problem(query.shape[:3], value.shape[2], row, col, lse, window, border, scale)
+        _set_inputs(problem, query, key, value)
+        _check(_library().sasa_forward(problem, _tensor(output)))
     return output, lse
 
 
@@ -222,23 +266,136 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key and value in their memory formats, and of row and col."""
     dense = [in_huge_pages(memory_format.empty(x, *x.shape[2:])) for x in (query, key, value)]
+    lse = lse.contiguous()
+    problem = _problem(query.shape[:3], value.shape[2], row, col, lse, window, border, scale)
+    _set_inputs(problem, query, key, value)
+    return dense[0], dense[1], dense[2], *_backward_into(dense, problem, grad_output, row, col, window)
+
+
+def can_project(projection: Projection, num_heads: int) -> bool:
+    """Whether :func:`forward_projected` takes so many heads: they must fill vectors."""
+    if unsupported(projection.input) is not None:
+        return False
+    channels = projection.weight.shape[0] // 3 // num_heads
+    problem = _Problem(
+        dtype=_DTYPES.index(projection.input.dtype),
+        capability=_capabilities().index(capability() or ""),
+        heads=num_heads,
+        channels=channels,
+        value_channels=channels,
+    )
+    return bool(_library().sasa_can_project(problem))
+
+
+def forward_projected(
+    projection: Projection,
+    num_heads: int,
+    row: Tensor | None,
+    col: Tensor | None,
+    window: Window,
+    border: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`forward`, of queries, keys and values that are projected tile by tile and never exist in memory."""
+    shape = _projected_shape(projection, num_heads)
+    height, width = window.rows.outputs, window.cols.outputs
+    like = projection.input[:, None]  # (B, 1, C, H, W): only its memory format counts
+    output = memory_format.empty(like.expand(-1, num_heads, -1, -1, -1), shape[2], height, width)
+    in_huge_pages(output)
+    lse = _empty_lse(projection.input, *shape[:2], height, width)
+    if shape[0] > 0:
+        problem = _problem(shape, shape[2], row, col, lse, window, border, scale)
+        keep = _set_projection(problem, projection)
+        _check(_library().sasa_forward(problem, _tensor(output)))
+        del keep
+    return output, lse
+
+
+def backward_projected(
+    grad_output: Tensor,
+    projection: Projection,
+    dense: Sequence[Tensor],
+    row: Tensor | None,
+    col: Tensor | None,
+    lse: Tensor,
+    window: Window,
+    border: str,
+    scale: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Writes the gradients of the projected query, key and value into ``dense``; returns those of row and col."""
+    shape = dense[0].shape[:3]
+    lse = lse.contiguous()
+    problem = _problem(shape, shape[2], row, col, lse, window, border, scale)
+    keep = _set_projection(problem, projection)
+    grads = _backward_into(dense, problem, grad_output, row, col, window)
+    del keep
+    return grads
+
+
+def linear_gradients(
+    grad: Tensor, pixels: Tensor, weight: Tensor, grad_input: Tensor, grad_weight: Tensor, grad_bias: Tensor | None
+) -> bool:
+    """Gradients of ``pixels @ weight.T + bias``: writes ``grad_input`` and adds to the other two. False, with nothing
+    done, if these matrices are not for this kernel.
+    """
+    tensors = [grad, pixels, weight, grad_input, grad_weight] + ([] if grad_bias is None else [grad_bias])
+    if any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous() for x in tensors):
+        return False
+    problem = _Linear(
+        threads=torch.get_num_threads(),
+        capability=_capabilities().index(capability() or ""),
+        pixels=pixels.shape[0],
+        outputs=weight.shape[0],
+        inputs=weight.shape[1],
+        grad=grad.data_ptr(),
+        input=pixels.data_ptr(),
+        weight=weight.data_ptr(),
+        grad_input=grad_input.data_ptr(),
+        grad_weight=grad_weight.data_ptr(),
+        grad_bias=None if grad_bias is None else grad_bias.data_ptr(),
+    )
+    status = _library().sasa_linear_gradients(problem)
+    if status == _UNSUPPORTED:
+        return False
+    _check(status)
+    return True
+
+
+def _projected_shape(projection: Projection, num_heads: int) -> tuple[int, int, int]:
+    return projection.input.shape[0], num_heads, projection.weight.shape[0] // 3 // num_heads
+
+
+def _empty_lse(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _backward_into(
+    dense: Sequence[Tensor],
+    problem: _Problem,
+    grad_output: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    window: Window,
+) -> tuple[Tensor | None, Tensor | None]:
     embeddings = [None if x is None else x.new_zeros(x.shape) for x in (row, col)]
-    if (window.rows.outputs, window.cols.outputs) != tuple(query.shape[3:]):
+    if (window.rows.outputs, window.cols.outputs) != (window.rows.size, window.cols.size):
         dense[0].zero_()  # pixels that no window is centred on
-    if query.shape[0] > 0:
-        lse = lse.contiguous()
-        problem = _problem(query, key, value, row, col, lse, window, border, scale)
+    if problem.batch > 0:
         gradients = _Gradients(_tensor(grad_output), *map(_tensor, dense), *map(_embedding, embeddings))
-        library, _ = _load()
-        assert library is not None  # noqa: S101
-        _check(library.sasa_backward(problem, gradients))
-    return dense[0], dense[1], dense[2], embeddings[0], embeddings[1]
+        _check(_library().sasa_backward(problem, gradients))
+    return embeddings[0], embeddings[1]
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    return library
 
 
 def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    shape: Sequence[int],
+    value_channels: int,
     row: Tensor | None,
     col: Tensor | None,
     lse: Tensor,
@@ -246,25 +403,43 @@ def _problem(
     border: str,
     scale: float,
 ) -> _Problem:
+    """A problem of shape (B, N, D) without its inputs."""
     return _Problem(
-        dtype=_DTYPES.index(query.dtype),
         border=BORDERS.index(border),
         threads=torch.get_num_threads(),
-        capability=capabilities().index(capability() or ""),
+        capability=_capabilities().index(capability() or ""),
         scale=scale,
-        batch=query.shape[0],
-        heads=query.shape[1],
-        channels=query.shape[2],
-        value_channels=value.shape[2],
+        batch=shape[0],
+        heads=shape[1],
+        channels=shape[2],
+        value_channels=value_channels,
         rows=_axis(window.rows),
         cols=_axis(window.cols),
-        query=_tensor(query),
-        key=_tensor(key),
-        value=_tensor(value),
         row=_embedding(row),
         col=_embedding(col),
         lse=lse.data_ptr(),
     )
+
+
+def _set_inputs(problem: _Problem, query: Tensor, key: Tensor, value: Tensor) -> None:
+    problem.dtype = _DTYPES.index(query.dtype)
+    problem.query, problem.key, problem.value = _tensor(query), _tensor(key), _tensor(value)
+
+
+def _set_projection(problem: _Problem, projection: Projection) -> tuple[_Projection, Tensor | None]:
+    """Points the problem at the projection; what is returned must live as long as the call."""
+    x, weight, bias = projection
+    bias = None if bias is None else bias.contiguous()
+    structure = _Projection(
+        input=_tensor(x[:, None]),
+        in_channels=x.shape[1],
+        weight=weight.data_ptr(),
+        weight_stride=(ctypes.c_int64 * 2)(*weight.stride()),
+        bias=None if bias is None else bias.data_ptr(),
+    )
+    problem.dtype = _DTYPES.index(x.dtype)
+    problem.projection = ctypes.pointer(structure)
+    return structure, bias
 
 
 def _tensor(x: Tensor) -> _Tensor:

@@ -33,6 +33,26 @@ def backward_flops(grad_output, query, key, value, row, col, output, lse, kernel
     return 2 * taps * (3 * terms * width + 2 * value[2])
 
 
+def projected_forward_flops(x, weight, bias, row, col, num_heads, kernel_size, *args, out_shape, **kwargs) -> int:
+    """FLOPs of the layer's forward: three projections, then as :func:`forward_flops`."""
+    batch, inputs, height, width = x
+    heads = batch, num_heads, weight[0] // 3 // num_heads
+    outputs = (*heads, *out_shape[0][2:])
+    attention = forward_flops(heads, None, heads, row, col, kernel_size, out_shape=(outputs,))
+    return 2 * batch * height * width * inputs * weight[0] + attention
+
+
+def projected_backward_flops(
+    grad_output, x, weight, bias, row, col, lse, num_heads, kernel_size, *args, **kwargs
+) -> int:
+    """FLOPs of the layer's backward: the projections once more and their two gradients, then the attention's."""
+    batch, inputs, height, width = x
+    heads = batch, num_heads, weight[0] // 3 // num_heads
+    gradient = (*heads, *grad_output[2:])
+    attention = backward_flops(gradient, heads, None, heads, row, col, None, None, kernel_size)
+    return 3 * 2 * batch * height * width * inputs * weight[0] + attention
+
+
 def register() -> None:
     """Give the formulas to the counter: now if it is imported, else when it is.
 
@@ -47,6 +67,8 @@ def register() -> None:
 def _register_with(counter: ModuleType) -> None:
     counter.register_flop_formula(torch.ops.sasa.local_attention)(forward_flops)
     counter.register_flop_formula(torch.ops.sasa.local_attention_backward)(backward_flops)
+    counter.register_flop_formula(torch.ops.sasa.projected_attention)(projected_forward_flops)
+    counter.register_flop_formula(torch.ops.sasa.projected_attention_backward)(projected_backward_flops)
 
 
 class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -81,7 +81,7 @@ def local_attention(
     """
     sizes = checks.pair("kernel_size", kernel_size), checks.pair("stride", stride), checks.pair("dilation", dilation)
     scale = checks.number("scale", scale)
-    query, key, value, row_embedding, col_embedding = _autocast(query, key, value, row_embedding, col_embedding)
+    query, key, value, row_embedding, col_embedding = autocast(query, key, value, row_embedding, col_embedding)
     checks.same_kind(query=query, key=key, value=value, row_embedding=row_embedding, col_embedding=col_embedding)
     checks.shapes(query, key, value, row_embedding, col_embedding, sizes[0], sizes[2], border)
     if implementation is not None and not torch.compiler.is_compiling():
@@ -129,7 +129,7 @@ def local_attention_weights(
     sizes = checks.pair("kernel_size", kernel_size), checks.pair("stride", stride), checks.pair("dilation", dilation)
     scale = checks.number("scale", scale)
     checks.choice("implementation", implementation, (None, "reference"))
-    query, key, row_embedding, col_embedding = _autocast(query, key, row_embedding, col_embedding)
+    query, key, row_embedding, col_embedding = autocast(query, key, row_embedding, col_embedding)
     checks.same_kind(query=query, key=key, row_embedding=row_embedding, col_embedding=col_embedding)
     checks.shapes(query, key, None, row_embedding, col_embedding, sizes[0], sizes[2], border)
     geometry = window(query.shape[3], query.shape[4], *sizes, border)
@@ -137,7 +137,7 @@ def local_attention_weights(
         return reference.weights(query, key, row_embedding, col_embedding, geometry, border, scale)
 
 
-def _autocast(*tensors: Tensor | None) -> list:
+def autocast(*tensors: Tensor | None) -> list:
     """The tensors as autocast wants them: in its dtype, except float64 and what is no tensor (the checks tell)."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -216,9 +216,9 @@ def _chunks(x: Tensor) -> Iterator[slice]:
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Keeps autocast, which has done its part on the arguments, off the products inside."""
     device = x.device.type
-    return (
-        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-    )
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

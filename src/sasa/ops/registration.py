@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import flops, reference
+from . import reference
 from .implementations import choose
 from .memory_format import empty, in_format_of
 from .window import Window, window
@@ -145,6 +145,3 @@ def _vmap(info, in_dims, query, key, value, row, col, *options):
 
 
 torch.library.register_vmap("sasa::local_attention", _vmap)
-
-
-flops.register()

@@ -1,0 +1,199 @@
+"""Projections and attention as one operator: the numbers of one after the other, and only the input kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sasa
+from sasa.ops import cpu
+from sasa.ops.projected import projected_attention
+
+CASES = {
+    "plain": {},
+    "stride": {"stride": (2, 1)},
+    "mask-dilation": {"border": "mask", "dilation": (2, 1)},
+    "valid": {"border": "valid"},
+    "even": {"kernel_size": (2, 4)},
+    "scale": {"scale": 0.3},
+}
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def options(implementation=None, **changed):
+    return {
+        "num_heads": 8,
+        "kernel_size": (3, 5),
+        "stride": (1, 1),
+        "dilation": (1, 1),
+        "border": "zero",
+        "scale": 1.0,
+        "implementation": implementation,
+    } | changed
+
+
+def tensors(heads=8, width=5, inputs=7, kernel=(3, 5), dtype=torch.float64, device="cpu", size=(9, 11), batch=3):
+    """Input, weight, bias and embeddings."""
+    x = torch.randn(batch, inputs, *size)
+    weight = torch.randn(3 * heads * width, inputs) * inputs**-0.5
+    rest = [torch.randn(3 * heads * width), torch.randn(heads, width, kernel[0]), torch.randn(heads, width, kernel[1])]
+    return [t.to(device, dtype).requires_grad_() for t in (x, weight, *rest)]
+
+
+def one_after_the_other(x, weight, bias, row, col, num_heads, kernel_size, implementation, **rest):
+    """The equation in two steps."""
+    images = F.conv2d(x, weight[:, :, None, None], bias).unflatten(1, (3 * num_heads, -1))
+    return sasa.local_attention(
+        *images.chunk(3, 1), kernel_size, row_embedding=row, col_embedding=col, implementation=implementation, **rest
+    ).flatten(1, 2)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("heads", [8, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_results_and_gradients_are_those_of_the_two_steps(implementation, case, heads, memory_format):
+    chosen = options(implementation.name, num_heads=heads, **CASES[case])
+    args = tensors(heads, kernel=chosen["kernel_size"], dtype=implementation.precise, device=implementation.device)
+    args[0] = args[0].detach().contiguous(memory_format=memory_format).requires_grad_()
+    ours, theirs = projected_attention(*args, **chosen), one_after_the_other(*args, **chosen)
+    assert ours.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(ours, theirs)
+    vector = torch.randn_like(ours)
+    torch.testing.assert_close(torch.autograd.grad(ours, args, vector), torch.autograd.grad(theirs, args, vector))
+
+
+@pytest.mark.parametrize("missing", [(2,), (3, 4), (3,), (2, 3, 4)], ids=str)
+def test_bias_and_embeddings_may_be_missing(missing):
+    args = [None if i in missing else t for i, t in enumerate(tensors())]
+    given = [t for t in args if t is not None]
+    ours, theirs = projected_attention(*args, **options()), one_after_the_other(*args, **options())
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), given), torch.autograd.grad(theirs.sum(), given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_are_at_most_twice_those_of_the_two_steps(dtype):
+    """In units of the precise result's size; half precision rounds queries, keys and values if they are stored."""
+    args = [t.detach().to(dtype) for t in tensors(width=16, inputs=32)]
+    precise = one_after_the_other(*(t.double() for t in args), **options())
+    ours = (projected_attention(*args, **options()) - precise).abs().max()
+    theirs = (one_after_the_other(*args, **options("reference")) - precise).abs().max()
+    assert ours <= 2 * theirs + 4 * torch.finfo(dtype).eps * precise.abs().max()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (30, 2), (5, 40)], ids=str)
+def test_any_image_size(size):
+    args = tensors(width=3, size=size, batch=2)
+    ours, theirs = projected_attention(*args, **options()), one_after_the_other(*args, **options())
+    torch.testing.assert_close(ours, theirs)
+    vector = torch.randn_like(ours)
+    torch.testing.assert_close(torch.autograd.grad(ours, args, vector), torch.autograd.grad(theirs, args, vector))
+
+
+def test_an_empty_batch_gives_empty_results_and_zero_gradients():
+    args = tensors(batch=0)
+    output = projected_attention(*args, **options())
+    assert output.shape == (0, 40, 9, 11)
+    grads = torch.autograd.grad(output.sum(), args)
+    assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, args, strict=True))
+
+
+@pytest.mark.parametrize("name", ["reference", None])
+def test_large_batches_are_computed_in_parts(monkeypatch, name):
+    monkeypatch.setattr("sasa.ops.projected.PART_BYTES", 1)  # an image a part
+    args = tensors(heads=3, dtype=torch.float64)
+    chosen = options(name, num_heads=3)
+    ours, theirs = projected_attention(*args, **chosen), one_after_the_other(*args, **chosen)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), args), torch.autograd.grad(theirs.sum(), args))
+
+
+def test_derivatives_of_both_orders():
+    args = tensors(heads=4, width=2, inputs=3, size=(3, 4), batch=1)
+    chosen = options(num_heads=4)
+    assert torch.autograd.gradcheck(lambda *a: projected_attention(*a, **chosen), args, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *a: projected_attention(*a, **chosen), args, fast_mode=True)
+
+
+# opcheck itself looks at .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_opcheck():
+    args = tensors(heads=4, width=2, inputs=3, size=(4, 5), batch=2, dtype=torch.float32)
+    torch.library.opcheck(torch.ops.sasa.projected_attention.default, (*args, *options(num_heads=4).values()))
+
+
+@pytest.mark.parametrize("mapped", [(0,), (0, 1, 2, 3, 4), (3,)], ids=str)
+def test_vmap(mapped):
+    args = [t.detach() for t in tensors()]
+    dims = tuple(0 if i in mapped else None for i in range(5))
+    many = [torch.stack([t, t.flip(0) + 1]) if i in mapped else t for i, t in enumerate(args)]
+    got = torch.vmap(lambda *a: projected_attention(*a, **options()), dims)(*many)
+    want = [
+        projected_attention(*(t[j] if i in mapped else t for i, t in enumerate(many)), **options()) for j in range(2)
+    ]
+    torch.testing.assert_close(got, torch.stack(want))
+
+
+def test_compiled_equals_eager():
+    layer = sasa.RelativeSelfAttention(6, 16, 3, 8, recompute=True)
+    x = torch.randn(2, 6, 7, 8, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(layer(x).sum(), x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_flops_count_the_projections_and_their_recomputation():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(recompute):
+        layer = sasa.RelativeSelfAttention(6, 16, 3, 8, recompute=recompute)
+        x = torch.randn(2, 6, 7, 8, requires_grad=True)
+        with FlopCounterMode(display=False) as forward:
+            y = layer(x)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    (forward, backward), (kept_forward, kept_backward) = count(True), count(False)
+    projections = 2 * 2 * 7 * 8 * 6 * 48
+    assert forward == kept_forward
+    assert backward == kept_backward + projections
+
+
+@pytest.mark.parametrize("shape", [(1000, 384, 64), (77, 50, 32), (5, 7, 16), (300, 97, 48), (1, 1, 16)], ids=str)
+@pytest.mark.parametrize("name", cpu.capabilities())
+def test_gradients_of_the_projections(name, shape):
+    pixels, outputs, inputs = shape
+    before = cpu.capability()
+    grad, x, weight = torch.randn(pixels, outputs), torch.randn(pixels, inputs), torch.randn(outputs, inputs)
+    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.ones_like(weight), torch.ones(outputs)
+    try:
+        cpu.set_capability(name)
+        assert cpu.linear_gradients(grad, x, weight, grad_x, grad_weight, grad_bias)
+    finally:
+        cpu.set_capability(before)
+    torch.testing.assert_close(grad_x, grad @ weight, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(grad_weight, 1 + grad.mT @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(grad_bias, 1 + grad.sum(0), rtol=1e-4, atol=1e-3)
+
+
+def test_projections_that_fill_no_vectors_are_left_to_pytorch():
+    grad, x, weight = torch.randn(4, 6), torch.randn(4, 5), torch.randn(6, 5)
+    results = torch.zeros_like(x), torch.zeros_like(weight), torch.zeros(6)
+    assert not cpu.linear_gradients(grad, x, weight, *results)
+    assert not any(r.any() for r in results)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    args = tensors(width=16, inputs=32, size=(20, 13), dtype=torch.float32)
+    vector = torch.randn(3, 128, 20, 13)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            output = projected_attention(*args, **options())
+            results.append([output, *torch.autograd.grad(output, args, vector)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
