@@ -20,6 +20,8 @@ def pair(name: str, value: int | Sequence[int], minimum: int = 1) -> tuple[int, 
         TypeError: not an int and not a pair of ints.
         ValueError: below ``minimum``, or not two of them.
     """
+    if type(value) is int and value >= minimum:
+        return value, value
     expected = f"{name}: expected an int or a (height, width) pair of ints, each at least {minimum}, got {value!r}"
     values = [value, value] if isinstance(value, int) else value
     if not isinstance(values, (list, tuple, torch.Size)) or any(type(v) is not int for v in values):

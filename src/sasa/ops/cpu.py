@@ -434,7 +434,7 @@ def _set_projection(problem: _Problem, projection: Projection) -> tuple[_Project
         input=_tensor(x[:, None]),
         in_channels=x.shape[1],
         weight=weight.data_ptr(),
-        weight_stride=(ctypes.c_int64 * 2)(*weight.stride()),
+        weight_stride=weight.stride(),
         bias=None if bias is None else bias.data_ptr(),
     )
     problem.dtype = _DTYPES.index(x.dtype)
@@ -443,11 +443,11 @@ def _set_projection(problem: _Problem, projection: Projection) -> tuple[_Project
 
 
 def _tensor(x: Tensor) -> _Tensor:
-    return _Tensor(x.data_ptr(), (ctypes.c_int64 * 5)(*x.stride()))
+    return _Tensor(x.data_ptr(), x.stride())
 
 
 def _embedding(x: Tensor | None) -> _Embedding:
-    return _Embedding(None) if x is None else _Embedding(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()))
+    return _Embedding(None) if x is None else _Embedding(x.data_ptr(), x.stride())
 
 
 def _axis(axis: Axis) -> _Axis:
