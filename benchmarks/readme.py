@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from .processes import ROOT
+from .run import RESULTS, result_file
+from .tables import ROWS, markdown
 
 
 def demo_table() -> str:
@@ -18,36 +19,27 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
-def layer_table() -> str:
-    """Rows of benchmarks/results/layer-cpu.json."""
-    results = json.loads((ROOT / "benchmarks/results/layer-cpu.json").read_text())
-    lines = ["| case | layer | seconds | times sasa (lowest to highest) | peak GB above the input |"]
-    lines.append("|---|---|---|---|---|")
-    for case in results["cases"]:
-        for name, layer in case["layers"].items():
-            ratio = f"{layer['ratio_to_sasa']:.2f} ({layer['ratio_lowest']:.2f} to {layer['ratio_highest']:.2f})"
-            figures = f"{layer['seconds']:.3f} | {ratio} | {layer['peak_gigabytes']:.2f}"
-            lines.append(f"| {case['problem']} {case['mode']} | {name} | {figures} |")
-    where = results["machine"]
-    seconds = results["import_seconds_after_torch"]["median"]
-    lines.append("")
-    lines.append(
-        f"{where['cpu']} ({where['capability']}), {where['threads']} threads, PyTorch {where['torch']}, float32. "
-        f"Importing sasa after torch takes {seconds:.2f} s."
-    )
-    return "\n".join(lines)
+def table(mark: str) -> str:
+    """The table that belongs between the mark ``<!-- … table -->`` and ``<!-- end -->``."""
+    if mark == "demo":
+        return demo_table()
+    return markdown(ROWS[mark](json.loads(result_file(RESULTS, mark).read_text())))
 
 
-def main() -> None:
-    """Put the tables between their marks."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for mark, table in (("demo", demo_table()), ("layer", layer_table())):
+def marks(text: str) -> list[str]:
+    """The tables that a text has marks for."""
+    return re.findall(r"<!-- (\w+) table -->", text)
+
+
+def with_tables(text: str) -> str:
+    """The text with its tables put between their marks."""
+    for mark in marks(text):
         begin, end = f"<!-- {mark} table -->\n", "<!-- end -->"
-        pattern = f"{begin}.*?{end}"
-        text = re.sub(pattern, lambda _, whole=f"{begin}{table}\n{end}": whole, text, count=1, flags=re.DOTALL)
-    readme.write_text(text)
+        whole = f"{begin}{table(mark)}\n{end}"
+        text = re.sub(f"{begin}.*?{end}", lambda _, whole=whole: whole, text, count=1, flags=re.DOTALL)
+    return text
 
 
 if __name__ == "__main__":
-    main()
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text()))

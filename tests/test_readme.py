@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.readme import demo_table, layer_table
+from benchmarks.readme import marks, table, with_tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,7 +21,9 @@ def test_the_code_runs():
     assert isinstance(names["layer"], torch.nn.Module)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/equation.md", "docs/differences.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/equation.md", "docs/differences.md", "docs/kernels.md", "CHANGELOG.md"]
+)
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
@@ -29,6 +31,12 @@ def test_links_lead_somewhere(page):
             assert (path.parent / target).exists(), target
 
 
-def test_the_tables_are_those_of_the_committed_results():
-    assert demo_table() in README
-    assert layer_table() in README
+@pytest.mark.parametrize("mark", marks(README))
+def test_the_tables_are_those_of_the_committed_results(mark):
+    assert f"<!-- {mark} table -->\n{table(mark)}\n<!-- end -->" in README
+
+
+def test_tables_are_put_between_their_marks_only():
+    text = "a\n<!-- demo table -->\nold\n<!-- end -->\nb"
+    assert with_tables(text) == f"a\n<!-- demo table -->\n{table('demo')}\n<!-- end -->\nb"
+    assert with_tables("no mark") == "no mark"

@@ -104,7 +104,8 @@ def backward(
     grads_q, grads_k, grads_v = [], [], []
     for part in _chunks(query):
         g, q, k, v = _batch_last(dtype, grad_output[part], query[part], key[part], value[part])
-        lse_N1hwB = lse[part].movedim(0, -1).unsqueeze(1)
+        # An infinite sum comes from an infinite logit, whose softmax is NaN throughout.
+        lse_N1hwB = lse[part].masked_fill(lse[part] == float("inf"), float("nan")).movedim(0, -1).unsqueeze(1)
         logits = _logits(q, k, row, col, window, border, scale, _dot_taps_reusing_memory)
         p_NKhwB = logits.sub_(lse_N1hwB).exp_()
 
