@@ -235,21 +235,12 @@ def _setup_second(ctx, inputs, output):
 
 
 def _second_gradients(ctx, *grad_grads):
-    """Second derivatives: differentiate the gradients of the reference, which autograd knows to any order."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), reference.without_autocast(ctx.saved_tensors[0]):
-        views: list = [x if x is None else x.view_as(x) if x.requires_grad else x.detach() for x in ctx.saved_tensors]
-        given = [x for x in views if x is not None]
-        for x in given:
-            x.requires_grad_()
-        grad_output, x, weight, bias, row, col = views
+    def layer(x, weight, bias, row, col):
         geometry = _window(x, ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border)
-        q, k, v = _project(x, weight, bias, ctx.num_heads)
-        output = reference.attention(q, k, v, row, col, geometry, ctx.border, ctx.scale).flatten(1, 2)
-        firsts = torch.autograd.grad(output, given[1:], grad_output, create_graph=True)
-        vectors = [g for x, g in zip(views[1:], grad_grads, strict=True) if x is not None]
-        seconds = iter(torch.autograd.grad(firsts, given, vectors, create_graph=create_graph, materialize_grads=True))
-    return (*(None if x is None else next(seconds) for x in views), *(None,) * 8)
+        query, key, value = _project(x, weight, bias, ctx.num_heads)
+        return reference.attention(query, key, value, row, col, geometry, ctx.border, ctx.scale).flatten(1, 2)
+
+    return *reference.second_derivatives(ctx.saved_tensors, grad_grads, layer), *(None,) * 8
 
 
 torch.library.register_autograd("sasa::projected_attention_backward", _second_gradients, setup_context=_setup_second)

@@ -12,7 +12,7 @@ Inside, the batch comes last (NDHWB): a shifted view of small images then still 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +142,33 @@ def backward(
         None if grad_row is None else grad_row.to(query.dtype),
         None if grad_col is None else grad_col.to(query.dtype),
     )
+
+
+def second_derivatives(
+    saved: Sequence[Tensor | None], grad_grads: Sequence[Tensor | None], function: Callable[..., Tensor]
+) -> list[Tensor | None]:
+    """Derivatives of a backward: autograd, which knows the reference to any order, differentiates its gradients.
+
+    Args:
+        saved: the gradient of the output, then the arguments of ``function``; None for missing ones.
+        grad_grads: the gradients of the arguments' gradients.
+        function: the forward in terms of this module.
+
+    Returns:
+        A derivative for each of ``saved``.
+    """
+    create_graph = torch.is_grad_enabled()
+    present = [x for x in saved if x is not None]
+    with torch.enable_grad(), without_autocast(present[0]):
+        # Views, so that a tensor passed twice (say as query and key) still counts as two arguments.
+        views: list = [x if x is None else x.view_as(x) if x.requires_grad else x.detach() for x in saved]
+        given = [x for x in views if x is not None]
+        for x in given:
+            x.requires_grad_()
+        firsts = torch.autograd.grad(function(*views[1:]), given[1:], given[0], create_graph=True)
+        vectors = [g for x, g in zip(views[1:], grad_grads, strict=True) if x is not None]
+        seconds = iter(torch.autograd.grad(firsts, given, vectors, create_graph=create_graph, materialize_grads=True))
+    return [None if x is None else next(seconds) for x in views]
 
 
 def _logits(

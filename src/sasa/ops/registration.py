@@ -108,21 +108,11 @@ def _setup_second(ctx, inputs, output):
 
 
 def _second_gradients(ctx, *grad_grads):
-    """Second derivatives: differentiate the gradients of the reference, which autograd knows to any order."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), reference.without_autocast(ctx.saved_tensors[0]):
-        # Views, so that a tensor passed twice (say as query and key) still counts as two arguments.
-        views: list = [x if x is None else x.view_as(x) if x.requires_grad else x.detach() for x in ctx.saved_tensors]
-        given = [x for x in views if x is not None]
-        for x in given:
-            x.requires_grad_()
-        grad_output, query, key, value, row, col = views
+    def attention(query, key, value, row, col):
         geometry = _window(query, ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border)
-        output = reference.attention(query, key, value, row, col, geometry, ctx.border, ctx.scale)
-        firsts = torch.autograd.grad(output, given[1:], grad_output, create_graph=True)
-        vectors = [g for x, g in zip(views[1:], grad_grads, strict=True) if x is not None]
-        seconds = iter(torch.autograd.grad(firsts, given, vectors, create_graph=create_graph, materialize_grads=True))
-    return (*(None if x is None else next(seconds) for x in views), *(None,) * 8)
+        return reference.attention(query, key, value, row, col, geometry, ctx.border, ctx.scale)
+
+    return *reference.second_derivatives(ctx.saved_tensors, grad_grads, attention), *(None,) * 8
 
 
 torch.library.register_autograd("sasa::local_attention_backward", _second_gradients, setup_context=_setup_second)
