@@ -347,6 +347,50 @@ int failures_of(const Case& c, int dtype, int threads, int first) {
   return failures;
 }
 
+// Gradients of a projection, in allocations of exactly their sizes but for the alignment of what vectors are written
+// to.
+int linear_failures(int64_t pixels, int64_t outputs, int64_t inputs, int threads) {
+  std::mt19937 random(3);
+  const auto numbers = [&](int64_t count) {
+    std::vector<float> x(static_cast<size_t>(count));
+    for (float& v : x) v = float(random() % 2001) / 1000 - 1;
+    return x;
+  };
+  const std::vector<float> grad = numbers(pixels * outputs), x = numbers(pixels * inputs),
+                           w = numbers(outputs * inputs);
+  int failures = 0;
+  for (int capability = 0; capability < sasa_capability_count(); ++capability) {
+    std::vector<float> grad_w(w.size(), 1), grad_b(static_cast<size_t>(outputs), 1);
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, x.size() * sizeof(float)) != 0) return 1;
+    float* grad_x = static_cast<float*>(memory);
+    const sasa_linear problem = {threads,  capability, pixels, outputs,       inputs,       grad.data(),
+                                 x.data(), w.data(),   grad_x, grad_w.data(), grad_b.data()};
+    bool right = sasa_linear_gradients(&problem) == SASA_OK;
+    const auto expect = [&](double got, double want) { right = right && fabs(got - want) < 1e-3; };
+    for (int64_t p = 0; right && p < pixels; ++p)
+      for (int64_t i = 0; i < inputs; ++i) {
+        double sum = 0;
+        for (int64_t o = 0; o < outputs; ++o) sum += double(grad[size_t(p * outputs + o)]) * w[size_t(o * inputs + i)];
+        expect(grad_x[p * inputs + i], sum);
+      }
+    for (int64_t o = 0; right && o < outputs; ++o) {
+      double bias = 1;
+      for (int64_t p = 0; p < pixels; ++p) bias += grad[size_t(p * outputs + o)];
+      expect(grad_b[size_t(o)], bias);
+      for (int64_t i = 0; i < inputs; ++i) {
+        double sum = 1;
+        for (int64_t p = 0; p < pixels; ++p) sum += double(grad[size_t(p * outputs + o)]) * x[size_t(p * inputs + i)];
+        expect(grad_w[size_t(o * inputs + i)], sum);
+      }
+    }
+    free(memory);
+    if (!right) fprintf(stderr, "linear %d, %d, %d: wrong\n", int(pixels), int(outputs), int(inputs));
+    failures += !right;
+  }
+  return failures;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -370,6 +414,8 @@ int main(int argc, char** argv) {
   caller(0);
   second.join();
   failures += wrong[0] + wrong[1];
+  failures +=
+      linear_failures(300, 97, 48, threads) + linear_failures(7, 12, 80, threads) + linear_failures(1, 1, 16, 1);
   printf("%d problems on %d instruction sets: %d failures\n", problems, capabilities, failures);
   return failures == 0 ? 0 : 1;
 }
