@@ -389,7 +389,7 @@ def test_with_a_library_of_something_else_the_reference_is_used(library_at):
 
 def test_with_a_library_of_another_version_the_reference_is_used(library_at, monkeypatch):
     places = list(cpu._places())
-    monkeypatch.setattr(cpu, "_INTERFACE_VERSION", 0)
+    monkeypatch.setattr(cpu, "INTERFACE_VERSION", 0)
     library_at(*places)
     assert_reference_is_used("the compiled kernels are of another version of sasa")
 

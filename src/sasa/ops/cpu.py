@@ -19,63 +19,22 @@ import torch
 from torch import Tensor
 
 from . import memory_format
+from .cpu_structures import (
+    INTERFACE_VERSION,
+    UNSUPPORTED,
+    CAxis,
+    CEmbedding,
+    CGradients,
+    CLinear,
+    CProblem,
+    CProjection,
+    CTensor,
+)
 from .window import BORDERS, Axis, Window
 
 CAPABILITY_VARIABLE = "SASA_CPU_CAPABILITY"
-_INTERFACE_VERSION = 3  # SASA_INTERFACE_VERSION of csrc/local_attention.h, whose structures are repeated here
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of sasa_dtype
-_UNSUPPORTED = 3  # of sasa_status
 _FILES = ("libsasa_cpu.so", "libsasa_cpu.dylib")
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 5))
-
-
-class _Embedding(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3))
-
-
-class _Axis(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("size", "outputs", "kernel", "stride", "dilation", "before"))
-
-
-class _Projection(ctypes.Structure):
-    _fields_ = (
-        ("input", _Tensor),
-        ("in_channels", ctypes.c_int64),
-        ("weight", ctypes.c_void_p),
-        ("weight_stride", ctypes.c_int64 * 2),
-        ("bias", ctypes.c_void_p),
-    )
-
-
-class _Problem(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("dtype", "border", "threads", "capability")),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "channels", "value_channels")),
-        *((name, _Axis) for name in ("rows", "cols")),
-        *((name, _Tensor) for name in ("query", "key", "value")),
-        ("projection", ctypes.POINTER(_Projection)),
-        *((name, _Embedding) for name in ("row", "col")),
-        ("lse", ctypes.c_void_p),
-    )
-
-
-class _Gradients(ctypes.Structure):
-    _fields_ = (
-        *((name, _Tensor) for name in ("output", "query", "key", "value")),
-        *((name, _Embedding) for name in ("row", "col")),
-    )
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("threads", "capability")),
-        *((name, ctypes.c_int64) for name in ("pixels", "outputs", "inputs")),
-        *((name, ctypes.c_void_p) for name in ("grad", "input", "weight", "grad_input", "grad_weight", "grad_bias")),
-    )
 
 
 class CpuLibraryWarning(UserWarning):
@@ -104,20 +63,20 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         version = library.sasa_interface_version()
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels can't be loaded: {error}"
-    if version != _INTERFACE_VERSION:
+    if version != INTERFACE_VERSION:
         return None, (
             f"the compiled kernels are of another version of sasa (interface {version}, expected "
-            f"{_INTERFACE_VERSION}): install sasa anew"
+            f"{INTERFACE_VERSION}): install sasa anew"
         )
     library.sasa_capability_name.restype = ctypes.c_char_p
     library.sasa_set_parallel.argtypes = (ctypes.c_void_p,)
     library.sasa_set_parallel.restype = None
     library.sasa_use_huge_pages.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     library.sasa_use_huge_pages.restype = None
-    library.sasa_can_project.argtypes = (ctypes.POINTER(_Problem),)
-    library.sasa_forward.argtypes = (ctypes.POINTER(_Problem), ctypes.POINTER(_Tensor))
-    library.sasa_backward.argtypes = (ctypes.POINTER(_Problem), ctypes.POINTER(_Gradients))
-    library.sasa_linear_gradients.argtypes = (ctypes.POINTER(_Linear),)
+    library.sasa_can_project.argtypes = (ctypes.POINTER(CProblem),)
+    library.sasa_forward.argtypes = (ctypes.POINTER(CProblem), ctypes.POINTER(CTensor))
+    library.sasa_backward.argtypes = (ctypes.POINTER(CProblem), ctypes.POINTER(CGradients))
+    library.sasa_linear_gradients.argtypes = (ctypes.POINTER(CLinear),)
     library.sasa_set_parallel(_openmp_of_torch())
     return library, ""
 
@@ -277,7 +236,7 @@ def can_project(projection: Projection, num_heads: int) -> bool:
     if unsupported(projection.input) is not None:
         return False
     channels = projection.weight.shape[0] // 3 // num_heads
-    problem = _Problem(
+    problem = CProblem(
         dtype=_DTYPES.index(projection.input.dtype),
         capability=_capabilities().index(capability() or ""),
         heads=num_heads,
@@ -341,7 +300,7 @@ def linear_gradients(
     tensors = [grad, pixels, weight, grad_input, grad_weight] + ([] if grad_bias is None else [grad_bias])
     if any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous() for x in tensors):
         return False
-    problem = _Linear(
+    problem = CLinear(
         threads=torch.get_num_threads(),
         capability=_capabilities().index(capability() or ""),
         pixels=pixels.shape[0],
@@ -355,7 +314,7 @@ def linear_gradients(
         grad_bias=None if grad_bias is None else grad_bias.data_ptr(),
     )
     status = _library().sasa_linear_gradients(problem)
-    if status == _UNSUPPORTED:
+    if status == UNSUPPORTED:
         return False
     _check(status)
     return True
@@ -371,7 +330,7 @@ def _empty_lse(like: Tensor, *shape: int) -> Tensor:
 
 def _backward_into(
     dense: Sequence[Tensor],
-    problem: _Problem,
+    problem: CProblem,
     grad_output: Tensor,
     row: Tensor | None,
     col: Tensor | None,
@@ -381,7 +340,7 @@ def _backward_into(
     if (window.rows.outputs, window.cols.outputs) != (window.rows.size, window.cols.size):
         dense[0].zero_()  # pixels that no window is centred on
     if problem.batch > 0:
-        gradients = _Gradients(_tensor(grad_output), *map(_tensor, dense), *map(_embedding, embeddings))
+        gradients = CGradients(_tensor(grad_output), *map(_tensor, dense), *map(_embedding, embeddings))
         _check(_library().sasa_backward(problem, gradients))
     return embeddings[0], embeddings[1]
 
@@ -402,9 +361,9 @@ def _problem(
     window: Window,
     border: str,
     scale: float,
-) -> _Problem:
+) -> CProblem:
     """A problem of shape (B, N, D) without its inputs."""
-    return _Problem(
+    return CProblem(
         border=BORDERS.index(border),
         threads=torch.get_num_threads(),
         capability=_capabilities().index(capability() or ""),
@@ -421,16 +380,16 @@ def _problem(
     )
 
 
-def _set_inputs(problem: _Problem, query: Tensor, key: Tensor, value: Tensor) -> None:
+def _set_inputs(problem: CProblem, query: Tensor, key: Tensor, value: Tensor) -> None:
     problem.dtype = _DTYPES.index(query.dtype)
     problem.query, problem.key, problem.value = _tensor(query), _tensor(key), _tensor(value)
 
 
-def _set_projection(problem: _Problem, projection: Projection) -> tuple[_Projection, Tensor | None]:
+def _set_projection(problem: CProblem, projection: Projection) -> tuple[CProjection, Tensor | None]:
     """Points the problem at the projection; what is returned must live as long as the call."""
     x, weight, bias = projection
     bias = None if bias is None else bias.contiguous()
-    structure = _Projection(
+    structure = CProjection(
         input=_tensor(x[:, None]),
         in_channels=x.shape[1],
         weight=weight.data_ptr(),
@@ -442,16 +401,16 @@ def _set_projection(problem: _Problem, projection: Projection) -> tuple[_Project
     return structure, bias
 
 
-def _tensor(x: Tensor) -> _Tensor:
-    return _Tensor(x.data_ptr(), x.stride())
+def _tensor(x: Tensor) -> CTensor:
+    return CTensor(x.data_ptr(), x.stride())
 
 
-def _embedding(x: Tensor | None) -> _Embedding:
-    return _Embedding(None) if x is None else _Embedding(x.data_ptr(), x.stride())
+def _embedding(x: Tensor | None) -> CEmbedding:
+    return CEmbedding(None) if x is None else CEmbedding(x.data_ptr(), x.stride())
 
 
-def _axis(axis: Axis) -> _Axis:
-    return _Axis(axis.size, axis.outputs, axis.kernel, axis.stride, axis.dilation, axis.before)
+def _axis(axis: Axis) -> CAxis:
+    return CAxis(axis.size, axis.outputs, axis.kernel, axis.stride, axis.dilation, axis.before)
 
 
 def _check(status: int) -> None:
