@@ -71,6 +71,6 @@ def summarise(runs: Sequence[Figures], ours: Sequence[Figures]) -> Figures:
     }
     if "largest_difference" in runs[0]:
         summary["largest_difference"] = max(run["largest_difference"] for run in runs)
-    if "compile_seconds" in runs[0]:  # the first turn's; later ones find the compiler's cache
+    if "compile_seconds" in runs[0]:
         summary["compile_seconds"] = runs[0]["compile_seconds"]
     return summary
