@@ -51,8 +51,9 @@ def test_help_lists_the_commands(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "sasa: error: expected one of info, train, demo, got 'trian'"),
+        (["trian"], "sasa: error: expected one of info, tables, train, demo, got 'trian'"),
         (["info", "--all"], "takes no options, got --all"),
+        (["tables", "--all"], "takes no options, got --all"),
         (["train", "--data", "nowhere"], "sasa train: error: data: expected a folder, got nowhere"),
         (["train", "--model=vgg"], "sasa train: error: model: expected one of sasa_resnet14"),
     ],

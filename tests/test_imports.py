@@ -11,7 +11,7 @@ import sasa
 
 PACKAGE = Path(sasa.__file__).parent
 EXTRAS = ("lightning", "pytorch_lightning", "timm", "torchvision", "torchmetrics", "torchinfo", "safetensors", "rich")
-EXTRAS += ("matplotlib", "jsonargparse", "PIL", "yaml", "docstring_parser")
+EXTRAS += ("matplotlib", "jsonargparse", "PIL", "yaml", "docstring_parser", "huggingface_hub")
 
 WITH_TORCH_ALONE = f"""
 import sys
@@ -38,8 +38,7 @@ import torch, sasa
 layer = sasa.RelativeSelfAttention(4, 8, 3, 2)
 layer(torch.randn(1, 4, 5, 5)).sum().backward()
 layer.attention_weights(torch.randn(1, 4, 5, 5))
-import sasa.models
-sasa.models.create_model("sasa_resnet14")
+sasa.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 8, 3)))
 from sasa.cli import main
 raise SystemExit(main(["info"]))
 """)
@@ -51,6 +50,8 @@ raise SystemExit(main(["info"]))
     ("code", "extra"),
     [
         ("import torch, sasa; sasa.RelativeSelfAttention(4, 8, 3, 2).summary(torch.randn(1, 4, 5, 5))", "models"),
+        ("import sasa.models", "models"),
+        ("from sasa.cli import main; raise SystemExit(main(['tables']))", "models"),
         ("import sasa.train", "train"),
         ("import sasa.viz", "viz"),
         ("from sasa.cli import main; raise SystemExit(main(['train']))", "train"),

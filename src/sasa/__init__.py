@@ -3,8 +3,19 @@
 Source: Ramachandran et al., *Stand-Alone Self-Attention in Vision Models*, NeurIPS 2019, arXiv 1906.05909.
 """
 
+from .nn.conversion_plan import ConversionReport
+from .nn.convert import conversion_report, convert
 from .nn.relative_self_attention import RelativeSelfAttention
+from .nn.stem import AttentionStem
 from .ops.local_attention import local_attention, local_attention_weights
 
 __version__ = "0.1.0"
-__all__ = ["RelativeSelfAttention", "local_attention", "local_attention_weights"]
+__all__ = [
+    "AttentionStem",
+    "ConversionReport",
+    "RelativeSelfAttention",
+    "conversion_report",
+    "convert",
+    "local_attention",
+    "local_attention_weights",
+]

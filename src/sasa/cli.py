@@ -1,4 +1,4 @@
-"""The command ``sasa``: info, train, demo."""
+"""The command ``sasa``: info, tables, train, demo."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ Stand-alone self-attention for vision.
 
 commands:
   info    versions, implementations of the operator and what they support, threads
+  tables  the paper's tables of FLOPs and parameters, counted on this package's networks
   train   train a network on images (the packaged ones, or --data DIR)
   demo    train attention and its convolutional twin side by side, and draw what attention sees
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     command, *rest = arguments
-    commands = {"info": _info, "train": _train, "demo": _demo}
+    commands = {"info": _info, "tables": _tables, "train": _train, "demo": _demo}
     if command not in commands:
         print(f"sasa: error: expected one of {', '.join(commands)}, got {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -67,6 +68,19 @@ def _info(arguments: list[str]) -> int:
     print("\nimplementations of the operator, fastest first:")
     for implementation in IMPLEMENTATIONS:
         print(f"  {implementation.name:<10} {implementation.summary}")
+    return 0
+
+
+def _tables(arguments: list[str]) -> int:
+    if arguments:
+        print(f"usage: sasa tables\nsasa tables: error: takes no options, got {' '.join(arguments)}", file=sys.stderr)
+        return 2
+    try:
+        tables = require("sasa.models.tables", "models")
+    except ImportError as error:
+        print(f"sasa tables: error: {error}", file=sys.stderr)
+        return 2
+    print(tables.as_text(tables.paper_tables()))
     return 0
 
 

@@ -281,4 +281,5 @@ def test_valid_border_with_an_image_smaller_than_the_window():
 
 
 def test_top_level_names():
-    assert set(sasa.__all__) == {"RelativeSelfAttention", "local_attention", "local_attention_weights"}
+    layers = {"RelativeSelfAttention", "AttentionStem", "convert", "conversion_report", "ConversionReport"}
+    assert set(sasa.__all__) == layers | {"local_attention", "local_attention_weights"}

@@ -92,7 +92,7 @@ def test_flops_are_counted_from_the_equation():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "vgg"}, r"model: expected one of sasa_resnet14, resnet14, got 'vgg'"),
+        ({"model": "vgg"}, r"model: expected one of sasa_resnet14, resnet14, sasa_resnet26, .*, got 'vgg'"),
         ({"epochs": 0}, r"epochs: expected at least 1, got 0"),
         ({"batch_size": 1}, r"batch_size: expected at least 2, got 1"),
         ({"image_size": 0}, r"image_size: expected at least 1, got 0"),

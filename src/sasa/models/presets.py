@@ -1,12 +1,12 @@
-"""Sizes of the networks, one row each. :func:`sasa.models.create_model` builds them."""
+"""Sizes of the networks, one row each. :func:`sasa.models.create_model` builds them; those of the paper, timm too."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
-class ResNetSize(NamedTuple):
-    """Sizes of a residual network of bottleneck blocks.
+class SmallResNetSize(NamedTuple):
+    """Sizes of a residual network of bottleneck blocks for small images.
 
     Attributes:
         stem_width: channels after the stem, which also halves the image.
@@ -37,7 +37,7 @@ class ResNetSize(NamedTuple):
 
 
 # For images of about 28 x 28 pixels.
-RESNET14 = ResNetSize(
+RESNET14 = SmallResNetSize(
     stem_width=16,
     blocks=(2, 2),
     widths=(32, 64),
@@ -50,7 +50,26 @@ RESNET14 = ResNetSize(
 )
 
 # name -> (sizes, the spatial layer it is built of). Twins have equal depth and widths.
-MODELS: dict[str, tuple[ResNetSize, str]] = {
+SMALL_MODELS: dict[str, tuple[SmallResNetSize, str]] = {
     "sasa_resnet14": (RESNET14, "attention"),
     "resnet14": (RESNET14, "convolution"),
 }
+
+# Blocks of the four stages by depth: the paper's section 4.1.
+PAPER_DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
+
+# End of the name -> what attends: the columns of the paper's table 1.
+PAPER_VARIANTS: dict[str, dict[str, Any]] = {
+    "": {"attention_stem": True, "attention_stages": (1, 2, 3, 4)},
+    "_convstem": {"attention_stem": False, "attention_stages": (1, 2, 3, 4)},
+    "_conv": {"attention_stem": False, "attention_stages": ()},
+}
+
+# name -> arguments of SasaResNet.
+PAPER_MODELS: dict[str, dict[str, Any]] = {
+    f"sasa_resnet{depth}{variant}": {"layers": layers, **arguments}
+    for depth, layers in PAPER_DEPTHS.items()
+    for variant, arguments in PAPER_VARIANTS.items()
+}
+
+MODELS = (*SMALL_MODELS, *PAPER_MODELS)

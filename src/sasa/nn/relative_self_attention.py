@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -49,6 +50,8 @@ class RelativeSelfAttention(nn.Module):
             last head's r, a slip of a well-known notebook kept so that its weights can be used.
         bias: whether the projections have biases.
         scale: factor on the logits; the paper has none.
+        pool: average the outputs over windows of pool x pool with as large a stride: how the paper (section 3.2) puts
+            attention in the place of a convolution of that stride. Every pixel attends, other than with ``stride``.
         implementation: None for the fastest, or a name: see :func:`sasa.local_attention`.
         recompute: whether to keep only the input for the backward, as a convolution does, and project queries, keys
             and values again there, for a fraction of the memory. None does so where it is faster too: with the CPU
@@ -59,7 +62,7 @@ class RelativeSelfAttention(nn.Module):
     Shape:
         - Input: (B, in_channels, H, W), contiguous or channels_last.
         - Output: (B, out_channels, H', W') in the same memory format; H' = floor((H - 1) / stride) + 1 unless the
-          border is ``"valid"``.
+          border is ``"valid"``, then divided by ``pool`` and rounded up (``nn.AvgPool2d(pool, ceil_mode=True)``).
 
     Attributes:
         qkv: the three projections as one 1x1 convolution of 3·out_channels outputs: queries, keys, values.
@@ -93,13 +96,14 @@ class RelativeSelfAttention(nn.Module):
         position_split: str = "per_head",
         bias: bool = True,
         scale: float = 1.0,
+        pool: int = 1,
         implementation: str | None = None,
         recompute: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"in_channels": in_channels, "out_channels": out_channels, "num_heads": num_heads}
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "num_heads": num_heads, "pool": pool}
         for name, size in sizes.items():
             checks.positive(name, size)
         if out_channels % num_heads:
@@ -118,6 +122,7 @@ class RelativeSelfAttention(nn.Module):
         self.position = position
         self.position_split = position_split
         self.scale = checks.number("scale", scale)
+        self.pool = pool
         self.implementation = implementation
         self.recompute = recompute
 
@@ -163,10 +168,13 @@ class RelativeSelfAttention(nn.Module):
         if self._keeps_nothing(x):
             return self._projected_attention(x)
         query, key, value = self._project(x)
-        return local_attention(query, key, value, implementation=self.implementation, **self._options()).flatten(1, 2)
+        y = local_attention(query, key, value, implementation=self.implementation, **self._options()).flatten(1, 2)
+        return y if self.pool == 1 else F.avg_pool2d(y, self.pool, ceil_mode=True)
 
     def attention_weights(self, x: Tensor) -> Tensor:
-        """What each pixel attends to: (B, num_heads, kh·kw, H', W'), taps row by row, summing to 1 over the taps."""
+        """What each pixel attends to, before any pooling: (B, num_heads, kh·kw, H', W'), taps row by row, summing to 1
+        over the taps.
+        """
         query, key, _ = self._project(x)
         return local_attention_weights(query, key, **self._options())
 
@@ -204,13 +212,18 @@ class RelativeSelfAttention(nn.Module):
         if self.implementation is not None and not torch.compiler.is_compiling():
             choose(self.implementation, x)
         sizes = self.num_heads, self.kernel_size, self.stride, self.dilation
-        return projected_attention(
+        y = projected_attention(
             x, weight.flatten(1), bias, row, col, *sizes, self.border, self.scale, self.implementation
         )
+        return y if self.pool == 1 else F.avg_pool2d(y, self.pool, ceil_mode=True)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, N, D, H, W): views of one product."""
-        return self.qkv(self._checked(x)).unflatten(1, (3 * self.num_heads, -1)).chunk(3, dim=1)
+        qkv = self.qkv(self._checked(x))
+        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            # PyTorch's float64 convolution doesn't keep the format.
+            qkv = qkv.contiguous(memory_format=torch.channels_last)
+        return qkv.unflatten(1, (3 * self.num_heads, -1)).chunk(3, dim=1)
 
     def _checked(self, x: Tensor) -> Tensor:
         """The input with what is added to it; raises ValueError if it doesn't fit the layer."""
@@ -286,7 +299,7 @@ class RelativeSelfAttention(nn.Module):
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
         parts += [f"num_heads={self.num_heads}, stride={self.stride}"]
         defaults = {"dilation": (1, 1), "border": "zero", "position": "relative", "position_split": "per_head"}
-        defaults |= {"scale": 1.0, "implementation": None, "recompute": None}
+        defaults |= {"scale": 1.0, "pool": 1, "implementation": None, "recompute": None}
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..models import ResNet, create_model
+from ..models import create_model
 
 
 def save_weights(network: nn.Module, path: Path, facts: dict[str, Any]) -> None:
@@ -19,7 +19,7 @@ def save_weights(network: nn.Module, path: Path, facts: dict[str, Any]) -> None:
     save_file(tensors, path, metadata={name: json.dumps(fact) for name, fact in facts.items()})
 
 
-def load_model(path: Path | str) -> tuple[ResNet, dict[str, Any]]:
+def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network in ``model.safetensors``, in evaluation mode, and its facts.
 
     Returns:

@@ -11,13 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..models import MODELS, create_model
+from ..models import MODELS, count_flops, create_model
 from .data import ImageData
 from .errors import OptionError, OutputError
 from .export import save_weights
@@ -155,14 +152,6 @@ def fit(
     save_weights(network, out / "model.safetensors", facts)
     (out / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
     return result
-
-
-def count_flops(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """FLOPs of one forward for an input of ``shape``; a multiply-add is 2."""
-    parameter = next(network.parameters())
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(shape, device=parameter.device, dtype=parameter.dtype))
-    return counter.get_total_flops()
 
 
 def prepare_folder(out: Path, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""Residual networks of bottleneck blocks, of attention or of convolution: the same network but for the spatial layer.
+"""Residual networks for small images, of attention or of convolution: the same network but for the spatial layer.
 
 Source: the paper (arXiv 1906.05909), section 3.2: every convolution of a ResNet larger than 1x1 becomes attention;
 where it had stride 2, attention runs at stride 1 and a 2x2 average pool of stride 2 follows.
@@ -14,18 +14,15 @@ from torch import Tensor, nn
 
 from ..nn import RelativeSelfAttention
 from ..ops import checks
-from .presets import MODELS, ResNetSize
+from .presets import SmallResNetSize
 
 SpatialLayer = Callable[[int, int, int], nn.Module]
 """(in_channels, out_channels, stride) -> module: what looks at a pixel's neighbours."""
 
 
 def attention_layer(in_channels: int, out_channels: int, stride: int, *, kernel_size: int, num_heads: int) -> nn.Module:
-    """Local self-attention; at stride 2 followed by a 2x2 average pool (which rounds up, as a convolution does)."""
-    layer = RelativeSelfAttention(in_channels, out_channels, kernel_size, num_heads)
-    if stride == 1:
-        return layer
-    return nn.Sequential(OrderedDict(attention=layer, pool=nn.AvgPool2d(stride, ceil_mode=True)))
+    """Local self-attention; in the place of a stride, of every pixel and then averaged."""
+    return RelativeSelfAttention(in_channels, out_channels, kernel_size, num_heads, pool=stride)
 
 
 def convolution_layer(in_channels: int, out_channels: int, stride: int, *, kernel_size: int) -> nn.Module:
@@ -68,7 +65,7 @@ class Bottleneck(nn.Module):
         return self.act(self.bn3(self.conv3(x)) + shortcut)
 
 
-class ResNet(nn.Module):
+class SmallResNet(nn.Module):
     """A residual network whose spatial layers are all of one kind.
 
     Args:
@@ -84,7 +81,9 @@ class ResNet(nn.Module):
         ValueError: an unknown ``spatial``, or a number below 1.
     """
 
-    def __init__(self, size: ResNetSize, spatial: str = "attention", num_classes: int = 10, in_chans: int = 3) -> None:
+    def __init__(
+        self, size: SmallResNetSize, spatial: str = "attention", num_classes: int = 10, in_chans: int = 3
+    ) -> None:
         super().__init__()
         checks.choice("spatial", spatial, ("attention", "convolution"))
         checks.positive("num_classes", num_classes)
@@ -122,14 +121,3 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the classes."""
         return self.fc(self.pool(self.stages(self.stem(x))).flatten(1))
-
-
-def create_model(name: str, num_classes: int = 10, in_chans: int = 3) -> ResNet:
-    """Build the network called ``name`` in :data:`sasa.models.presets.MODELS`, with fresh parameters.
-
-    Raises:
-        ValueError: no network of that name.
-    """
-    checks.choice("name", name, tuple(MODELS))
-    size, spatial = MODELS[name]
-    return ResNet(size, spatial, num_classes, in_chans)

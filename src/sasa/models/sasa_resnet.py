@@ -1,0 +1,240 @@
+"""The paper's networks: timm's ResNet with its spatial convolutions turned into attention, registered in timm.
+
+Source: the paper (arXiv 1906.05909), section 3.2 and table 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, register_model, register_notrace_module
+from timm.models.resnet import Bottleneck
+from timm.models.resnet import ResNet as TimmResNet
+from torch import nn
+
+from ..nn import AttentionStem, RelativeSelfAttention, convert
+from ..nn.conversion_plan import put_stem
+from ..ops import checks
+from .presets import PAPER_MODELS
+
+STAGES = (1, 2, 3, 4)
+STEM_WIDTH = 64
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_PLACE = ("device", "dtype")  # arguments that say where the parameters are, not what network it is
+_OF_THE_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+
+# torch.fx (timm's feature extraction with it) takes the layers as they are: what they compute depends on their input.
+register_notrace_module(RelativeSelfAttention)
+register_notrace_module(AttentionStem)
+
+
+class SasaResNet(
+    TimmResNet,
+    PyTorchModelHubMixin,
+    library_name="sasa",
+    tags=["image-classification", "self-attention"],
+    paper_url="https://arxiv.org/abs/1906.05909",
+):
+    """A ResNet of bottleneck blocks in which attention takes the place of the convolutions larger than 1x1.
+
+    Everything else is timm's ``ResNet``, with its methods: ``forward_features``, ``forward_head``,
+    ``forward_intermediates``, ``get_classifier``, ``reset_classifier``, ``set_grad_checkpointing``.
+
+    Args:
+        layers: blocks in each of the four stages.
+        attention_stages: the stages, 1 to 4, whose 3x3 convolutions become attention; the others keep them.
+        attention_stem: an :class:`sasa.AttentionStem` in place of the 7x7 convolution and its max pool.
+        kernel_size: window of the attention, int or (height, width).
+        num_heads: heads of the attention.
+        position: ``"relative"``, ``"absolute"`` or ``"none"``; this and the next two as in
+            :class:`sasa.RelativeSelfAttention`.
+        position_split: ``"per_head"`` or ``"across_heads"``.
+        border: ``"zero"`` or ``"mask"``.
+        stem_mixtures: value projections that the attention stem mixes.
+        implementation: of the attention: None for the fastest.
+        num_classes: outputs of the classifier; 0 for none.
+        in_chans: channels of the images.
+        **kwargs: further arguments of timm's ResNet: ``drop_rate``, ``drop_path_rate``, ``output_stride``, ...
+
+    Shape:
+        (B, in_chans, H, W) to (B, num_classes), for any H and W.
+
+    Raises:
+        ValueError: an argument out of range, naming it.
+        TypeError: an argument of the wrong type.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        attention_stages: Sequence[int] = STAGES,
+        attention_stem: bool = True,
+        kernel_size: int | Sequence[int] = 7,
+        num_heads: int = 8,
+        position: str = "relative",
+        position_split: str = "per_head",
+        border: str = "zero",
+        stem_mixtures: int = 4,
+        implementation: str | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        **kwargs: Any,
+    ) -> None:
+        stages = _checked_stages(attention_stages)
+        if type(num_classes) is not int or num_classes < 0:
+            raise ValueError(f"num_classes: expected an int of at least 0, got {num_classes!r}")
+        checks.positive("in_chans", in_chans)
+        checks.positive("num_heads", num_heads)
+        checks.choice("border", border, ("zero", "mask"))
+        if STEM_WIDTH % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of the {STEM_WIDTH} channels, got {num_heads}")
+        if len(layers) != len(STAGES):
+            raise ValueError(f"layers: expected the number of blocks of 4 stages, got {layers!r}")
+        super().__init__(Bottleneck, tuple(layers), num_classes=num_classes, in_chans=in_chans, **kwargs)  # type: ignore[arg-type]
+        if stages:
+            prefixes = tuple(f"layer{stage}." for stage in stages)
+            convert(
+                self,
+                kernel_size,
+                num_heads,
+                where=lambda name, _: name.startswith(prefixes),
+                inplace=True,
+                position=position,
+                position_split=position_split,
+                border=border,
+                implementation=implementation,
+            )
+        if attention_stem:
+            stem = AttentionStem(
+                in_chans,
+                STEM_WIDTH,
+                num_heads,
+                mixtures=stem_mixtures,
+                implementation=implementation,
+                device=kwargs.get("device"),
+                dtype=kwargs.get("dtype"),
+            )
+            put_stem(self, stem)
+        # Arguments that no file can hold: a network with them can be trained, but not saved by save_pretrained.
+        self._unsaved = sorted(
+            name for name, value in kwargs.items() if name not in _PLACE and not self._is_jsonable(value)
+        )
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write ``model.safetensors`` and ``config.json``, from which :meth:`from_pretrained` builds the network again.
+
+        Args:
+            save_directory: folder to write to, made if missing.
+            **kwargs: as in huggingface_hub's mixin, which can upload too: ``push_to_hub``, ``repo_id``.
+
+        Raises:
+            ValueError: the network was built with an argument that JSON can't hold, a class of layers say.
+        """
+        if self._unsaved:
+            raise ValueError(
+                f"save_directory: a network can't be saved that was built with {', '.join(self._unsaved)}, "
+                "which JSON can't hold"
+            )
+        config = {k: v for k, v in (self._hub_mixin_config or {}).items() if k not in _PLACE}  # type: ignore[union-attr]
+        config |= {"num_classes": self.num_classes, "global_pool": self.global_pool.pool_type}
+        return super().save_pretrained(save_directory, config=config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> SasaResNet:
+        """The network that :meth:`save_pretrained` wrote, in evaluation mode. Nothing is downloaded.
+
+        Args:
+            pretrained_model_name_or_path: the folder.
+            **kwargs: arguments of the network, to change what ``config.json`` says; ``map_location``: device to load
+                to; ``strict=False``: leave parameters that are missing in the file as they are, ignore those unknown.
+
+        Raises:
+            FileNotFoundError: no such folder, or one without ``config.json`` or ``model.safetensors``. Pickled weights,
+                which could run any code, are not read.
+            ValueError: a configuration that can't be read, or weights that don't fit the network, naming them.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        for file in (CONFIG, WEIGHTS):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(
+                    f"pretrained_model_name_or_path: expected a folder with {CONFIG} and {WEIGHTS}, "
+                    f"found no {file} in {folder} (pickled weights are not read)"
+                )
+        try:
+            config = json.loads((folder / CONFIG).read_text())
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: expected JSON, {error}") from error
+        if not isinstance(config, dict) or "layers" not in config:
+            raise ValueError(f"{folder / CONFIG}: expected the arguments of a SasaResNet, got {config!r}")
+        return super().from_pretrained(folder, **kwargs)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs: Any
+    ) -> SasaResNet:
+        """Called by the mixin, with the configuration and what it knows of the Hub."""
+        arguments = {name: value for name, value in kwargs.items() if name not in _OF_THE_HUB}
+        model = cls(**arguments).to(map_location)
+        file = Path(model_id) / WEIGHTS
+        try:
+            weights = load_file(file, device=map_location)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: expected safetensors, {error}") from error
+        try:
+            model.load_state_dict(weights, strict=strict)
+        except RuntimeError as error:  # names all that is missing, unknown or of another shape
+            raise ValueError(f"{file}: weights of another network. {error}") from error
+        return model.eval()
+
+
+def _checked_stages(stages: Sequence[int]) -> tuple[int, ...]:
+    """The stages in order; raises ValueError unless they are distinct numbers from 1 to 4."""
+    try:
+        found = sorted(stages)
+    except TypeError:
+        found = [0]
+    if any(type(stage) is not int or stage not in STAGES for stage in found) or len(set(found)) < len(found):
+        raise ValueError(f"attention_stages: expected distinct numbers from 1 to 4, got {stages!r}")
+    return tuple(found)
+
+
+def _configuration(attention_stem: bool) -> dict[str, Any]:
+    """What timm wants to know of a network: sizes and normalisation of its images, names of its ends."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": ("conv1.qk", "conv1.value") if attention_stem else "conv1",
+        "classifier": "fc",
+        "license": "mit",
+        "paper_ids": "arXiv:1906.05909",
+    }
+
+
+default_cfgs = {name: _configuration(arguments["attention_stem"]) for name, arguments in PAPER_MODELS.items()}
+
+
+def _register(name: str) -> None:
+    """Make ``timm.create_model(name)`` build the network of that name."""
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(SasaResNet, name, pretrained, **PAPER_MODELS[name] | kwargs)
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__ = __name__
+    register_model(build)
+
+
+for _name in PAPER_MODELS:
+    _register(_name)

@@ -1,0 +1,222 @@
+"""What a conversion will do: which convolutions become attention, which are left alone, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ..ops import checks
+from . import replace
+from .stem import AttentionStem
+
+Where = Callable[[str, nn.Module], bool]
+
+OPTIONS = ("position", "position_split", "border", "bias", "scale", "implementation", "recompute")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What happens to one module.
+
+    Attributes:
+        name: of the module, as ``model.named_modules()`` has it.
+        was: the module in words.
+        becomes: what takes its place, in words; None if it is left alone.
+        why: why it is left alone, or what was changed about the wish.
+    """
+
+    name: str
+    was: str
+    becomes: str | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion does with every convolution that sees more than one pixel. Printed, it is a table.
+
+    Attributes:
+        entries: one a module, in the order of ``model.named_modules()``.
+    """
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def converted(self) -> tuple[Entry, ...]:
+        """Those that become attention."""
+        return tuple(entry for entry in self.entries if entry.becomes is not None)
+
+    @property
+    def left_alone(self) -> tuple[Entry, ...]:
+        """Those that stay as they are."""
+        return tuple(entry for entry in self.entries if entry.becomes is None)
+
+    def __str__(self) -> str:
+        rows = [
+            (e.name or "(the model)", e.was, (e.becomes or "left alone") + (f" ({e.why})" if e.why else ""))
+            for e in self.entries
+        ]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+        lines = [f"{name:<{widths[0]}}  {was:<{widths[1]}}  {then}" for name, was, then in rows]
+        total = f"{len(self.converted)} converted to attention, {len(self.left_alone)} left alone"
+        return "\n".join([*lines, total])
+
+
+class Plan:
+    """The convolutions of a model and what becomes of them. The model is only read.
+
+    Args: see :func:`sasa.convert`.
+
+    Attributes:
+        names: the convolutions to be replaced, in the order of ``model.named_modules()``.
+        resnet: name of the module whose stem becomes an :class:`AttentionStem`; None for none.
+        report: all that was found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kernel_size: int | Sequence[int],
+        num_heads: int,
+        where: Where | None,
+        stem: bool,
+        stride_mode: str,
+        grouped: bool,
+        options: dict[str, Any],
+    ) -> None:
+        if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(f"model: expected an nn.Module written in Python, got {type(model).__name__}")
+        if where is not None and not callable(where):
+            raise TypeError(f"where: expected a function of name and module, or None, got {type(where).__name__}")
+        for name in options:
+            if name not in OPTIONS:
+                raise TypeError(f"{name}: not an argument of convert; layer options are {', '.join(OPTIONS)}")
+        checks.positive("num_heads", num_heads)
+        checks.choice("stride_mode", stride_mode, replace.STRIDE_MODES)
+        self.kernel_size = checks.pair("kernel_size", kernel_size)
+        self.num_heads, self.where, self.stride_mode, self.grouped = num_heads, where, stride_mode, grouped
+        self.options = options
+        modules = dict(model.named_modules())
+        owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
+        self._tied = {key for key, count in owners.items() if count > 1}
+        stem_names = _stem(modules)
+        self.resnet = (
+            next((name for name, module in modules.items() if _has_resnet_stem(module)), None) if stem else None
+        )
+        in_resnet_stem = _joined(self.resnet, "conv1") if self.resnet is not None else None
+        self.names: list[str] = []
+        entries = []
+        for name, module in modules.items():
+            if name == in_resnet_stem:
+                layer = self.build_stem(modules[self.resnet or ""], device="meta")
+                entries.append(Entry(name, _in_words(module), f"attention stem, {_heads(layer.num_heads)}"))
+            elif replace.is_spatial(module):
+                assert isinstance(module, nn.Conv2d)  # noqa: S101  (for the type checker)
+                entries.append(self._decide(name, module, stem_names, wanted=stem and name in stem_names))
+            elif isinstance(module, _ConvNd) and max(module.kernel_size) > 1:
+                entries.append(Entry(name, _in_words(module), why="no two-dimensional convolution"))
+            elif isinstance(module, (nn.Conv2d, ParametrizationList)):
+                continue
+            elif replace.holds_a_kernel(module):
+                entries.append(Entry(name, type(module).__name__, why="holds weights for a convolution of its own"))
+        self.report = ConversionReport(tuple(entries))
+        if not self.report.converted:
+            found = f"; found\n{self.report}" if entries else ", got a model without any"
+            raise ValueError(f"model: expected a convolution larger than 1x1 that can be converted{found}")
+
+    def _decide(self, name: str, conv: nn.Conv2d, stem_names: set[str], wanted: bool) -> Entry:
+        """What becomes of one convolution; it is added to ``names`` if it is to be replaced."""
+        was = _in_words(conv)
+        asked = wanted or (name not in stem_names if self.where is None else bool(self.where(name, conv)))
+        if not asked:
+            return Entry(name, was, why="the stem" if self.where is None else "not asked for")
+        why = replace.why_not_rebuilt(conv)
+        if why is not None and self.where is not None and not wanted:
+            raise TypeError(
+                f"model: expected convolutions that can be rebuilt where `where` accepts one, got {name}: {why}"
+            )
+        if why is None and any(id(p) in self._tied for p in conv.parameters(recurse=False)):
+            why = "it shares its parameters with another module"
+        why = why or replace.why_left_alone(conv, self.grouped, self.stride_mode)
+        if why is not None:
+            return Entry(name, was, why=why)
+        self.names.append(name)
+        heads = replace.nearest_heads(self.num_heads, conv.out_channels)
+        note = "" if heads == self.num_heads else f"{self.num_heads} heads don't divide {conv.out_channels} channels"
+        return Entry(name, was, replace.in_words(self.build(conv, device="meta")), note)
+
+    def build(self, conv: nn.Module, **device: Any) -> nn.Module:
+        """What takes a convolution's place."""
+        assert isinstance(conv, nn.Conv2d)  # noqa: S101  (names holds no other)
+        return replace.replacement(conv, self.kernel_size, self.num_heads, self.stride_mode, self.options | device)
+
+    def build_stem(self, resnet: nn.Module, **device: Any) -> AttentionStem:
+        """What takes the place of the stem of a ResNet."""
+        conv = resnet.get_submodule("conv1")
+        assert isinstance(conv, nn.Conv2d)  # noqa: S101  (see _has_resnet_stem)
+        heads = replace.nearest_heads(self.num_heads, conv.out_channels)
+        arguments = {"implementation": self.options.get("implementation"), "device": conv.weight.device}
+        arguments |= {"dtype": conv.weight.dtype} | device
+        return AttentionStem(conv.in_channels, conv.out_channels, heads, **arguments).train(resnet.training)
+
+
+def _stem(modules: dict[str, nn.Module]) -> set[str]:
+    """Names of the convolutions before a network's first stage: the first one, and those in a stem with it."""
+    convs = [name for name, module in modules.items() if isinstance(module, nn.Conv2d) and name]
+    if not convs or not replace.is_spatial(modules[convs[0]]):
+        return set()
+    *parents, _ = parts = convs[0].split(".")
+    for i, part in enumerate(parents):
+        if "stem" in part or part in ("conv1", "patch_embed"):
+            prefix = ".".join(parts[: i + 1]) + "."
+            return {name for name in convs if name.startswith(prefix)}
+    return {convs[0]}
+
+
+def _has_resnet_stem(module: nn.Module) -> bool:
+    """Whether a module begins as the ResNets of timm and torchvision do, its image four times smaller in the end."""
+    conv, norm, pool = (getattr(module, name, None) for name in ("conv1", "bn1", "maxpool"))
+    return (
+        isinstance(conv, nn.Conv2d)
+        and isinstance(norm, nn.BatchNorm2d)
+        and isinstance(pool, nn.MaxPool2d)
+        and (conv.stride, conv.groups, replace.why_not_rebuilt(conv)) == ((2, 2), 1, None)
+        and [axis.lost for axis in replace.axes(conv)] == [0, 0]
+        and (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
+    )
+
+
+def put_stem(resnet: nn.Module, stem: AttentionStem) -> None:
+    """Put an attention stem in the place of a ResNet's convolution, batch norm, activation and max pool."""
+    resnet.add_module("conv1", stem)
+    for name in ("bn1", "act1", "relu", "maxpool"):
+        if isinstance(getattr(resnet, name, None), nn.Module):
+            resnet.add_module(name, nn.Identity())
+    info = getattr(resnet, "feature_info", None)  # timm's: module and how many times smaller its output is
+    if isinstance(info, list) and info and info[0].get("module") == "act1":
+        info[0] = info[0] | {"reduction": stem.block_size}
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+def _heads(count: int) -> str:
+    return f"{count} head{'' if count == 1 else 's'}"
+
+
+def _in_words(module: nn.Module) -> str:
+    """A convolution in a few words."""
+    assert isinstance(module, _ConvNd)  # noqa: S101  (for the type checker)
+    kernel = "x".join(map(str, module.kernel_size))
+    text = f"{type(module).__name__} {kernel}, {module.in_channels} to {module.out_channels}"
+    if set(module.stride) != {1}:
+        text += f", stride {module.stride[0]}" if len(set(module.stride)) == 1 else f", stride {module.stride}"
+    return text

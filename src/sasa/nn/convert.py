@@ -1,0 +1,124 @@
+"""Any convolutional network turned into one of attention."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .conversion_plan import ConversionReport, Plan, Where, put_stem
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert(
+    model: Model,
+    kernel_size: int | Sequence[int] = 7,
+    num_heads: int = 8,
+    *,
+    where: Where | None = None,
+    stem: bool = False,
+    stride_mode: str = "pool",
+    grouped: bool = False,
+    inplace: bool = False,
+    verbose: bool = False,
+    **options: Any,
+) -> Model:
+    """Replace the spatial convolutions of a network by local self-attention, and return it.
+
+    Every map keeps its size, whatever the image's. The attention's parameters are fresh, on the device and in the
+    dtype of the convolution's; train (or fine-tune) the network before use. Source: arXiv 1906.05909, section 3.2.
+
+    What becomes of a convolution larger than 1x1:
+
+    - stride 1, padding that keeps the size: :class:`RelativeSelfAttention`, with a bias if the convolution has one;
+    - a stride: attention of every pixel, then an average pool of the stride (``stride_mode="pool"``, the paper's), or
+      attention of every stride-th pixel (``"strided"``);
+    - dilation is kept; a 1xk or kx1 kernel gets a window of 1 x ``kernel_size`` or ``kernel_size`` x 1; even kernels
+      are treated as odd ones;
+    - less padding than keeps the size: the pixels that the convolution loses are cut off after attention;
+    - more padding than keeps the size, a ``padding_mode`` other than zeros, groups (unless ``grouped``), hooks on the
+      module: left alone;
+    - transposed, one- and three-dimensional convolutions, subclasses of ``nn.Conv2d`` that compute in a way of their
+      own, convolutions that share parameters with others: left alone. Calls of ``torch.nn.functional.conv2d`` can't be
+      seen; modules that hold weights for one are listed.
+
+    Args:
+        model: the network, from timm, torchvision or your own.
+        kernel_size: window of the attention, int or (height, width).
+        num_heads: heads. Where they don't divide a layer's channels, the nearest number that does.
+        where: which convolutions to replace: ``where(name, module)`` is asked for each that is larger than 1x1, with
+            its name in ``model.named_modules()``. None: all but the stem, the first convolution of the network and
+            those in a ``stem`` or ``conv1`` with it.
+        stem: replace the stem too. The stem of ResNets as timm and torchvision build them (7x7 convolution, batch norm,
+            activation, max pool) becomes :class:`AttentionStem`; others are treated as all convolutions are.
+        stride_mode: ``"pool"`` or ``"strided"``.
+        grouped: also convert depthwise and grouped convolutions, though attention has projections of all channels.
+        inplace: change ``model`` itself. By default a copy is changed.
+        verbose: print a table of what was converted, what was left alone, and why: see :func:`conversion_report`.
+        **options: ``position``, ``position_split``, ``border``, ``bias``, ``scale``, ``implementation``,
+            ``recompute`` of :class:`RelativeSelfAttention`.
+
+    Returns:
+        The converted network: ``model`` itself if ``inplace``.
+
+    Raises:
+        ValueError: nothing to convert, or an argument out of range. The model is unchanged.
+        TypeError: an argument of the wrong type, or ``where`` accepts a class of convolution that can't be rebuilt. The
+            model is unchanged.
+
+    Example:
+        >>> network = sasa.convert(timm.create_model("resnet50"))
+    """
+    plan = Plan(model, kernel_size, num_heads, where, stem, stride_mode, grouped, options)
+    if plan.names == [""]:
+        if inplace:
+            raise ValueError("inplace: expected False for a model that is itself a convolution, got True")
+        return plan.build(model)  # type: ignore[return-value]
+    if not inplace:
+        model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    # All are built before any is put in: an error leaves the model as it was.
+    built = {id(modules[name]): plan.build(modules[name]) for name in plan.names}
+    attention_stem = None if plan.resnet is None else plan.build_stem(modules[plan.resnet])
+    for parent in modules.values():
+        for name, child in parent._modules.items():  # a module may have several names
+            if id(child) in built:
+                parent._modules[name] = built[id(child)]
+    if attention_stem is not None:
+        put_stem(modules[plan.resnet or ""], attention_stem)
+    if verbose:
+        print(plan.report)  # noqa: T201
+    return model
+
+
+def conversion_report(
+    model: nn.Module,
+    kernel_size: int | Sequence[int] = 7,
+    num_heads: int = 8,
+    *,
+    where: Where | None = None,
+    stem: bool = False,
+    stride_mode: str = "pool",
+    grouped: bool = False,
+    **options: Any,
+) -> ConversionReport:
+    """What :func:`convert` would do with these arguments, without doing it.
+
+    Args:
+        model: as all others, as in :func:`convert`.
+        kernel_size: window of the attention.
+        num_heads: heads.
+        where: which convolutions to replace.
+        stem: replace the stem too.
+        stride_mode: ``"pool"`` or ``"strided"``.
+        grouped: also convert depthwise and grouped convolutions.
+        **options: further options of the layers.
+
+    Raises:
+        ValueError: as :func:`convert`.
+        TypeError: as :func:`convert`.
+    """
+    return Plan(model, kernel_size, num_heads, where, stem, stride_mode, grouped, options).report

@@ -1,0 +1,187 @@
+"""What takes the place of one convolution: attention that gives maps of the same size, or why none does."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+
+from .relative_self_attention import RelativeSelfAttention
+
+STRIDE_MODES = ("pool", "strided")
+
+
+class Crop(nn.Module):
+    """Cuts off the pixels that a convolution with little padding doesn't compute.
+
+    Args:
+        top: rows to cut off above.
+        bottom: rows below.
+        left: columns on the left.
+        right: columns on the right.
+
+    Shape:
+        (B, C, H, W) to (B, C, H - top - bottom, W - left - right), a view.
+
+    Raises:
+        ValueError: an image with no pixels left.
+    """
+
+    def __init__(self, top: int, bottom: int, left: int, right: int) -> None:
+        super().__init__()
+        self.top, self.bottom, self.left, self.right = top, bottom, left, right
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cut."""
+        least = self.top + self.bottom + 1, self.left + self.right + 1
+        if x.shape[2] < least[0] or x.shape[3] < least[1]:
+            raise ValueError(f"x: expected at least {least[0]} x {least[1]} pixels, got {x.shape[2]} x {x.shape[3]}")
+        return x[:, :, self.top : x.shape[2] - self.bottom, self.left : x.shape[3] - self.right]
+
+    def extra_repr(self) -> str:
+        """Arguments as given to the constructor."""
+        return f"top={self.top}, bottom={self.bottom}, left={self.left}, right={self.right}"
+
+
+class Axis(NamedTuple):
+    """Rows or columns of a convolution, which makes floor((n - lost - 1) / stride) + 1 pixels of n."""
+
+    kernel: int
+    stride: int
+    dilation: int
+    lost: int
+
+
+def axes(conv: nn.Conv2d) -> tuple[Axis, Axis]:
+    """The geometry of a convolution."""
+
+    def axis(i: int) -> Axis:
+        kernel, dilation = conv.kernel_size[i], conv.dilation[i]
+        lost = dilation * (kernel - 1)
+        if conv.padding == "same" or pads_itself(conv):
+            lost = 0
+        elif not isinstance(conv.padding, str):
+            lost -= 2 * conv.padding[i]
+        return Axis(kernel, conv.stride[i], dilation, lost)
+
+    return axis(0), axis(1)
+
+
+def pads_itself(conv: nn.Conv2d) -> bool:
+    """Whether this is timm's convolution with TensorFlow's "same" padding, which depends on the image's size."""
+    return type(conv).__name__ == "Conv2dSame" and type(conv).__module__.startswith("timm.")
+
+
+def is_spatial(module: nn.Module) -> bool:
+    """Whether this is a two-dimensional convolution that sees more than one pixel."""
+    return isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
+
+
+def nearest_heads(num_heads: int, channels: int) -> int:
+    """The divisor of ``channels`` nearest to ``num_heads``; of two as near, the larger."""
+    divisors = [n for n in range(1, channels + 1) if channels % n == 0]
+    return min(divisors, key=lambda n: (abs(n - num_heads), -n))
+
+
+def why_not_rebuilt(conv: nn.Conv2d) -> str | None:
+    """Why this class of module is no convolution that could be understood; None if it is one."""
+    if is_parametrized(conv):
+        return "its parameters are parametrized, as by weight or spectral norm"
+    if type(conv).forward is not nn.Conv2d.forward and not pads_itself(conv):
+        return f"{type(conv).__name__} computes in a way of its own"
+    if isinstance(conv.weight, UninitializedParameter):
+        return f"{type(conv).__name__} has no shape yet: run the model once before"
+    return None
+
+
+def why_left_alone(conv: nn.Conv2d, grouped: bool, stride_mode: str) -> str | None:
+    """Why attention would not do what this convolution does; None if it would."""
+    if any((conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)):
+        return "it has hooks, which would be lost"
+    if conv.groups > 1 and not grouped:
+        kind = "depthwise" if conv.groups == conv.in_channels else f"in {conv.groups} groups"
+        return f"{kind}, and attention mixes all channels (grouped=True converts it all the same)"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}"
+    if any(axis.lost < 0 for axis in axes(conv)):
+        return f"padding={conv.padding} makes its output larger than its input"
+    if stride_mode == "strided" and any(axis.lost and axis.stride > 1 for axis in axes(conv)):
+        return f"padding={conv.padding} doesn't keep the size, which stride_mode='strided' needs"
+    return None
+
+
+def replacement(
+    conv: nn.Conv2d, kernel_size: tuple[int, int], num_heads: int, stride_mode: str, options: dict[str, Any]
+) -> nn.Module:
+    """Attention of fresh parameters whose output has the convolution's size, for every input size.
+
+    Attention keeps the size; pixels that the convolution would lose for want of padding are cut off; the pixels of a
+    stride are averaged (``"pool"``), or only every stride-th pixel attends (``"strided"``).
+
+    Args:
+        conv: none of those that :func:`why_not_rebuilt` or :func:`why_left_alone` speak of.
+        kernel_size: window, where the convolution's own kernel is larger than 1.
+        num_heads: heads, if they divide the channels.
+        stride_mode: ``"pool"`` or ``"strided"``.
+        options: further arguments of :class:`RelativeSelfAttention`.
+    """
+    both = axes(conv)
+    strides = both[0].stride, both[1].stride
+    # Windows of pooled pixels are all whole if the convolution leaves out what is over; else the last may be cut.
+    whole = all(axis.lost >= axis.stride - 1 for axis in both)
+    cut = [axis.lost - (axis.stride - 1 if whole else 0) for axis in both]
+    pooled = stride_mode == "pool" and strides != (1, 1)
+    by_layer = pooled and strides[0] == strides[1] and not whole and not any(cut)
+    arguments = {
+        "dilation": tuple(axis.dilation if axis.kernel > 1 else 1 for axis in both),
+        "bias": conv.bias is not None,
+        "device": conv.weight.device,
+        "dtype": conv.weight.dtype,
+    }
+    attention = RelativeSelfAttention(
+        conv.in_channels,
+        conv.out_channels,
+        tuple(size if axis.kernel > 1 else 1 for size, axis in zip(kernel_size, both, strict=True)),
+        nearest_heads(num_heads, conv.out_channels),
+        1 if pooled else strides,
+        pool=strides[0] if by_layer else 1,
+        **(arguments | options),
+    )
+    parts = OrderedDict[str, nn.Module](attention=attention)
+    if any(cut):
+        # A kernel of even size reaches one pixel further after its centre than before, and so begins at pixel 0.
+        (top, left), (bottom, right) = [c // 2 for c in cut], [c - c // 2 for c in cut]
+        parts["crop"] = Crop(top, bottom, left, right)
+    if pooled and not by_layer:
+        parts["pool"] = nn.AvgPool2d(strides, ceil_mode=not whole)
+    layer = attention if len(parts) == 1 else nn.Sequential(parts)
+    return layer.train(conv.training)
+
+
+def in_words(layer: nn.Module) -> str:
+    """A replacement in a line."""
+    attention = layer[0] if isinstance(layer, nn.Sequential) else layer
+    assert isinstance(attention, RelativeSelfAttention)  # noqa: S101  (replacement() builds nothing else)
+    height, width = attention.kernel_size
+    text = f"attention {height}x{width}, {attention.num_heads} head{'s' if attention.num_heads > 1 else ''}"
+    if attention.stride != (1, 1):
+        text += f", stride {attention.stride[0]}x{attention.stride[1]}"
+    if attention.dilation != (1, 1):
+        text += f", dilation {attention.dilation[0]}x{attention.dilation[1]}"
+    if attention.pool > 1:
+        text += f", average pool {attention.pool}x{attention.pool}"
+    for part in layer if isinstance(layer, nn.Sequential) else ():
+        if isinstance(part, Crop):
+            text += f", {part.top + part.bottom} rows and {part.left + part.right} columns cut off"
+        if isinstance(part, nn.AvgPool2d):
+            text += ", average pool {}x{}".format(*part.kernel_size)  # type: ignore[misc]
+    return text
+
+
+def holds_a_kernel(module: nn.Module) -> bool:
+    """Whether a module that is no ``nn.Conv2d`` has a weight of its own that looks like a convolution's."""
+    kernels = [p for p in module.parameters(recurse=False) if not isinstance(p, UninitializedParameter)]
+    return any(p.dim() == 4 and max(p.shape[2:]) > 1 and min(p.shape[:2]) > 1 for p in kernels)

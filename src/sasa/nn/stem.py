@@ -1,0 +1,191 @@
+"""The paper's attention stem: attention inside blocks of 4x4 pixels, with values that know their place in the block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import checks
+from ..ops.implementations import choose, names
+from ..ops.local_attention import autocast
+from ..ops.projected import projected_attention
+
+# Bytes of one part of the batch where no gradient is wanted: outputs that are pooled before they leave the cache.
+PART_BYTES = 2**24
+
+
+class AttentionStem(nn.Module):
+    r"""Attention that takes the place of a network's first convolution and the max pool behind it.
+
+    Pixels of an image have little content of their own, so what a pixel gives depends on its place (a, b) in the block:
+
+    .. math::
+        y_p = \sum_{(a, b)} \operatorname{softmax}_{(a, b)}(q_p \cdot k_{ab}) \, v_{ab}, \qquad
+        v_{ab} = \Bigl(\sum_m p(a, b, m) \, W_V^m\Bigr) x_{ab}, \qquad
+        p(a, b, m) = \operatorname{softmax}_m\bigl((\mathrm{row}_a + \mathrm{col}_b) \cdot \nu_m\bigr)
+
+    over the pixels (a, b) of the block that holds pixel p, for each head on its own share of the channels; then batch
+    norm, and the maximum of each block and channel. Blocks cut off by the right or lower edge of the image are smaller.
+    Source: Ramachandran et al. 2019 (arXiv 1906.05909), section 3.2.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the output, divisible by ``num_heads``.
+        num_heads: heads; a head has ``out_channels / num_heads`` channels.
+        block_size: pixels along a block; also how many times smaller the output is.
+        mixtures: M, value projections that are mixed. 1 gives values that don't know their place.
+        implementation: None for the fastest, or a name: see :func:`sasa.local_attention`.
+        device: where to create the parameters.
+        dtype: of the parameters.
+
+    Shape:
+        - Input: (B, in_channels, H, W), contiguous or channels_last.
+        - Output: (B, out_channels, ceil(H / block_size), ceil(W / block_size)), channels_last in memory.
+
+    Attributes:
+        qk: queries and keys as one 1x1 convolution of 2·out_channels outputs.
+        value: the M value projections as one 1x1 convolution of M·out_channels outputs.
+        row_embedding: row_a, (out_channels, block_size).
+        col_embedding: col_b, likewise.
+        mixture_embedding: nu, (out_channels, mixtures).
+        norm: the batch norm.
+
+    Raises:
+        ValueError: an argument out of range, or an input that doesn't fit, naming it.
+        TypeError: an argument of the wrong Python type.
+
+    Example:
+        >>> sasa.AttentionStem(3, 64)(torch.randn(8, 3, 224, 224)).shape
+        torch.Size([8, 64, 56, 56])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_heads: int = 8,
+        *,
+        block_size: int = 4,
+        mixtures: int = 4,
+        implementation: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "num_heads": num_heads}
+        for name, size in (sizes | {"block_size": block_size, "mixtures": mixtures}).items():
+            checks.positive(name, size)
+        if out_channels % num_heads:
+            raise ValueError(f"out_channels: expected a multiple of num_heads = {num_heads}, got {out_channels}")
+        checks.choice("implementation", implementation, (None, *names()))
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_heads = num_heads
+        self.block_size = block_size
+        self.mixtures = mixtures
+        self.implementation = implementation
+        options = {"device": device, "dtype": dtype}
+        self.qk = nn.Conv2d(in_channels, 2 * out_channels, 1, bias=False, **options)
+        self.value = nn.Conv2d(in_channels, mixtures * out_channels, 1, bias=False, **options)
+        self.row_embedding = nn.Parameter(torch.empty(out_channels, block_size, **options))
+        self.col_embedding = nn.Parameter(torch.empty(out_channels, block_size, **options))
+        self.mixture_embedding = nn.Parameter(torch.empty(out_channels, mixtures, **options))
+        self.norm = nn.BatchNorm2d(out_channels, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters such that q·k starts with variance 1 for an input of variance 1, and the mixtures are
+        soft: the logits of p have variance 2.
+        """
+        std = self.in_channels**-0.5
+        nn.init.normal_(self.qk.weight, std=std)
+        with torch.no_grad():
+            self.qk.weight[: self.out_channels] *= (self.out_channels / self.num_heads) ** -0.5
+        nn.init.normal_(self.value.weight, std=std)
+        nn.init.normal_(self.row_embedding)
+        nn.init.normal_(self.col_embedding)
+        nn.init.normal_(self.mixture_embedding, std=self.out_channels**-0.5)
+        self.norm.reset_parameters()
+
+    def mixture_weights(self) -> Tensor:
+        """p(a, b, m): (block_size, block_size, mixtures), summing to 1 over the mixtures."""
+        place = self.row_embedding[:, :, None] + self.col_embedding[:, None, :]
+        return torch.einsum("cab,cm->abm", place, self.mixture_embedding).softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend and pool: (B, in_channels, H, W) to (B, out_channels, ceil(H / block_size), ceil(W / block_size))."""
+        self._check(x)
+        if self._wants_parts(x):
+            images = max(1, PART_BYTES // (self.out_channels * x.shape[2] * x.shape[3] * x.element_size()))
+            return torch.cat([self._pooled(part) for part in x.split(images)])
+        return self._pooled(x)
+
+    def _wants_parts(self, x: Tensor) -> bool:
+        """Whether the images may be taken one after the other, which saves memory and time without gradients."""
+        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu")
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """Attention, batch norm and max pool of whole blocks, and of those that the image's edges cut."""
+        size = self.block_size
+        height, width = x.shape[2] // size * size, x.shape[3] // size * size
+        rows = [part for part in (x[:, :, :height], x[:, :, height:]) if part.shape[2]]
+        regions = [[part for part in (r[..., :width], r[..., width:]) if part.shape[3]] for r in rows]
+        blocks = [[self._blocks(region) for region in row] for row in regions]
+        attended = [[self._attend(region) for region in row] for row in blocks]
+        normed = self._norm([y for row in attended for y in row])
+        pooled = iter([y.amax((4, 5)) for y in normed])
+        return torch.cat([torch.cat([next(pooled) for _ in row], 2) for row in regions], 1).permute(0, 3, 1, 2)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) of equal blocks as (B, rows, columns, C, height, width), channels innermost in memory."""
+        height, width = min(self.block_size, x.shape[2]), min(self.block_size, x.shape[3])
+        x = x.unflatten(2, (-1, height)).unflatten(4, (-1, width)).permute(0, 2, 4, 3, 5, 1)
+        return x.contiguous().movedim(5, 3)
+
+    def _attend(self, blocks: Tensor) -> Tensor:
+        """Attention inside each block: the layer's operator, of images as small as a block, whose windows reach over
+        all of it from every pixel and whose borders are masked.
+
+        The input is weighed by p, not the values: sum over m of W^m (p_m x) needs M·C numbers a pixel, where M value
+        maps would need M times the output's.
+        """
+        place = self.mixture_weights()[: blocks.shape[4], : blocks.shape[5]].permute(2, 0, 1)  # (M, height, width)
+        images = blocks.flatten(0, 2)
+        placed = (images[:, None] * place[:, None]).flatten(1, 2)
+        x = torch.cat((images, placed), 1).contiguous(memory_format=torch.channels_last)
+        qk = self.qk.weight.flatten(1)
+        value = self.value.weight.flatten(1).unflatten(0, (self.mixtures, -1)).transpose(0, 1).flatten(1)
+        x, weight = autocast(x, torch.block_diag(qk, value))
+        if self.implementation is not None and not torch.compiler.is_compiling():
+            choose(self.implementation, x)
+        reach = 2 * self.block_size - 1
+        sizes = self.num_heads, (reach, reach), (1, 1), (1, 1)
+        y = projected_attention(x, weight, None, None, None, *sizes, "mask", 1.0, self.implementation)
+        return y.unflatten(0, blocks.shape[:3])
+
+    def _norm(self, attended: list[Tensor]) -> list[Tensor]:
+        """Batch norm over the pixels of all of them together."""
+        pixels = [y.movedim(3, 5).reshape(-1, self.out_channels) for y in attended]
+        together = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+        # (1, C, pixels, 1), channels innermost: batch norm is fast for it.
+        normed = self.norm(together[None, :, None].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[0, :, 0]
+        parts = normed.split([len(p) for p in pixels])
+        return [
+            part.view(*y.shape[:3], *y.shape[4:], -1).movedim(5, 3) for part, y in zip(parts, attended, strict=True)
+        ]
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < 1:
+            raise ValueError(
+                f"x: expected shape (batch, in_channels={self.in_channels}, height, width), got {tuple(x.shape)}"
+            )
+        weight = self.qk.weight
+        if x.device != weight.device:
+            raise ValueError(f"x: expected device {weight.device} as the parameters are on, got {x.device}")
+        if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"x: expected dtype {weight.dtype} as the parameters have, got {x.dtype}")
+
+    def extra_repr(self) -> str:
+        """Arguments as given to the constructor."""
+        text = f"{self.in_channels}, {self.out_channels}, num_heads={self.num_heads}, block_size={self.block_size}"
+        return f"{text}, mixtures={self.mixtures}"
