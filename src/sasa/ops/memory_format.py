@@ -9,7 +9,8 @@ def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of (B, N, D, H, W) are next to each other in memory, as in a view of a channels_last
     (B, N·D, H, W) tensor.
     """
-    return x.stride(2) == 1 and x.stride(4) != 1
+    channels = 1 if x.shape[2] == 1 else 2  # the stride of a dimension of size 1 says nothing
+    return x.stride(channels) == 1 and x.stride(4) != 1
 
 
 def empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
