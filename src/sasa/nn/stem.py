@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import checks
@@ -125,21 +126,39 @@ class AttentionStem(nn.Module):
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu")
 
     def _pooled(self, x: Tensor) -> Tensor:
-        """Attention, batch norm and max pool of whole blocks, and of those that the image's edges cut."""
+        """Attention, batch norm and max pool."""
         size = self.block_size
-        height, width = x.shape[2] // size * size, x.shape[3] // size * size
-        rows = [part for part in (x[:, :, :height], x[:, :, height:]) if part.shape[2]]
-        regions = [[part for part in (r[..., :width], r[..., width:]) if part.shape[3]] for r in rows]
-        blocks = [[self._blocks(region) for region in row] for row in regions]
-        attended = [[self._attend(region) for region in row] for row in blocks]
-        normed = self._norm([y for row in attended for y in row])
-        pooled = iter([y.amax((4, 5)) for y in normed])
-        return torch.cat([torch.cat([next(pooled) for _ in row], 2) for row in regions], 1).permute(0, 3, 1, 2)
+        heights, widths = self._cuts(x.shape[2]), self._cuts(x.shape[3])
+        if len(heights) == len(widths) == 1 and not torch.compiler.is_compiling():
+            # Whole blocks need not be put together to an image: it would be written and read once more.
+            y = self._attend(self._blocks(x, heights[0], widths[0]))
+            pixels = y.movedim(3, 5).flatten(0, 4)  # (pixels, channels)
+            normed = self.norm(pixels[None, :, None].permute(0, 3, 1, 2))  # as one image, channels innermost
+            y = normed[0, :, :, 0].mT.view(*y.shape[:3], *y.shape[4:], self.out_channels)
+            return y.amax((3, 4)).permute(0, 3, 1, 2)
+        rows, top = [], 0
+        for height in heights:
+            row, left = [], 0
+            for width in widths:
+                region = x.narrow(2, top, height[0] * height[1]).narrow(3, left, width[0] * width[1])
+                y = self._attend(self._blocks(region, height, width))
+                row.append(y.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2))
+                left += width[0] * width[1]
+            rows.append(torch.cat(row, 2))
+            top += height[0] * height[1]
+        image = torch.cat(rows, 1).permute(0, 3, 1, 2)
+        return F.max_pool2d(self.norm(image), size, size, ceil_mode=True)
 
-    def _blocks(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) of equal blocks as (B, rows, columns, C, height, width), channels innermost in memory."""
-        height, width = min(self.block_size, x.shape[2]), min(self.block_size, x.shape[3])
-        x = x.unflatten(2, (-1, height)).unflatten(4, (-1, width)).permute(0, 2, 4, 3, 5, 1)
+    def _cuts(self, pixels: int) -> list[tuple[int, int]]:
+        """An axis as a number of whole blocks and one that the image's edge cuts: (blocks, pixels of a block) each."""
+        size, whole = self.block_size, pixels // self.block_size
+        # One of a few numbers, so that compiled code is specialised on it and on nothing else.
+        over = next(n for n in range(size) if pixels % size == n)
+        return ([(whole, size)] if whole else []) + ([(1, over)] if over else [])
+
+    def _blocks(self, x: Tensor, height: tuple[int, int], width: tuple[int, int]) -> Tensor:
+        """(B, C, H, W) as (B, rows, columns, C, height, width) of equal blocks, channels innermost in memory."""
+        x = x.unflatten(2, height).unflatten(4, width).permute(0, 2, 4, 3, 5, 1)
         return x.contiguous().movedim(5, 3)
 
     def _attend(self, blocks: Tensor) -> Tensor:
@@ -162,17 +181,6 @@ class AttentionStem(nn.Module):
         sizes = self.num_heads, (reach, reach), (1, 1), (1, 1)
         y = projected_attention(x, weight, None, None, None, *sizes, "mask", 1.0, self.implementation)
         return y.unflatten(0, blocks.shape[:3])
-
-    def _norm(self, attended: list[Tensor]) -> list[Tensor]:
-        """Batch norm over the pixels of all of them together."""
-        pixels = [y.movedim(3, 5).reshape(-1, self.out_channels) for y in attended]
-        together = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-        # (1, C, pixels, 1), channels innermost: batch norm is fast for it.
-        normed = self.norm(together[None, :, None].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[0, :, 0]
-        parts = normed.split([len(p) for p in pixels])
-        return [
-            part.view(*y.shape[:3], *y.shape[4:], -1).movedim(5, 3) for part, y in zip(parts, attended, strict=True)
-        ]
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < 1:
