@@ -125,8 +125,8 @@ struct Backward {
           });
       for (int64_t x = 0; x < p.cols.outputs; x += kColumns) {
         const int64_t count = lesser(kColumns, p.cols.outputs - x);
+        group.pack_queries(scratch.queries, y, queries, x, count);
         for (int r = 0; r < queries; ++r) {
-          group.pack_queries(scratch.queries + r * kColumns * p.channels, y + r, x, count);
           pack<W, S>(scratch.outputs + r * kColumns * p.value_channels, G::row_of(grads.output, y + r, x), of_output,
                      {count, p.value_channels, grads.output.stride[4], grads.output.stride[2]}, T(1));
           pack<W, T>(scratch.lse + r * kColumns, static_cast<const T*>(p.lse) + (y + r) * p.cols.outputs + x,

@@ -67,8 +67,7 @@ struct Forward {
       group.hold(block, [](int64_t) {}, [](int64_t) {});
       for (int64_t x = x0; x < x1; x += kColumns) {
         const int64_t count = lesser(kColumns, x1 - x);
-        for (int r = 0; r < queries; ++r)
-          group.pack_queries(scratch.queries + r * kColumns * p.channels, y + r, x, count);
+        group.pack_queries(scratch.queries, y, queries, x, count);
         for (int64_t i = 0; i < count; ++i) {
           group.prefetch_below(block, x - x0 + i, x1 - x0);
           group.prefetch_queries(block, x + i + kColumns, x0, x1);
