@@ -43,7 +43,7 @@ struct Call {
         planes(p.batch * p.heads),
         groups(ceil_div(planes, P)),
         taps(p.rows.kernel * p.cols.kernel),
-        together(queries_together(p.rows)),
+        together(p.pool > 1 ? p.pool : queries_together(p.rows)),
         row_channels(channels_used<S>(p.row, p.heads, p.channels, p.rows.kernel)),
         col_channels(channels_used<S>(p.col, p.heads, p.channels, p.cols.kernel)),
         lse_stride{p.heads * p.rows.outputs * p.cols.outputs, p.rows.outputs * p.cols.outputs} {}
@@ -68,6 +68,9 @@ struct Group {
   V *row_table, *col_table;  // the embeddings in lanes: [tap][channel]
   V* logits;                 // [query][tap]
   V *row_terms, *col_terms;  // [query][kh], [query][kw]: q.row and q.col
+  KeyRow<V>* joint_rows;     // what the queries of one pooled output see together, as key_rows
+  V* joint;                  // their weights: [row of keys][tap]
+  int64_t joint_taps;        // taps across
   bool whole[kQueries];      // whether all taps of the column's queries are inside the image
   int64_t most_pixels;
   Pixels<T> pixels;  // to be projected together
@@ -95,7 +98,9 @@ struct Group {
     logits = w.take<V>(kQueries * call.taps);
     row_terms = w.take<V>(kQueries * p.rows.kernel);
     col_terms = w.take<V>(kQueries * p.cols.kernel);
-    const bool projected = p.projection != nullptr;
+    const bool pooled = p.pool > 1, projected = p.projection != nullptr;
+    joint_rows = w.take<KeyRow<V>>(pooled ? span : 0);
+    joint = w.take<V>(pooled ? joint_size() : 0);
     input = w.take<T>(projected && is_copied() ? greater(most_cols, kColumns) * p.projection->in_channels : 0);
   }
 
@@ -227,6 +232,44 @@ struct Group {
                      row.last, weights + row.first * call.taps + row.tap * p.cols.kernel + inside.first};
     }
     return inside;
+  }
+
+  // Taps that the queries of a pooled output see together, at most.
+  int64_t joint_size() const {
+    const auto along = [&](const sasa_axis& axis) {
+      return axis.kernel + (p.pool - 1) * (axis.stride / axis.dilation);
+    };
+    return along(p.rows) * along(p.cols);
+  }
+
+  // Points joint_rows at the keys that the queries in `columns` columns from x on see together, with weights of zero.
+  void point_jointly(const Block& block, int64_t x, int64_t columns) {
+    const Range first = taps_inside(p.cols, x), last = taps_inside(p.cols, x + columns - 1);
+    joint_taps = last.last + (columns - 1) * joint_step() - first.first;
+    point_at(block, x, joint);
+    for (int i = 0; i < block.count; ++i)
+      joint_rows[i] = {key_rows[i].keys, key_rows[i].values, 0, 1, joint + i * joint_taps};
+    for (int64_t t = 0; t < block.count * joint_taps; ++t) joint[t] = V{};
+  }
+
+  // Taps between the windows of neighbouring columns.
+  int64_t joint_step() const { return p.cols.stride / p.cols.dilation; }
+
+  // Calls each(query, its weights of a row of keys, their places in the joint weights) for every such row of the
+  // queries in column number `column` of those of point_jointly(x); needs point_at(x + column).
+  template <class F>
+  void each_jointly(const Block& block, int64_t x, int64_t column, F each) const {
+    const int64_t start = column * joint_step() + taps_inside(p.cols, x + column).first - taps_inside(p.cols, x).first;
+    for (int i = 0; i < block.count; ++i)
+      for (int r = key_rows[i].first; r < key_rows[i].last; ++r)
+        each(r, key_rows[i].weights + (r - key_rows[i].first) * weights_stride(block), i * joint_taps + start);
+  }
+
+  // Adds the weights of a column's queries, times `factor`, to the joint ones.
+  void join(const Block& block, int64_t x, int64_t column, Range inside, const V* factor) {
+    each_jointly(block, x, column, [&](int r, const V* weights, int64_t place) {
+      for (int64_t t = 0; t < inside.last - inside.first; ++t) joint[place + t] += weights[t] * factor[r];
+    });
   }
 
   // Between the weights of queries r and r + 1 for one row of keys: the row is `step` taps higher for the second.
