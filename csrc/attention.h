@@ -7,7 +7,8 @@
 namespace sasa {
 namespace SASA_ISA {
 
-constexpr int64_t kColumns = 16;  // queries packed and unpacked together along a row
+constexpr int64_t kColumns = 16;          // queries packed and unpacked together along a row
+constexpr int64_t kPixelsTogether = 256;  // pixels that are projected together, at most, but for longer rows
 
 // Channels first <= c < last outside of which an embedding is zero in every head and tap: for an embedding split into
 // a row and a column half, products over half of the channels do.
@@ -42,7 +43,7 @@ struct Call {
         planes(p.batch * p.heads),
         groups(ceil_div(planes, P)),
         taps(p.rows.kernel * p.cols.kernel),
-        together(queries_together(p.rows)),
+        together(p.pool > 1 ? p.pool : queries_together(p.rows)),
         row_channels(channels_used<S>(p.row, p.heads, p.channels, p.rows.kernel)),
         col_channels(channels_used<S>(p.col, p.heads, p.channels, p.cols.kernel)),
         lse_stride{p.heads * p.rows.outputs * p.cols.outputs, p.rows.outputs * p.cols.outputs} {}
@@ -67,9 +68,13 @@ struct Group {
   V *row_table, *col_table;  // the embeddings in lanes: [tap][channel]
   V* logits;                 // [query][tap]
   V *row_terms, *col_terms;  // [query][kh], [query][kw]: q.row and q.col
+  KeyRow<V>* joint_rows;     // what the queries of one pooled output see together, as key_rows
+  V* joint;                  // their weights: [row of keys][tap]
+  int64_t joint_taps;        // taps across
   bool whole[kQueries];      // whether all taps of the column's queries are inside the image
-  T* input;                  // pixels of the layer's input, in_channels numbers each
-  int64_t* wanted;           // rows of keys to be projected together
+  int64_t most_pixels;
+  Pixels<T> pixels;  // to be projected together
+  T* input;          // a row of the layer's input where it is copied: pixels of in_channels numbers each
 
   // `most_cols`: columns of the image that the rings have room for.
   Group(const Call<S, P>& c, int64_t most_cols, int64_t first, Workspace& w)
@@ -79,7 +84,9 @@ struct Group {
         of_query(planes_of(p.query)),
         of_key(planes_of(p.key)),
         of_value(planes_of(p.value)),
-        of_lse(c.lse_stride, p.heads, c.planes, first) {
+        of_lse(c.lse_stride, p.heads, c.planes, first),
+        most_pixels(p.projection == nullptr ? 0 : greater(kPixelsTogether, greater(most_cols, kQueries * kColumns))),
+        pixels(most_pixels, w) {
     const int64_t span = rows_spanned(p.rows, call.together);
     keys = {w.take<V>(span * most_cols * p.channels), span, most_cols * p.channels};
     values = {w.take<V>(span * most_cols * p.value_channels), span, most_cols * p.value_channels};
@@ -91,9 +98,10 @@ struct Group {
     logits = w.take<V>(kQueries * call.taps);
     row_terms = w.take<V>(kQueries * p.rows.kernel);
     col_terms = w.take<V>(kQueries * p.cols.kernel);
-    const bool projected = p.projection != nullptr;
-    input = w.take<T>(projected ? greater(most_cols, kColumns) * p.projection->in_channels : 0);
-    wanted = w.take<int64_t>(projected ? span : 0);
+    const bool pooled = p.pool > 1, projected = p.projection != nullptr;
+    joint_rows = w.take<KeyRow<V>>(pooled ? span : 0);
+    joint = w.take<V>(pooled ? joint_size() : 0);
+    input = w.take<T>(projected && is_copied() ? greater(most_cols, kColumns) * p.projection->in_channels : 0);
   }
 
   Planes<P> planes_of(const sasa_tensor& x) const { return {x.stride, p.heads, call.planes, first_plane}; }
@@ -120,7 +128,6 @@ struct Group {
   // passed to `let_go` before, new ones to `take_up` after.
   template <class F, class H>
   void hold(const Block& block, F let_go, H take_up) {
-    int count = 0;
     for (int i = 0; i < block.count; ++i) {
       const int64_t y = block.rows[i].y;
       int64_t& place = held[y % keys.span];
@@ -128,43 +135,47 @@ struct Group {
       if (place >= 0) let_go(place);
       place = y;
       if (call.weights != nullptr) {
-        wanted[count++] = y;
+        if (pixels.count + cols > most_pixels) project_keys();
+        add_pixels(y, first_col, cols, 1, keys.row(y));
+        if (is_copied()) project_keys();
       } else {
         pack<W, S>(keys.row(y), row_of(p.key, y, first_col), of_key, row_like(p.key, p.channels), T(1));
         pack<W, S>(values.row(y), row_of(p.value, y, first_col), of_value, row_like(p.value, p.value_channels), T(1));
       }
       take_up(y);
     }
-    for (int i = 0; i < count; ++i) {
-      const T* x = stage_input(wanted[i], first_col, cols, 1);
-      for (int64_t c = 0; c < p.channels; c += kBlock) {
-        call.weights->project(keys.row(wanted[i]), x, staged_stride(1), cols, first_plane % p.heads / P, 1, c);
-        call.weights->project(values.row(wanted[i]), x, staged_stride(1), cols, first_plane % p.heads / P, 2, c);
-      }
-    }
+    if (call.weights != nullptr) project_keys();
   }
 
-  // `count` pixels of the layer's input, `step` columns apart, as rows of numbers: where they lie, or a copy.
-  const T* stage_input(int64_t y, int64_t col, int64_t count, int64_t step) {
+  // Keys and values of the pixels added, by the places of their keys.
+  void project_keys() {
+    const int64_t group = first_plane % p.heads / P;
+    call.weights->project(pixels, group, 1, 0);
+    call.weights->project(pixels, group, 2, values.rows - keys.rows);
+    pixels.count = 0;
+  }
+
+  // Whether the layer's input is copied to be projected: widened, or because its channels are not next to each other.
+  bool is_copied() const { return !std::is_same_v<S, T> || p.projection->input.stride[2] != 1; }
+
+  // `count` pixels of row y of the layer's input, `step` columns apart, to be projected to [pixel][channel].
+  void add_pixels(int64_t y, int64_t col, int64_t count, int64_t step, V* to) {
     const sasa_tensor& x = p.projection->input;
     const S* from = row_of(x, y, col) + first_plane / p.heads * x.stride[0];
-    if constexpr (std::is_same_v<S, T>)
-      if (x.stride[2] == 1) return from;
-    const int64_t inputs = p.projection->in_channels;
-    if (x.stride[2] == 1) {
+    const int64_t inputs = p.projection->in_channels, pixel = step * x.stride[4], channel = x.stride[2];
+    if (is_copied() && channel == 1)
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t c = 0; c < inputs; ++c) input[i * inputs + c] = widen(from[i * step * x.stride[4] + c]);
-    } else {
+        for (int64_t c = 0; c < inputs; ++c) input[i * inputs + c] = widen(from[i * pixel + c]);
+    else if (is_copied())
       for (int64_t c = 0; c < inputs; ++c)
-        for (int64_t i = 0; i < count; ++i)
-          input[i * inputs + c] = widen(from[i * step * x.stride[4] + c * x.stride[2]]);
+        for (int64_t i = 0; i < count; ++i) input[i * inputs + c] = widen(from[i * pixel + c * channel]);
+    for (int64_t i = 0; i < count; ++i) {
+      T* place = reinterpret_cast<T*>(to + i * p.channels);
+      if constexpr (std::is_same_v<S, T>)
+        pixels.add(is_copied() ? input + i * inputs : from + i * pixel, place);
+      else
+        pixels.add(input + i * inputs, place);
     }
-    return input;
-  }
-
-  int64_t staged_stride(int64_t step) const {
-    const sasa_tensor& x = p.projection->input;
-    return std::is_same_v<S, T> && x.stride[2] == 1 ? step * x.stride[4] : p.projection->in_channels;
   }
 
   // Asks for a share, column i of n, of the rows of keys and values that the next block will hold.
@@ -191,20 +202,24 @@ struct Group {
                      of_query, {1, p.channels, p.query.stride[4], p.query.stride[2]}, 0, 1);
   }
 
-  // `count` queries of row y from column x on, times the scale.
-  void pack_queries(V* to, int64_t y, int64_t x, int64_t count) {
-    if (call.weights != nullptr) {
-      const T* input_row =
-          stage_input(y * p.rows.stride + centre(p.rows), x * p.cols.stride + centre(p.cols), count, p.cols.stride);
-      for (int64_t c = 0; c < p.channels; c += kBlock)
-        call.weights->project(to, input_row, staged_stride(p.cols.stride), count, first_plane % p.heads / P, 0, c);
-      if (p.scale != 1)
-        for (int64_t i = 0; i < count * p.channels; ++i) to[i] *= T(p.scale);
-      return;
+  // `count` queries of each of `rows` rows, from row y and column x on, times the scale; rows kColumns queries apart.
+  void pack_queries(V* to, int64_t y, int rows, int64_t x, int64_t count) {
+    const int64_t row_size = kColumns * p.channels, group = first_plane % p.heads / P;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t pixel_y = (y + r) * p.rows.stride + centre(p.rows), pixel_x = x * p.cols.stride + centre(p.cols);
+      if (call.weights == nullptr) {
+        pack<W, S>(to + r * row_size, row_of(p.query, pixel_y, pixel_x), of_query,
+                   {count, p.channels, p.query.stride[4] * p.cols.stride, p.query.stride[2]}, T(p.scale));
+        continue;
+      }
+      add_pixels(pixel_y, pixel_x, count, p.cols.stride, to + r * row_size);
+      if (!is_copied() && r + 1 < rows) continue;
+      call.weights->project(pixels, group, 0, 0);
+      pixels.count = 0;
     }
-    const S* from = row_of(p.query, y * p.rows.stride + centre(p.rows), x * p.cols.stride + centre(p.cols));
-    pack<W, S>(to, from, of_query, {count, p.channels, p.query.stride[4] * p.cols.stride, p.query.stride[2]},
-               T(p.scale));
+    if (call.weights != nullptr && p.scale != 1)
+      for (int r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < count * p.channels; ++i) to[r * row_size + i] *= T(p.scale);
   }
 
   // Points key_rows at the keys of the queries in column x, their weights in `weights`; returns the columns' taps.
@@ -217,6 +232,44 @@ struct Group {
                      row.last, weights + row.first * call.taps + row.tap * p.cols.kernel + inside.first};
     }
     return inside;
+  }
+
+  // Taps that the queries of a pooled output see together, at most.
+  int64_t joint_size() const {
+    const auto along = [&](const sasa_axis& axis) {
+      return axis.kernel + (p.pool - 1) * (axis.stride / axis.dilation);
+    };
+    return along(p.rows) * along(p.cols);
+  }
+
+  // Points joint_rows at the keys that the queries in `columns` columns from x on see together, with weights of zero.
+  void point_jointly(const Block& block, int64_t x, int64_t columns) {
+    const Range first = taps_inside(p.cols, x), last = taps_inside(p.cols, x + columns - 1);
+    joint_taps = last.last + (columns - 1) * joint_step() - first.first;
+    point_at(block, x, joint);
+    for (int i = 0; i < block.count; ++i)
+      joint_rows[i] = {key_rows[i].keys, key_rows[i].values, 0, 1, joint + i * joint_taps};
+    for (int64_t t = 0; t < block.count * joint_taps; ++t) joint[t] = V{};
+  }
+
+  // Taps between the windows of neighbouring columns.
+  int64_t joint_step() const { return p.cols.stride / p.cols.dilation; }
+
+  // Calls each(query, its weights of a row of keys, their places in the joint weights) for every such row of the
+  // queries in column number `column` of those of point_jointly(x); needs point_at(x + column).
+  template <class F>
+  void each_jointly(const Block& block, int64_t x, int64_t column, F each) const {
+    const int64_t start = column * joint_step() + taps_inside(p.cols, x + column).first - taps_inside(p.cols, x).first;
+    for (int i = 0; i < block.count; ++i)
+      for (int r = key_rows[i].first; r < key_rows[i].last; ++r)
+        each(r, key_rows[i].weights + (r - key_rows[i].first) * weights_stride(block), i * joint_taps + start);
+  }
+
+  // Adds the weights of a column's queries, times `factor`, to the joint ones.
+  void join(const Block& block, int64_t x, int64_t column, Range inside, const V* factor) {
+    each_jointly(block, x, column, [&](int r, const V* weights, int64_t place) {
+      for (int64_t t = 0; t < inside.last - inside.first; ++t) joint[place + t] += weights[t] * factor[r];
+    });
   }
 
   // Between the weights of queries r and r + 1 for one row of keys: the row is `step` taps higher for the second.

@@ -7,48 +7,13 @@
 // The gradients of keys and values are summed in lanes while queries walk down, next to the keys and values. Rows of
 // keys that more than one segment of queries sees are summed afterwards, segment by segment. The cut into segments
 // depends on the sizes alone, so the sums have one order whatever the number of threads.
+#include "cut.h"
 #include "instances.h"
 #include "parallel.h"
 
 namespace sasa {
 namespace SASA_ISA {
 namespace {
-
-// Segments of query rows, and what they share.
-struct Cut {
-  int64_t count, rows;  // segments; rows of queries in each
-  int32_t* seen_by;     // [row of keys]: number of segments that see it
-  int32_t* place;       // [segment][row of keys]: among the rows the segment shares with others; -1 for none
-  int64_t most_shared;  // rows that a segment shares, at most
-
-  // `tables` holds (segments + 1) times axis.size numbers.
-  Cut(const sasa_axis& axis, int64_t segment_rows, int32_t* tables)
-      : count(ceil_div(axis.outputs, segment_rows)),
-        rows(segment_rows),
-        seen_by(tables),
-        place(tables + axis.size),
-        most_shared(0) {
-    for (int64_t i = 0; i < axis.size; ++i) seen_by[i] = 0;
-    for (int64_t i = 0; i < axis.size * count; ++i) place[i] = -1;
-    for (int64_t y = 0; y < axis.outputs; ++y) {
-      const Range taps = taps_inside(axis, y);
-      for (int64_t t = taps.first; t < taps.last; ++t) {
-        const int64_t key = y * axis.stride - axis.before + t * axis.dilation;
-        int32_t& mark = place[y / rows * axis.size + key];
-        if (mark < 0) ++seen_by[key];
-        mark = 0;
-      }
-    }
-    for (int64_t segment = 0; segment < count; ++segment) {
-      int32_t places = 0;
-      for (int64_t y = 0; y < axis.size; ++y) {
-        int32_t& mark = place[segment * axis.size + y];
-        if (mark == 0) mark = seen_by[y] > 1 ? places++ : -1;
-      }
-      most_shared = greater(most_shared, places);
-    }
-  }
-};
 
 template <class S, int P>
 struct Backward {
@@ -82,6 +47,7 @@ struct Backward {
     V* grad_queries;
     V* grad_logits;          // [query][tap]
     V *row_sums, *col_sums;  // [query][kh], [query][kw] of grad_logits
+    V *share, *joint;        // of a pooled output: what each query's output has of its gradient; that of joint weights
 
     Scratch(const Backward& b, int64_t first_plane, Workspace& w) : group(b.call, b.p.cols.size, first_plane, w) {
       const sasa_problem& p = b.p;
@@ -95,6 +61,8 @@ struct Backward {
       grad_logits = w.take<V>(kQueries * b.call.taps);
       row_sums = w.take<V>(kQueries * p.rows.kernel);
       col_sums = w.take<V>(kQueries * p.cols.kernel);
+      share = w.take<V>(p.value_channels);
+      joint = w.take<V>(p.pool > 1 ? group.joint_size() : 0);
     }
   };
 
@@ -125,17 +93,23 @@ struct Backward {
           });
       for (int64_t x = 0; x < p.cols.outputs; x += kColumns) {
         const int64_t count = lesser(kColumns, p.cols.outputs - x);
+        group.pack_queries(scratch.queries, y, queries, x, count);
         for (int r = 0; r < queries; ++r) {
-          group.pack_queries(scratch.queries + r * kColumns * p.channels, y + r, x, count);
-          pack<W, S>(scratch.outputs + r * kColumns * p.value_channels, G::row_of(grads.output, y + r, x), of_output,
-                     {count, p.value_channels, grads.output.stride[4], grads.output.stride[2]}, T(1));
+          if (r % p.pool == 0)
+            pack<W, S>(scratch.outputs + r * kColumns * p.value_channels,
+                       G::row_of(grads.output, (y + r) / p.pool, x / p.pool), of_output,
+                       {ceil_div(count, p.pool), p.value_channels, grads.output.stride[4], grads.output.stride[2]},
+                       T(1));
           pack<W, T>(scratch.lse + r * kColumns, static_cast<const T*>(p.lse) + (y + r) * p.cols.outputs + x,
                      group.of_lse, {count, 1, 1, 1}, T(1));
         }
         for (int64_t i = 0; i < count; ++i) {
           group.prefetch_below(block, x + i, p.cols.outputs);
           group.prefetch_queries(block, x + i + kColumns, 0, p.cols.outputs);
-          column(scratch, block, x + i, i, embeddings);
+          if (p.pool == 1)
+            column(scratch, block, x + i, i, embeddings);
+          else if (i % p.pool == 0)
+            pooled(scratch, block, x + i, i, lesser(p.pool, count - i), embeddings);
         }
         for (int r = 0; r < queries; ++r) {
           S* to = static_cast<S*>(grads.query.data) +
@@ -177,26 +151,82 @@ struct Backward {
     write(grads.value, dv, p.value_channels);
   }
 
+  // The weights of the block's queries in column x, at place i of the scratch.
+  Range weights(Scratch& scratch, const Block& block, int64_t x, int64_t i) const {
+    G& group = scratch.group;
+    V largest[kQueries];
+    const Range inside = group.point_at(block, x, group.logits);
+    group.all_logits(block, inside, scratch.queries + i * p.channels, kColumns * p.channels, largest);
+    for (int r = 0; r < block.queries; ++r)
+      exp_all<W>(group.logits + r * call.taps, call.taps, scratch.lse[r * kColumns + i]);
+    return inside;
+  }
+
+  // The gradient of query r's weights outside the image: that of the output times the zeros there, NaN where it is not
+  // finite.
+  void outside(Scratch& scratch, int r, const V* g) const {
+    if (scratch.group.whole[r]) return;
+    V product{};
+    for (int64_t c = 0; c < p.value_channels; ++c) product += g[c] * 0;
+    for (int64_t t = 0; t < call.taps; ++t) scratch.grad_logits[r * call.taps + t] = product;
+  }
+
   // The block's queries in column x, at place i of the scratch.
   void column(Scratch& scratch, const Block& block, int64_t x, int64_t i, V* embeddings) const {
     G& group = scratch.group;
-    const int64_t D = p.channels, E = p.value_channels, taps = call.taps;
-    const V *q = scratch.queries + i * D, *g = scratch.outputs + i * E;
-    const int64_t q_stride = kColumns * D, g_stride = kColumns * E;
+    const int64_t E = p.value_channels, g_stride = kColumns * E;
+    const V* g = scratch.outputs + i * E;
+    const Range inside = weights(scratch, block, x, i);
+    for (int r = 0; r < block.queries; ++r) outside(scratch, r, g + r * g_stride);
+    group.products(block, inside, g, g_stride, &KeyRow<V>::values, E, scratch.grad_logits - group.logits);
+    for (int j = 0; j < block.count; ++j) {
+      const KeyRow<V>& row = group.key_rows[j];
+      spread<V>(g + row.first * g_stride, g_stride, row.last - row.first, value_gradients(scratch, row),
+                p.cols.dilation * E, int(inside.last - inside.first), E, row.weights, group.weights_stride(block));
+    }
+    logits_backward(scratch, block, inside, i, embeddings);
+  }
+
+  // The block's queries in `columns` columns, of which the output is the mean: they share its gradient, so that it
+  // meets the values, and theirs, once for all of them.
+  void pooled(Scratch& scratch, const Block& block, int64_t x, int64_t i, int64_t columns, V* embeddings) const {
+    G& group = scratch.group;
+    const int64_t E = p.value_channels, stride = p.cols.dilation * E;
+    V* g = scratch.share;
+    for (int64_t c = 0; c < E; ++c) g[c] = scratch.outputs[i / p.pool * E + c] / T(block.queries * columns);
+    const V ones[kQueries] = {V{} + 1, V{} + 1, V{} + 1};
+    group.point_jointly(block, x, columns);
+    const int taps = int(group.joint_taps);
+    for (int j = 0; j < block.count; ++j)
+      dots<V>(g, 0, 1, group.joint_rows[j].values, stride, taps, E, scratch.joint + j * taps, 0);
+    for (int64_t column = 0; column < columns; ++column) {
+      const Range inside = weights(scratch, block, x + column, i + column);
+      for (int r = 0; r < block.queries; ++r) outside(scratch, r, g);
+      group.each_jointly(block, x, column, [&](int, const V* weight, int64_t place) {
+        V* gradient = scratch.grad_logits + (weight - group.logits);
+        for (int64_t t = 0; t < inside.last - inside.first; ++t) gradient[t] = scratch.joint[place + t];
+      });
+      group.join(block, x, column, inside, ones);
+      logits_backward(scratch, block, inside, i + column, embeddings);
+    }
+    for (int j = 0; j < block.count; ++j)
+      spread<V>(g, 0, 1, value_gradients(scratch, group.joint_rows[j]), stride, taps, E, group.joint_rows[j].weights,
+                0);
+  }
+
+  // Where the gradients of a row's values are.
+  static V* value_gradients(const Scratch& scratch, const KeyRow<V>& row) {
+    return scratch.grad_values.rows + (row.values - scratch.group.values.rows);
+  }
+
+  // From the gradients of the weights of a column's queries to those of the queries, the keys and the embeddings.
+  void logits_backward(Scratch& scratch, const Block& block, Range inside, int64_t i, V* embeddings) const {
+    G& group = scratch.group;
+    const int64_t D = p.channels, taps = call.taps, q_stride = kColumns * D;
+    const int taps_across = int(inside.last - inside.first);
+    const V* q = scratch.queries + i * D;
     V* const weights = group.logits;
     V* const ds = scratch.grad_logits;
-    V largest[kQueries];
-    const Range inside = group.point_at(block, x, weights);
-    const int taps_across = int(inside.last - inside.first);
-    group.all_logits(block, inside, q, q_stride, largest);
-    for (int r = 0; r < block.queries; ++r) {
-      exp_all<W>(weights + r * taps, taps, scratch.lse[r * kColumns + i]);
-      if (group.whole[r]) continue;
-      V outside{};  // the product of the gradient with the zeros outside: NaN where the gradient is not finite
-      for (int64_t c = 0; c < E; ++c) outside += g[r * g_stride + c] * 0;
-      for (int64_t t = 0; t < taps; ++t) ds[r * taps + t] = outside;
-    }
-    group.products(block, inside, g, g_stride, &KeyRow<V>::values, E, ds - weights);
     for (int r = 0; r < block.queries; ++r) {
       const V* weight = weights + r * taps;
       V* d = ds + r * taps;
@@ -212,13 +242,9 @@ struct Backward {
     for (int j = 0; j < block.count; ++j) {
       KeyRow<V>& row = group.key_rows[j];
       V* dk = scratch.grad_keys.rows + (row.keys - group.keys.rows);
-      V* dv = scratch.grad_values.rows + (row.values - group.values.rows);
-      const int queries = row.last - row.first;
-      spread<V>(g + row.first * g_stride, g_stride, queries, dv, p.cols.dilation * E, taps_across, E, row.weights,
-                group.weights_stride(block));
       row.weights += ds - weights;
-      spread<V>(q + row.first * q_stride, q_stride, queries, dk, p.cols.dilation * D, taps_across, D, row.weights,
-                group.weights_stride(block));
+      spread<V>(q + row.first * q_stride, q_stride, row.last - row.first, dk, p.cols.dilation * D, taps_across, D,
+                row.weights, group.weights_stride(block));
     }
     V* dq = scratch.grad_queries + i * D;
     weigh<V>(group.key_rows, block.count, &KeyRow<V>::keys, p.cols.dilation * D, taps_across,
@@ -333,7 +359,8 @@ int backward(const sasa_problem& problem, const sasa_gradients& gradients) {
     // Segments enough for many threads, but not so low that most rows of keys are shared.
     const int64_t groups = ceil_div(problem.batch * problem.heads, P);
     const sasa_axis& rows = problem.rows;
-    const int64_t segment_rows = ceil_div(rows.outputs, lesser(ceil_div(16, groups), greater(1, rows.outputs / 4)));
+    const int64_t wanted = lesser(ceil_div(16, groups), greater(1, rows.outputs / 4));
+    const int64_t segment_rows = ceil_div(ceil_div(rows.outputs, wanted), problem.pool) * problem.pool;
     const int64_t segments = ceil_div(rows.outputs, segment_rows);
     char* tables = allocate(size_t(rows.size) * size_t(segments + 1) * sizeof(int32_t));
     if (tables == nullptr) return int(SASA_OUT_OF_MEMORY);

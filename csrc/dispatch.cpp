@@ -51,7 +51,8 @@ bool axis_is_sound(const sasa_axis& axis) {
 bool is_sound(const sasa_problem* p) {
   return p != nullptr && p->batch >= 1 && p->heads >= 1 && p->channels >= 1 && p->value_channels >= 1 &&
          p->capability >= 0 && p->capability < sasa_capability_count() && axis_is_sound(p->rows) &&
-         axis_is_sound(p->cols) && (p->projection || (p->query.data && p->key.data && p->value.data)) && p->lse;
+         axis_is_sound(p->cols) && (p->pool == 1 || (p->pool == 2 && sasa_can_pool(p))) &&
+         (p->projection || (p->query.data && p->key.data && p->value.data)) && p->lse;
 }
 
 }  // namespace
@@ -75,6 +76,13 @@ int sasa_can_project(const sasa_problem* problem) {
   const int lanes = problem->capability == 2 ? 8 : 4;
   return problem->channels == problem->value_channels &&
          problem->heads % (problem->dtype == SASA_FLOAT64 ? lanes / 2 : lanes) == 0;
+}
+
+int sasa_can_pool(const sasa_problem* problem) {
+  const auto fits = [](const sasa_axis& axis) {
+    return axis.stride % axis.dilation == 0 && axis.stride / axis.dilation <= axis.kernel;
+  };
+  return fits(problem->rows) && fits(problem->cols);
 }
 
 int sasa_forward(const sasa_problem* problem, const sasa_tensor* output) {

@@ -26,14 +26,14 @@ struct Forward {
     const int64_t wanted = p.threads <= 1 ? 1 : call.weights != nullptr ? p.threads : 4 * int64_t(p.threads);
     segments = lesser(ceil_div(wanted, call.groups), greater(1, rows / 12));
     if (segments * call.groups < p.threads) segments = lesser(ceil_div(p.threads, call.groups), rows);
-    segment_rows = ceil_div(rows, segments);
+    segment_rows = ceil_div(ceil_div(rows, segments), p.pool) * p.pool;
     segments = ceil_div(rows, segment_rows);
     // Strips bound the memory that the rows of keys in lanes take, about this many bytes a thread.
     constexpr int64_t kBytes = 8 << 20;
     const int64_t column = rows_spanned(p.rows, call.together) * (p.channels + p.value_channels) * int64_t(sizeof(V));
     const int64_t columns = greater(4 * p.cols.kernel * p.cols.dilation, kBytes / column);
     strips = ceil_div(p.cols.outputs * p.cols.stride, greater(64, columns));
-    strip_cols = ceil_div(p.cols.outputs, strips);
+    strip_cols = ceil_div(ceil_div(p.cols.outputs, strips), p.pool) * p.pool;
     strips = ceil_div(p.cols.outputs, strip_cols);
   }
 
@@ -67,17 +67,21 @@ struct Forward {
       group.hold(block, [](int64_t) {}, [](int64_t) {});
       for (int64_t x = x0; x < x1; x += kColumns) {
         const int64_t count = lesser(kColumns, x1 - x);
-        for (int r = 0; r < queries; ++r)
-          group.pack_queries(scratch.queries + r * kColumns * p.channels, y + r, x, count);
+        group.pack_queries(scratch.queries, y, queries, x, count);
         for (int64_t i = 0; i < count; ++i) {
           group.prefetch_below(block, x - x0 + i, x1 - x0);
           group.prefetch_queries(block, x + i + kColumns, x0, x1);
-          column(scratch, block, x + i, i);
+          if (p.pool == 1)
+            column(scratch, block, x + i, i);
+          else if (i % p.pool == 0)
+            pooled(scratch, block, x + i, i, lesser(p.pool, count - i));
         }
         for (int r = 0; r < queries; ++r) {
-          unpack<W, S>(static_cast<S*>(output.data) + (y + r) * output.stride[3] + x * output.stride[4],
-                       scratch.outputs + r * kColumns * p.value_channels, of_output,
-                       {count, p.value_channels, output.stride[4], output.stride[2]}, T(1));
+          if (r % p.pool == 0)
+            unpack<W, S>(
+                static_cast<S*>(output.data) + (y + r) / p.pool * output.stride[3] + x / p.pool * output.stride[4],
+                scratch.outputs + r * kColumns * p.value_channels, of_output,
+                {ceil_div(count, p.pool), p.value_channels, output.stride[4], output.stride[2]}, T(1));
           unpack<W, T>(static_cast<T*>(p.lse) + (y + r) * p.cols.outputs + x, scratch.lse + r * kColumns, group.of_lse,
                        {count, 1, 1, 1}, T(1));
         }
@@ -85,11 +89,10 @@ struct Forward {
     });
   }
 
-  // The block's queries in column x, at place i of the scratch.
-  void column(Scratch& scratch, const Block& block, int64_t x, int64_t i) const {
+  // Weights of the block's queries in column x, at place i of the scratch, but for a factor.
+  Range weights(Scratch& scratch, const Block& block, int64_t x, int64_t i, V* factor) const {
     G& group = scratch.group;
-    const int64_t E = p.value_channels;
-    V largest[kQueries], factor[kQueries];
+    V largest[kQueries];
     const Range inside = group.point_at(block, x, group.logits);
     group.all_logits(block, inside, scratch.queries + i * p.channels, kColumns * p.channels, largest);
     for (int r = 0; r < block.queries; ++r) {
@@ -97,11 +100,35 @@ struct Forward {
       factor[r] = 1 / sum;
       scratch.lse[r * kColumns + i] = largest[r] + log_of_sum<W>(sum);
     }
+    return inside;
+  }
+
+  void column(Scratch& scratch, const Block& block, int64_t x, int64_t i) const {
+    G& group = scratch.group;
+    const int64_t E = p.value_channels;
+    V factor[kQueries];
+    const Range inside = weights(scratch, block, x, i, factor);
     V* out = scratch.outputs + i * E;
     weigh<V>(group.key_rows, block.count, &KeyRow<V>::values, p.cols.dilation * E, int(inside.last - inside.first),
              group.weights_stride(block), E, out, kColumns * E, block.queries);
     for (int r = 0; r < block.queries; ++r)
       for (int64_t c = 0; c < E; ++c) out[r * kColumns * E + c] *= factor[r];
+  }
+
+  // The mean of the block's queries in `columns` columns: their windows share most keys, so that their weights are
+  // added before they meet the values.
+  void pooled(Scratch& scratch, const Block& block, int64_t x, int64_t i, int64_t columns) const {
+    G& group = scratch.group;
+    const int64_t E = p.value_channels;
+    V factor[kQueries];
+    group.point_jointly(block, x, columns);
+    for (int64_t column = 0; column < columns; ++column) {
+      const Range inside = weights(scratch, block, x + column, i + column, factor);
+      for (int r = 0; r < block.queries; ++r) factor[r] /= T(block.queries * columns);
+      group.join(block, x, column, inside, factor);
+    }
+    weigh<V>(group.joint_rows, block.count, &KeyRow<V>::values, p.cols.dilation * E, int(group.joint_taps), 0, E,
+             scratch.outputs + i / p.pool * E, 0, 1);
   }
 };
 

@@ -58,7 +58,7 @@ int with_weights(const sasa_problem& problem, F run) {
   if (memory == nullptr) return SASA_OUT_OF_MEMORY;
   Workspace workspace{memory};
   Weights<S, P> weights(problem, workspace);
-  int status = run_parallel(problem.threads, problem.heads / P * 3, 0, Weights<S, P>::task, &weights);
+  int status = run_parallel(problem.threads, weights.tasks(), 0, Weights<S, P>::task, &weights);
   call.weights = &weights;
   if (status == SASA_OK) status = run(call);
   release(memory);

@@ -32,33 +32,31 @@ struct Linear {
   }
 
   template <int C>
-  void input_gradient(int64_t block, int64_t first, int64_t last) const {
-    const V zeros[C] = {};
-    const int64_t row = p.inputs / W::P;
-    for (int64_t start = first; start < last;) {
-      const int n = int(ceil_div(last - start, ceil_div(last - start, kPixels)));
-      project_for<W, C>(n, std::make_integer_sequence<int, kPixels>{})(
-          p.grad + start * p.outputs, p.outputs, weight + block * kBlock * p.outputs, p.outputs, zeros,
-          reinterpret_cast<V*>(p.grad_input) + start * row + block * kBlock, row);
-      start += n;
-    }
+  void input_gradient(const Pixels<float>& pixels, int64_t block) const {
+    const float zeros[C * W::P] = {};
+    const V* w = weight + block * kBlock * p.outputs;
+    project_pixels<W, C>(pixels, p.outputs, reinterpret_cast<const float*>(w), zeros, block * kInputs);
   }
 
-  static void input_task(void* context, int64_t task, char*) {
+  static void input_task(void* context, int64_t task, char* memory) {
     const Linear& self = *static_cast<const Linear*>(context);
-    const int64_t first = task * kChunk, last = lesser(first + kChunk, self.p.pixels);
+    const sasa_linear& p = self.p;
+    Workspace workspace{memory};
+    Pixels<float> pixels(kChunk, workspace);
+    for (int64_t i = task * kChunk; i < lesser((task + 1) * kChunk, p.pixels); ++i)
+      pixels.add(p.grad + i * p.outputs, p.grad_input + i * p.inputs);
     for (int64_t block = 0; block < self.blocks(); ++block) switch (self.vectors(block)) {
         case 1:
-          self.input_gradient<1>(block, first, last);
+          self.input_gradient<1>(pixels, block);
           break;
         case 2:
-          self.input_gradient<2>(block, first, last);
+          self.input_gradient<2>(pixels, block);
           break;
         case 3:
-          self.input_gradient<3>(block, first, last);
+          self.input_gradient<3>(pixels, block);
           break;
         default:
-          self.input_gradient<kBlock>(block, first, last);
+          self.input_gradient<kBlock>(pixels, block);
       }
   }
 
@@ -134,7 +132,9 @@ struct Linear {
     weight = reinterpret_cast<V*>(allocate(size_t(p.outputs * p.inputs) * sizeof(float)));
     if (weight == nullptr) return SASA_OUT_OF_MEMORY;
     int status = run_parallel(p.threads, blocks(), 0, pack_task, this);
-    if (status == SASA_OK) status = run_parallel(p.threads, ceil_div(p.pixels, kChunk), 0, input_task, this);
+    Workspace size{nullptr};
+    Pixels<float>(kChunk, size);
+    if (status == SASA_OK) status = run_parallel(p.threads, ceil_div(p.pixels, kChunk), size.used, input_task, this);
     if (status == SASA_OK) status = run_parallel(p.threads, ceil_div(p.outputs, kTask), 0, weight_task, this);
     release(reinterpret_cast<char*>(weight));
     return status;

@@ -19,7 +19,7 @@ extern "C" {
 #define SASA_EXPORT __attribute__((visibility("default")))
 
 /* Raised with every change of the structures below; sasa_interface_version() returns the library's. */
-#define SASA_INTERFACE_VERSION 3
+#define SASA_INTERFACE_VERSION 4
 
 enum sasa_dtype { SASA_FLOAT32 = 0, SASA_FLOAT64 = 1, SASA_BFLOAT16 = 2, SASA_FLOAT16 = 3 };
 enum sasa_border { SASA_ZERO = 0, SASA_MASK = 1, SASA_VALID = 2 };
@@ -70,12 +70,18 @@ typedef struct {
   const sasa_projection* projection; /* or NULL; for heads of which sasa_can_project() */
   sasa_embedding row, col;
   void* lse;
+  int64_t pool; /* 1; or 2: the output is the mean of 2 x 2 windows, of those there are; see sasa_can_pool() */
 } sasa_problem;
 
 /* Whether so many heads, with value_channels equal to channels, can be projected: they must fill vectors. */
 SASA_EXPORT int sasa_can_project(const sasa_problem* problem);
 
-/* Writes output (batch, heads, value_channels, rows.outputs, cols.outputs) and problem->lse. */
+/* Whether the outputs of these rows and cols can be pooled by 2: windows next to each other must be a whole number of
+ * taps apart, and not more than they are long. */
+SASA_EXPORT int sasa_can_pool(const sasa_problem* problem);
+
+/* Writes output (batch, heads, value_channels, rows.outputs / pool, cols.outputs / pool), rounded up, and
+ * problem->lse. */
 SASA_EXPORT int sasa_forward(const sasa_problem* problem, const sasa_tensor* output);
 
 /* Gradients, of the shapes of what they belong to. grad_query must hold zeros where no window is centred. */

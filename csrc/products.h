@@ -15,7 +15,7 @@ namespace sasa {
 namespace SASA_ISA {
 
 constexpr int kQueries = 3;                          // queries above each other, computed together
-constexpr int kTaps = kRegisters == 32 ? 7 : 4;      // taps whose sums stay in registers: kQueries * kTaps + 4 of them
+constexpr int kTaps = kRegisters == 32 ? 8 : 4;      // taps whose sums stay in registers: kQueries * kTaps + 4 of them
 constexpr int kChannels = kRegisters == 32 ? 8 : 4;  // channels likewise
 
 // One row of keys as a column of queries sees it. Strides are in vectors.

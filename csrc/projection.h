@@ -2,6 +2,7 @@
 //
 // The lanes of a vector are heads of one image, so that a number of the input, the same for all of them, meets a vector
 // of weights. Weights are packed once a call, [query, key, value][channels in blocks][input channel][channel of block].
+// Where lanes are half a register, two channels fill it.
 #pragma once
 
 #include "parallel.h"
@@ -10,26 +11,32 @@
 namespace sasa {
 namespace SASA_ISA {
 
-constexpr int kBlock = kRegisters == 32 ? 4 : 2;  // channels computed together
+constexpr int kBlock = kRegisters == 32 ? 4 : 2;  // registers of channels computed together
 constexpr int kPixels = 6;                        // pixels likewise: kBlock * kPixels sums stay in registers
 
-template <class W, int N, int C, class T = typename W::T, class V = typename W::V>
-SASA_NOINLINE void project_of(const T* x, int64_t x_stride, const V* w, int64_t inputs, const V* bias, V* y,
-                              int64_t y_stride) {
+// y[pixel] = bias + the sum over inputs of x[pixel][input] * w[input], C vectors each. Nothing need be aligned.
+template <class W, int N, int C, class T = typename W::T>
+SASA_NOINLINE void project_of(const T* const* x, int64_t inputs, const T* w, const T* bias, T* const* y,
+                              int64_t y_offset) {
+  using V = typename W::V;
+  const T* from[N];
   V sum[N][C];
   SASA_UNROLL
-  for (int p = 0; p < N; ++p) SASA_UNROLL
-  for (int c = 0; c < C; ++c) sum[p][c] = bias[c];
+  for (int p = 0; p < N; ++p) {
+    from[p] = x[p];
+    SASA_UNROLL
+    for (int c = 0; c < C; ++c) sum[p][c] = loose<W>(bias + c * W::P);
+  }
   for (int64_t i = 0; i < inputs; ++i) {
     V weight[C];
     SASA_UNROLL
     for (int c = 0; c < C; ++c) {
-      weight[c] = w[i * C + c];
+      weight[c] = loose<W>(w + (i * C + c) * W::P);
       SASA_IN_REGISTER(weight[c]);
     }
     SASA_UNROLL
     for (int p = 0; p < N; ++p) {
-      V input = W::all(x[p * x_stride + i]);
+      V input = W::all(from[p][i]);
       SASA_IN_REGISTER(input);
       SASA_UNROLL
       for (int c = 0; c < C; ++c) sum[p][c] = input * weight[c] + sum[p][c];
@@ -37,17 +44,43 @@ SASA_NOINLINE void project_of(const T* x, int64_t x_stride, const V* w, int64_t 
   }
   SASA_UNROLL
   for (int p = 0; p < N; ++p) SASA_UNROLL
-  for (int c = 0; c < C; ++c) y[p * y_stride + c] = sum[p][c];
+  for (int c = 0; c < C; ++c) loose<W>(y[p] + y_offset + c * W::P) = sum[p][c];
 }
 
-template <class W>
-using Project = void (*)(const typename W::T*, int64_t, const typename W::V*, int64_t, const typename W::V*,
-                         typename W::V*, int64_t);
+template <class T>
+using Project = void (*)(const T* const*, int64_t, const T*, const T*, T* const*, int64_t);
 
 template <class W, int C, int... N>
-SASA_INLINE Project<W> project_for(int pixels, std::integer_sequence<int, N...>) {
-  static constexpr Project<W> table[] = {project_of<W, N + 1, C>...};
+SASA_INLINE Project<typename W::T> project_for(int64_t pixels, std::integer_sequence<int, N...>) {
+  static constexpr Project<typename W::T> table[] = {project_of<W, N + 1, C>...};
   return table[pixels - 1];
+}
+
+// Pixels to be projected together: where each one's inputs lie, and where its results go.
+template <class T>
+struct Pixels {
+  const T** x;
+  T** y;
+  int64_t count = 0;
+
+  Pixels(int64_t most, Workspace& w) : x(w.take<const T*>(most)), y(w.take<T*>(most)) {}
+
+  void add(const T* from, T* to) {
+    x[count] = from;
+    y[count++] = to;
+  }
+};
+
+// C vectors of results of each pixel. The weights pass through the first cache once for every kPixels pixels: the sums
+// leave time for that.
+template <class W, int C, class T = typename W::T>
+void project_pixels(const Pixels<T>& pixels, int64_t inputs, const T* w, const T* bias, int64_t y_offset) {
+  for (int64_t start = 0; start < pixels.count;) {
+    const int64_t n = ceil_div(pixels.count - start, ceil_div(pixels.count - start, kPixels));
+    project_for<W, C>(n, std::make_integer_sequence<int, kPixels>{})(pixels.x + start, inputs, w, bias,
+                                                                     pixels.y + start, y_offset);
+    start += n;
+  }
 }
 
 // The layer's weights in lanes, for all groups of heads.
@@ -56,6 +89,7 @@ struct Weights {
   using T = typename Compute<S>::T;
   using W = Vector<T, P>;
   using V = typename W::V;
+  static constexpr int kWide = kVectorBytes / int(sizeof(V));  // channels that fill a register
 
   const sasa_problem& p;
   const sasa_projection& projection;
@@ -70,24 +104,33 @@ struct Weights {
         weights(w.take<V>(problem.heads / P * size())),
         biases(w.take<V>(problem.heads / P * 3 * problem.channels)) {}
 
-  // One group of heads, of the queries (0), keys (1) or values (2).
+  // Channels of one block of the packed weights, of those from `channel` on: they fill registers, but for the last.
+  int64_t block_of(int64_t channel) const {
+    const int64_t left = p.channels - channel;
+    return left >= kBlock * kWide ? kBlock * kWide : left > kWide ? left / kWide * kWide : left;
+  }
+
+  int64_t tasks() const { return p.heads / P * 3 * ceil_div(p.channels, kBlock * kWide); }
+
+  // Some channels of one group of heads, of the queries (0), keys (1) or values (2).
   static void task(void* context, int64_t task, char*) {
     const Weights& self = *static_cast<const Weights*>(context);
     const sasa_problem& p = self.p;
     const sasa_projection& projection = self.projection;
-    const int64_t first_head = task / 3 * P, which = task % 3;
+    const int64_t parts = ceil_div(p.channels, kBlock * kWide), part = task / parts;
+    const int64_t first_channel = task % parts * kBlock * kWide;
+    const int64_t last_channel = lesser(p.channels, first_channel + kBlock * kWide);
+    const int64_t first_head = part / 3 * P, which = part % 3;
     const int64_t row = which * p.heads * p.channels;  // of the weight, for head 0
     const int64_t by_head[2] = {0, p.channels * projection.weight_stride[0]};
     const Planes<P> heads(by_head, p.heads, p.heads, first_head);
     const S* weight = static_cast<const S*>(projection.weight);
-    V* to = self.weights + task * p.channels * self.inputs();
-    for (int64_t c = 0; c < p.channels; c += kBlock) {
-      const int64_t count = lesser(kBlock, p.channels - c);
+    V* to = self.weights + part * p.channels * self.inputs();
+    for (int64_t c = first_channel; c < last_channel; c += self.block_of(c))
       pack<W, S>(to + c * self.inputs(), weight + (row + c) * projection.weight_stride[0], heads,
-                 {self.inputs(), count, projection.weight_stride[1], projection.weight_stride[0]}, T(1));
-    }
-    V* bias = self.biases + task * p.channels;
-    for (int64_t c = 0; c < p.channels; ++c) {
+                 {self.inputs(), self.block_of(c), projection.weight_stride[1], projection.weight_stride[0]}, T(1));
+    V* bias = self.biases + part * p.channels;
+    for (int64_t c = first_channel; c < last_channel; ++c) {
       bias[c] = V{};
       if (projection.bias != nullptr)
         for (int lane = 0; lane < P; ++lane)
@@ -95,23 +138,25 @@ struct Weights {
     }
   }
 
-  // Pixels of the input, a row of `inputs` numbers each, to the projection `which` of a group of heads:
-  // [pixel][channel].
-  void project(V* to, const T* x, int64_t x_stride, int64_t pixels, int64_t group, int64_t which,
-               int64_t channel) const {
-    const V* w = weights + group * size() + (which * p.channels + channel) * inputs();
-    const V* bias = biases + (group * 3 + which) * p.channels + channel;
-    const int64_t count = lesser(kBlock, p.channels - channel);
-    for (int64_t start = 0; start < pixels;) {
-      const int64_t blocks = ceil_div(pixels - start, kPixels);
-      const int n = int(ceil_div(pixels - start, blocks));
-      constexpr auto sizes = std::make_integer_sequence<int, kPixels>{};
-      const auto run = count == kBlock ? project_for<W, kBlock>(n, sizes)
-                       : count == 1    ? project_for<W, 1>(n, sizes)
-                       : count == 2    ? project_for<W, 2>(n, sizes)
-                                       : project_for<W, 3>(n, sizes);
-      run(x + start * x_stride, x_stride, w, inputs(), bias, to + start * p.channels + channel, p.channels);
-      start += n;
+  // The projection `which` of pixels for a group of heads, to [channel] from `offset` vectors past their places on.
+  void project(const Pixels<T>& pixels, int64_t group, int64_t which, int64_t offset) const {
+    const int64_t first = (group * 3 + which) * p.channels;
+    for (int64_t c = 0; c < p.channels; c += block_of(c)) {
+      const T* w = reinterpret_cast<const T*>(weights + (first + c) * inputs());
+      const T* bias = reinterpret_cast<const T*>(biases + first + c);
+      const int64_t count = block_of(c), to = (offset + c) * P;
+      const auto run = [&](auto wide, int64_t registers) {
+        using Wide = decltype(wide);
+        const auto pass = registers == kBlock ? project_pixels<Wide, kBlock>
+                          : registers == 1    ? project_pixels<Wide, 1>
+                          : registers == 2    ? project_pixels<Wide, 2>
+                                              : project_pixels<Wide, 3>;
+        pass(pixels, inputs(), w, bias, to);
+      };
+      if (count % kWide == 0)
+        run(Vector<T, P * kWide>{}, count / kWide);
+      else
+        run(W{}, count);
     }
   }
 };

@@ -48,6 +48,8 @@ struct Vector {
   typedef T V __attribute__((vector_size(P_ * sizeof(T_))));
   typedef Int I __attribute__((vector_size(P_ * sizeof(T_))));
 
+  typedef T Loose __attribute__((vector_size(P_ * sizeof(T_)), aligned(sizeof(T_)), may_alias));  // at any address
+
   static SASA_INLINE V all(T x) { return all_of(x, std::make_index_sequence<P_>{}); }
   static SASA_INLINE V max(V a, V b) { return a > b ? a : b; }
 
@@ -58,6 +60,16 @@ struct Vector {
     return V{(void(Lane), x)...};
   }
 };
+
+// The vector at an address that need not be aligned to vectors.
+template <class W>
+SASA_INLINE typename W::Loose& loose(typename W::T* x) {
+  return *reinterpret_cast<typename W::Loose*>(x);
+}
+template <class W>
+SASA_INLINE const typename W::Loose& loose(const typename W::T* x) {
+  return *reinterpret_cast<const typename W::Loose*>(x);
+}
 
 // Keeps a loaded vector in a register: compilers otherwise load it anew for every product it takes part in.
 #if defined(__x86_64__)

@@ -29,6 +29,7 @@ struct Case {
   bool embeddings;
   Format format;
   int64_t in_channels;  // of the input of a layer that projects it to queries, keys and values; 0 for none
+  int64_t pool;
 };
 
 sasa_axis axis(int64_t size, int64_t kernel, int64_t stride, int64_t dilation, int border) {
@@ -140,7 +141,10 @@ struct Call {
         col(dtype, {c.heads, c.channels, cols.kernel}, kContiguous),
         lse(dtype == SASA_FLOAT64 ? SASA_FLOAT64 : SASA_FLOAT32, {c.batch, c.heads, rows.outputs, cols.outputs},
             kContiguous),
-        output(dtype, {c.batch, c.heads, c.value_channels, rows.outputs, cols.outputs}, c.format),
+        output(dtype,
+               {c.batch, c.heads, c.value_channels, (rows.outputs + c.pool - 1) / c.pool,
+                (cols.outputs + c.pool - 1) / c.pool},
+               c.format),
         grad_output(dtype, output.shape, c.format == kColumns && c.embeddings ? kRepeated : c.format),
         grad_query(dtype, query.shape, c.format),
         grad_key(dtype, key.shape, c.format),
@@ -170,6 +174,7 @@ struct Call {
     problem.row = row.embedding(c.embeddings);
     problem.col = col.embedding(c.embeddings);
     problem.lse = lse.data.get();
+    problem.pool = c.pool;
   }
 
   // Queries, keys and values that are right for the input.
@@ -219,6 +224,9 @@ std::vector<std::vector<double>> expected(const Call& c, bool embeddings) {
       for (int64_t y = 0; y < p.rows.outputs; ++y)
         for (int64_t x = 0; x < p.cols.outputs; ++x) {
           const int64_t qy = y * p.rows.stride + centre_y, qx = x * p.cols.stride + centre_x;
+          const int64_t pooled_y = y / p.pool, pooled_x = x / p.pool;
+          const double share = 1.0 / double(std::min(p.pool, p.rows.outputs - pooled_y * p.pool) *
+                                            std::min(p.pool, p.cols.outputs - pooled_x * p.pool));
           std::vector<double> w(size_t(taps), -INFINITY), dp(size_t(taps), 0.0);
           double largest = -INFINITY, sum = 0, mean = 0;
           const auto pixel = [&](int64_t t, int64_t& ky, int64_t& kx) {
@@ -245,9 +253,9 @@ std::vector<std::vector<double>> expected(const Call& c, bool embeddings) {
             const double weight = w[size_t(t)] /= sum;
             if (!pixel(t, ky, kx)) continue;
             for (int64_t e = 0; e < p.value_channels; ++e) {
-              const double g = c.grad_output.get(c.grad_output.at(b, n, e, y, x));
+              const double g = share * c.grad_output.get(c.grad_output.at(b, n, e, pooled_y, pooled_x));
               const int64_t v = c.value.at(b, n, e, ky, kx);
-              out[size_t(c.output.at(b, n, e, y, x))] += weight * c.value.get(v);
+              out[size_t(c.output.at(b, n, e, pooled_y, pooled_x))] += share * weight * c.value.get(v);
               dv[size_t(v)] += weight * g;
               dp[size_t(t)] += g * c.value.get(v);
             }
@@ -274,6 +282,10 @@ std::vector<std::vector<double>> expected(const Call& c, bool embeddings) {
           }
         }
   return result;
+}
+
+bool fits_pool(int64_t kernel, int64_t stride, int64_t dilation) {
+  return stride % dilation == 0 && stride / dilation <= kernel;
 }
 
 std::vector<Case> grid() {
@@ -303,7 +315,12 @@ std::vector<Case> grid() {
                            border,
                            i % 4 != 0,
                            format,
-                           c[1] == 8 && i / 3 % 2 == 0 ? 5 : 0});
+                           c[1] == 8 && i / 3 % 2 == 0 ? 5 : 0,
+                           1});
+          if (fits_pool(kernel[0], step[0], step[2]) && fits_pool(kernel[1], step[1], step[3])) {
+            cases.push_back(Case(cases.back()));
+            cases.back().pool = 2;
+          }
         }
   return cases;
 }
@@ -336,11 +353,12 @@ int failures_of(const Case& c, int dtype, int threads, int first) {
       const double error = error_of(*got[i], want[i]);
       agrees = status == SASA_OK && error < tolerances[dtype];
       if (agrees) continue;
-      fprintf(stderr,
-              "%s, dtype %d, %dx%d image, %dx%d window, border %d, format %d, projected %d, result %d: status %d, "
-              "error %g\n",
-              sasa_capability_name(capability), dtype, int(c.height), int(c.width), int(c.kernel[0]), int(c.kernel[1]),
-              c.border, c.format, c.in_channels > 0, int(i), status, error);
+      fprintf(
+          stderr,
+          "%s, dtype %d, %dx%d image, %dx%d window, border %d, format %d, projected %d, pool %d, result %d: status %d, "
+          "error %g\n",
+          sasa_capability_name(capability), dtype, int(c.height), int(c.width), int(c.kernel[0]), int(c.kernel[1]),
+          c.border, c.format, c.in_channels > 0, int(c.pool), int(i), status, error);
     }
     failures += !agrees;
   }

@@ -16,6 +16,15 @@ CASES = {
     "even": {"kernel_size": (2, 4)},
     "scale": {"scale": 0.3},
 }
+POOLED = CASES | {
+    "mask": {"border": "mask"},
+    "one-tap": {"kernel_size": (1, 1)},
+    "stride-of-a-window": {"kernel_size": (2, 3), "stride": (2, 3)},
+    "stride-past-a-window": {"kernel_size": (2, 2), "stride": (3, 1)},
+    "dilation-and-stride": {"stride": (2, 4), "dilation": (2, 2)},
+    "valid-even": {"border": "valid", "kernel_size": (2, 4)},
+    "pool-3": {"pool": 3},
+}
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -39,12 +48,26 @@ def tensors(heads=8, width=5, inputs=7, kernel=(3, 5), dtype=torch.float64, devi
     return [t.to(device, dtype).requires_grad_() for t in (x, weight, *rest)]
 
 
-def one_after_the_other(x, weight, bias, row, col, num_heads, kernel_size, implementation, **rest):
-    """The equation in two steps."""
+def one_after_the_other(x, weight, bias, row, col, num_heads, kernel_size, implementation, pool=1, **rest):
+    """The equation in two steps, and a third to pool."""
     images = F.conv2d(x, weight[:, :, None, None], bias).unflatten(1, (3 * num_heads, -1))
-    return sasa.local_attention(
+    output = sasa.local_attention(
         *images.chunk(3, 1), kernel_size, row_embedding=row, col_embedding=col, implementation=implementation, **rest
     ).flatten(1, 2)
+    return output if pool == 1 else torch.nn.AvgPool2d(pool, ceil_mode=True)(output)
+
+
+def check_against_two_steps(args, chosen, memory_format=torch.contiguous_format, precise="reference"):
+    """Results and all gradients; for the gradient of a sum too, one number with strides of zero."""
+    ours, theirs = (
+        projected_attention(*args, **chosen),
+        one_after_the_other(*args, **chosen | {"implementation": precise}),
+    )
+    assert ours.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(ours, theirs)
+    for vector in (torch.randn_like(ours), torch.ones_like(ours[:1, :1, :1, :1]).expand_as(ours)):
+        grads = (torch.autograd.grad(y, args, vector, retain_graph=True) for y in (ours, theirs))
+        torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
@@ -59,6 +82,65 @@ def test_results_and_gradients_are_those_of_the_two_steps(implementation, case, 
     torch.testing.assert_close(ours, theirs)
     vector = torch.randn_like(ours)
     torch.testing.assert_close(torch.autograd.grad(ours, args, vector), torch.autograd.grad(theirs, args, vector))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(8, 12), (9, 11), (8, 39)], ids=str)
+@pytest.mark.parametrize("case", POOLED)
+def test_pooling_is_that_of_the_output(implementation, case, size, memory_format):
+    chosen = options(implementation.name) | {"pool": 2} | POOLED[case]
+    kernel = chosen["kernel_size"]
+    args = tensors(kernel=kernel, dtype=implementation.precise, device=implementation.device, size=size, batch=2)
+    args[0] = args[0].detach().contiguous(memory_format=memory_format).requires_grad_()
+    check_against_two_steps(args, chosen, memory_format)
+
+
+@pytest.mark.parametrize("border", ["zero", "mask"])
+@pytest.mark.parametrize("heads", [8, 3, 16])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 2), (30, 2), (3, 1), (5, 40)], ids=str)
+def test_any_image_size_is_pooled(size, heads, border):
+    check_against_two_steps(
+        tensors(heads, width=3, size=size, batch=2), options(num_heads=heads, border=border, pool=2)
+    )
+
+
+@pytest.mark.parametrize("name", cpu.capabilities())
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 3e-5), (torch.float64, 1e-13), (torch.bfloat16, 0.1), (torch.float16, 0.01)],
+)
+def test_every_instruction_set_pools(name, dtype, tolerance):
+    before = cpu.capability()
+    args = [t.detach().to(dtype).requires_grad_() for t in tensors(width=9, inputs=12, size=(7, 18))]
+    exact = [t.detach().double().requires_grad_() for t in args]
+    chosen = options("cpu", pool=2)
+    theirs = one_after_the_other(*exact, **chosen | {"implementation": "reference"})
+    vector = torch.randn_like(theirs).to(dtype)
+    try:
+        cpu.set_capability(name)
+        ours = projected_attention(*args, **chosen)
+        grads = torch.autograd.grad(ours, args, vector)
+    finally:
+        cpu.set_capability(before)
+    wanted = torch.autograd.grad(theirs, exact, vector.double())
+    for got, want in zip((ours, *grads), (theirs, *wanted), strict=True):
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_what_is_not_finite_stays_so_when_pooled():
+    args = [t.detach() for t in tensors(size=(9, 10))]
+    args[0][0, 1, 4, 5] = torch.inf
+    args[0][1, 2, 0, 0] = torch.nan
+    ours, theirs = (f(*args, **options(pool=2)) for f in (projected_attention, one_after_the_other))
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
+    torch.testing.assert_close(ours[2], theirs[2])
+
+
+def test_pool_is_checked():
+    with pytest.raises(ValueError, match="pool: expected at least 1"):
+        projected_attention(*tensors(), **options(pool=0))
+    with pytest.raises(TypeError, match="pool: expected an int"):
+        projected_attention(*tensors(), **options(pool=(2, 2)))
 
 
 @pytest.mark.parametrize("missing", [(2,), (3, 4), (3,), (2, 3, 4)], ids=str)
@@ -89,46 +171,52 @@ def test_any_image_size(size):
     torch.testing.assert_close(torch.autograd.grad(ours, args, vector), torch.autograd.grad(theirs, args, vector))
 
 
-def test_an_empty_batch_gives_empty_results_and_zero_gradients():
+@pytest.mark.parametrize("pool", [1, 2])
+def test_an_empty_batch_gives_empty_results_and_zero_gradients(pool):
     args = tensors(batch=0)
-    output = projected_attention(*args, **options())
-    assert output.shape == (0, 40, 9, 11)
+    output = projected_attention(*args, **options(pool=pool))
+    assert output.shape == ((0, 40, 9, 11) if pool == 1 else (0, 40, 5, 6))
     grads = torch.autograd.grad(output.sum(), args)
     assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, args, strict=True))
 
 
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("heads", [3, 8])
 @pytest.mark.parametrize("name", ["reference", None])
-def test_large_batches_are_computed_in_parts(monkeypatch, name):
+def test_large_batches_are_computed_in_parts(monkeypatch, name, heads, pool):
     monkeypatch.setattr("sasa.ops.projected.PART_BYTES", 1)  # an image a part
-    args = tensors(heads=3, dtype=torch.float64)
-    chosen = options(name, num_heads=3)
+    args = tensors(heads=heads, dtype=torch.float64)
+    chosen = options(name, num_heads=heads, pool=pool)
     ours, theirs = projected_attention(*args, **chosen), one_after_the_other(*args, **chosen)
     torch.testing.assert_close(torch.autograd.grad(ours.sum(), args), torch.autograd.grad(theirs.sum(), args))
 
 
-def test_derivatives_of_both_orders():
+@pytest.mark.parametrize("pool", [1, 2])
+def test_derivatives_of_both_orders(pool):
     args = tensors(heads=4, width=2, inputs=3, size=(3, 4), batch=1)
-    chosen = options(num_heads=4)
+    chosen = options(num_heads=4, pool=pool)
     assert torch.autograd.gradcheck(lambda *a: projected_attention(*a, **chosen), args, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda *a: projected_attention(*a, **chosen), args, fast_mode=True)
 
 
 # opcheck itself looks at .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_opcheck():
+@pytest.mark.parametrize("pool", [{}, {"pool": 2}, {"pool": 3}], ids=str)
+def test_opcheck(pool):
     args = tensors(heads=4, width=2, inputs=3, size=(4, 5), batch=2, dtype=torch.float32)
-    torch.library.opcheck(torch.ops.sasa.projected_attention.default, (*args, *options(num_heads=4).values()))
+    chosen = options(num_heads=4) | pool
+    torch.library.opcheck(torch.ops.sasa.projected_attention.default, (*args, *chosen.values()))
 
 
+@pytest.mark.parametrize("pool", [1, 2])
 @pytest.mark.parametrize("mapped", [(0,), (0, 1, 2, 3, 4), (3,)], ids=str)
-def test_vmap(mapped):
+def test_vmap(mapped, pool):
+    chosen = options(pool=pool)
     args = [t.detach() for t in tensors()]
     dims = tuple(0 if i in mapped else None for i in range(5))
     many = [torch.stack([t, t.flip(0) + 1]) if i in mapped else t for i, t in enumerate(args)]
-    got = torch.vmap(lambda *a: projected_attention(*a, **options()), dims)(*many)
-    want = [
-        projected_attention(*(t[j] if i in mapped else t for i, t in enumerate(many)), **options()) for j in range(2)
-    ]
+    got = torch.vmap(lambda *a: projected_attention(*a, **chosen), dims)(*many)
+    want = [projected_attention(*(t[j] if i in mapped else t for i, t in enumerate(many)), **chosen) for j in range(2)]
     torch.testing.assert_close(got, torch.stack(want))
 
 
@@ -160,6 +248,17 @@ def test_flops_count_the_projections_and_their_recomputation():
     assert backward == kept_backward + projections
 
 
+def test_flops_of_the_attention_are_counted_without_the_pool():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(pool):
+        with FlopCounterMode(display=False) as counter:
+            projected_attention(*tensors(), **options(pool=pool)).sum().backward()
+        return counter.get_total_flops()
+
+    assert count(2) == count(1) > 0
+
+
 @pytest.mark.parametrize("shape", [(1000, 384, 64), (77, 50, 32), (5, 7, 16), (300, 97, 48), (1, 1, 16)], ids=str)
 @pytest.mark.parametrize("name", cpu.capabilities())
 def test_gradients_of_the_projections(name, shape):
@@ -184,15 +283,18 @@ def test_projections_that_fill_no_vectors_are_left_to_pytorch():
     assert not any(r.any() for r in results)
 
 
-def test_bits_do_not_depend_on_the_number_of_threads():
-    args = tensors(width=16, inputs=32, size=(20, 13), dtype=torch.float32)
-    vector = torch.randn(3, 128, 20, 13)
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("batch", [3, 1])
+def test_bits_do_not_depend_on_the_number_of_threads(batch, pool):
+    args = tensors(width=16, inputs=32, size=(20, 13), dtype=torch.float32, batch=batch)
+    chosen = options(pool=pool)
+    vector = torch.randn_like(projected_attention(*args, **chosen))
     results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            output = projected_attention(*args, **options())
+            output = projected_attention(*args, **chosen)
             results.append([output, *torch.autograd.grad(output, args, vector)])
     finally:
         torch.set_num_threads(before)

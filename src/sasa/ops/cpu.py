@@ -74,6 +74,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.sasa_use_huge_pages.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     library.sasa_use_huge_pages.restype = None
     library.sasa_can_project.argtypes = (ctypes.POINTER(CProblem),)
+    library.sasa_can_pool.argtypes = (ctypes.POINTER(CProblem),)
     library.sasa_forward.argtypes = (ctypes.POINTER(CProblem), ctypes.POINTER(CTensor))
     library.sasa_backward.argtypes = (ctypes.POINTER(CProblem), ctypes.POINTER(CGradients))
     library.sasa_linear_gradients.argtypes = (ctypes.POINTER(CLinear),)
@@ -246,6 +247,12 @@ def can_project(projection: Projection, num_heads: int) -> bool:
     return bool(_library().sasa_can_project(problem))
 
 
+def can_pool(window: Window, pool: int) -> bool:
+    """Whether :func:`forward_projected` pools the outputs of such windows."""
+    problem = CProblem(rows=_axis(window.rows), cols=_axis(window.cols))
+    return pool == 1 or (pool == 2 and bool(_library().sasa_can_pool(problem)))
+
+
 def forward_projected(
     projection: Projection,
     num_heads: int,
@@ -254,16 +261,21 @@ def forward_projected(
     window: Window,
     border: str,
     scale: float,
+    pool: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`forward`, of queries, keys and values that are projected tile by tile and never exist in memory."""
+    """As :func:`forward`, of queries, keys and values that are projected tile by tile and never exist in memory. The
+    output is pooled, if :func:`can_pool`; the log-sum-exp is not.
+    """
     shape = _projected_shape(projection, num_heads)
     height, width = window.rows.outputs, window.cols.outputs
     like = projection.input[:, None]  # (B, 1, C, H, W): only its memory format counts
-    output = memory_format.empty(like.expand(-1, num_heads, -1, -1, -1), shape[2], height, width)
+    output = memory_format.empty(
+        like.expand(-1, num_heads, -1, -1, -1), shape[2], -(-height // pool), -(-width // pool)
+    )
     in_huge_pages(output)
     lse = _empty_lse(projection.input, *shape[:2], height, width)
     if shape[0] > 0:
-        problem = _problem(shape, shape[2], row, col, lse, window, border, scale)
+        problem = _problem(shape, shape[2], row, col, lse, window, border, scale, pool)
         keep = _set_projection(problem, projection)
         _check(_library().sasa_forward(problem, _tensor(output)))
         del keep
@@ -280,11 +292,12 @@ def backward_projected(
     window: Window,
     border: str,
     scale: float,
+    pool: int = 1,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Writes the gradients of the projected query, key and value into ``dense``; returns those of row and col."""
     shape = dense[0].shape[:3]
     lse = lse.contiguous()
-    problem = _problem(shape, shape[2], row, col, lse, window, border, scale)
+    problem = _problem(shape, shape[2], row, col, lse, window, border, scale, pool)
     keep = _set_projection(problem, projection)
     grads = _backward_into(dense, problem, grad_output, row, col, window)
     del keep
@@ -361,6 +374,7 @@ def _problem(
     window: Window,
     border: str,
     scale: float,
+    pool: int = 1,
 ) -> CProblem:
     """A problem of shape (B, N, D) without its inputs."""
     return CProblem(
@@ -377,6 +391,7 @@ def _problem(
         row=_embedding(row),
         col=_embedding(col),
         lse=lse.data_ptr(),
+        pool=pool,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-INTERFACE_VERSION = 3  # SASA_INTERFACE_VERSION of the header: raised with every change of these structures
+INTERFACE_VERSION = 4  # SASA_INTERFACE_VERSION of the header: raised with every change of these structures
 UNSUPPORTED = 3  # of sasa_status
 
 
@@ -50,6 +50,7 @@ class CProblem(ctypes.Structure):
         ("projection", ctypes.POINTER(CProjection)),
         *((name, CEmbedding) for name in ("row", "col")),
         ("lse", ctypes.c_void_p),
+        ("pool", ctypes.c_int64),
     )
 
 

@@ -34,10 +34,10 @@ def backward_flops(grad_output, query, key, value, row, col, output, lse, kernel
 
 
 def projected_forward_flops(x, weight, bias, row, col, num_heads, kernel_size, *args, out_shape, **kwargs) -> int:
-    """FLOPs of the layer's forward: three projections, then as :func:`forward_flops`."""
+    """FLOPs of the layer's forward: three projections, then as :func:`forward_flops`; pooled or not."""
     batch, inputs, height, width = x
     heads = batch, num_heads, weight[0] // 3 // num_heads
-    outputs = (*heads, *out_shape[0][2:])
+    outputs = (*heads, *out_shape[1][2:])  # of the log-sum-exp, which is not pooled
     attention = forward_flops(heads, None, heads, row, col, kernel_size, out_shape=(outputs,))
     return 2 * batch * height * width * inputs * weight[0] + attention
 
@@ -48,7 +48,7 @@ def projected_backward_flops(
     """FLOPs of the layer's backward: the projections once more and their two gradients, then the attention's."""
     batch, inputs, height, width = x
     heads = batch, num_heads, weight[0] // 3 // num_heads
-    gradient = (*heads, *grad_output[2:])
+    gradient = (*heads, *lse[2:])
     attention = backward_flops(gradient, heads, None, heads, row, col, None, None, kernel_size)
     return 3 * 2 * batch * height * width * inputs * weight[0] + attention
 

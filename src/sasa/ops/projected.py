@@ -5,6 +5,10 @@
 Queries, keys and values are three times the output. Where they must not be kept for a backward they need not all exist
 at once: the CPU kernels project them tile by tile, any other implementation a few images at a time. The backward
 projects them again. Numbers are those of the projection and :func:`sasa.local_attention`, one after the other.
+
+The output may be pooled: each number then is the mean of ``pool`` by ``pool`` of them, at the lower and right border of
+those there are. The CPU kernels add the weights of such queries before they meet the values: the output at full size
+never exists.
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, flops, memory_format, reference
+from . import checks, cpu, flops, memory_format, reference
 from .implementations import choose
 from .window import Window, window
 
 _TENSORS = "Tensor input, Tensor weight, Tensor? bias, Tensor? row_embedding, Tensor? col_embedding"
 _OPTIONS = (
-    "int num_heads, int[2] kernel_size, int[2] stride, int[2] dilation, str border, float scale, str? implementation"
+    "int num_heads, int[2] kernel_size, int[2] stride, int[2] dilation, str border, float scale, str? implementation, "
+    "int pool=1"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -53,8 +58,9 @@ def projected_attention(
     border: str,
     scale: float,
     implementation: str | None,
+    pool: int = 1,
 ) -> Tensor:
-    """Local attention of the projections of ``input``: (B, C, H, W) to (B, N·D, H', W').
+    """Local attention of the projections of ``input``: (B, C, H, W) to (B, N·D, H', W'), the size over ``pool``.
 
     Args:
         input: (B, C, H, W).
@@ -69,10 +75,12 @@ def projected_attention(
         border: ``"zero"``, ``"mask"`` or ``"valid"``.
         scale: factor on the logits.
         implementation: a name or None.
+        pool: size and stride of the average pooling of the output, ``nn.AvgPool2d(pool, ceil_mode=True)``; 1 for none.
     """
+    checks.positive("pool", pool)
     output, _ = torch.ops.sasa.projected_attention(
         input, weight, bias, row_embedding, col_embedding, num_heads, kernel_size, stride, dilation, border, scale,
-        implementation,
+        implementation, pool,
     )  # fmt: skip
     return output
 
@@ -106,34 +114,54 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int) -> 
 
 
 @torch.library.impl("sasa::projected_attention", "default")
-def _forward(x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation):
+def _forward(
+    x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool=1
+):
     geometry = _window(x, kernel_size, stride, dilation, border)
     chosen = choose(implementation, x)
     projection = cpu.Projection(x, weight, bias)
     if chosen.name == "cpu" and cpu.can_project(projection, num_heads):
-        output, lse = cpu.forward_projected(projection, num_heads, row, col, geometry, border, scale)
-        return output.flatten(1, 2), lse
-    output, lse = _empty_results(x, weight, num_heads, geometry)
+        inside = pool if cpu.can_pool(geometry, pool) else 1
+        output, lse = cpu.forward_projected(projection, num_heads, row, col, geometry, border, scale, inside)
+        return _pool(output.flatten(1, 2), pool // inside), lse
+    output, lse = _empty_results(x, weight, num_heads, geometry, pool)
     with reference.without_autocast(x):
         for part in _parts(x, weight):
             q, k, v = _project(x[part], weight, bias, num_heads)
             y, lse[part] = chosen.forward(q, k, v, row, col, geometry, border, scale)
-            output[part] = y.flatten(1, 2)
+            output[part] = _pool(y.flatten(1, 2), pool)
     return output, lse
 
 
-def _empty_results(x: Tensor, weight: Tensor, num_heads: int, geometry: Window) -> tuple[Tensor, Tensor]:
+def _pool(y: Tensor, pool: int) -> Tensor:
+    return y if pool == 1 else F.avg_pool2d(y, pool, ceil_mode=True)
+
+
+def _before_pool(grad: Tensor, geometry: Window, pool: int) -> Tensor:
+    """Gradient of what was pooled."""
+    if pool == 1:
+        return grad
+    pooled = grad.new_empty((*grad.shape[:2], geometry.rows.outputs, geometry.cols.outputs))
+    if grad.is_contiguous(memory_format=torch.channels_last):
+        pooled = pooled.to(memory_format=torch.channels_last)
+    size = [pool, pool]
+    return torch.ops.aten.avg_pool2d_backward(grad, pooled, size, size, [0, 0], True, True, None)
+
+
+def _empty_results(x: Tensor, weight: Tensor, num_heads: int, geometry: Window, pool: int) -> tuple[Tensor, Tensor]:
     channels, size = weight.shape[0] // 3, (geometry.rows.outputs, geometry.cols.outputs)
     like = x[:, None].expand(-1, num_heads, -1, -1, -1)
-    output = memory_format.empty(like, channels // num_heads, *size).flatten(1, 2)
+    pooled = (-(-length // pool) for length in size)
+    output = memory_format.empty(like, channels // num_heads, *pooled).flatten(1, 2)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return output, x.new_empty((x.shape[0], num_heads, *size), dtype=dtype)
 
 
 @torch.library.impl("sasa::projected_attention_backward", "default")
 def _backward(
-    grad_output, x, weight, bias, row, col, lse, num_heads, kernel_size, stride, dilation, border, scale, implementation
-):
+    grad_output, x, weight, bias, row, col, lse,
+    num_heads, kernel_size, stride, dilation, border, scale, implementation, pool=1,
+):  # fmt: skip
     geometry = _window(x, kernel_size, stride, dilation, border)
     chosen = choose(implementation, x)
     fused = chosen.name == "cpu" and cpu.can_project(cpu.Projection(x, weight, bias), num_heads)
@@ -143,7 +171,8 @@ def _backward(
     grads_row = [] if row is None else [row.new_zeros(row.shape, dtype=sums)]
     grads_col = [] if col is None else [col.new_zeros(col.shape, dtype=sums)]
     grad_input = cpu.in_huge_pages(torch.empty_like(x))
-    g = grad_output.unflatten(1, (num_heads, -1))
+    inside = pool if fused and cpu.can_pool(geometry, pool) else 1
+    g = _before_pool(grad_output, geometry, pool // inside).unflatten(1, (num_heads, -1))
     memory = x.new_empty(0)
     with reference.without_autocast(x):
         for part in _parts(x, weight):
@@ -154,7 +183,8 @@ def _backward(
             dense = _heads(memory, images.shape, num_heads)
             options = row, col, lse[part], geometry, border, scale
             if fused:
-                embeddings = cpu.backward_projected(g[part], cpu.Projection(images, weight, bias), dense, *options)
+                projection = cpu.Projection(images, weight, bias)
+                embeddings = cpu.backward_projected(g[part], projection, dense, *options, inside)
             else:
                 *grads, grad_row, grad_col = chosen.backward(
                     g[part], *_project(images, weight, bias, num_heads), *options
@@ -195,8 +225,10 @@ def _linear_gradients(
 
 
 @torch.library.register_fake("sasa::projected_attention")
-def _forward_shapes(x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation):
-    return _empty_results(x, weight, num_heads, _window(x, kernel_size, stride, dilation, border))
+def _forward_shapes(
+    x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool=1
+):
+    return _empty_results(x, weight, num_heads, _window(x, kernel_size, stride, dilation, border), pool)
 
 
 @torch.library.register_fake("sasa::projected_attention_backward")
@@ -206,31 +238,25 @@ def _backward_shapes(grad_output, x, weight, bias, row, col, lse, *options):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.num_heads, ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border, ctx.scale, ctx.implementation = (
-        inputs
-    )
+    tensors, ctx.options = inputs[:5], inputs[5:]
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _options(ctx) -> tuple:
-    return ctx.num_heads, ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border, ctx.scale, ctx.implementation
-
-
 def _gradients(ctx, grad_output, grad_lse):
     if grad_output is None:
-        return (None,) * 12
+        return (None,) * 13
     *tensors, lse = ctx.saved_tensors
-    grads = torch.ops.sasa.projected_attention_backward(grad_output, *tensors, lse, *_options(ctx))
-    return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), *(None,) * 7
+    grads = torch.ops.sasa.projected_attention_backward(grad_output, *tensors, lse, *ctx.options)
+    return *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True)), *(None,) * 8
 
 
 torch.library.register_autograd("sasa::projected_attention", _gradients, setup_context=_setup_context)
 
 
 def _setup_second(ctx, inputs, output):
-    *tensors, _, ctx.num_heads, ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border, ctx.scale, _ = inputs
+    *tensors, _, ctx.num_heads, ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border, ctx.scale, _, ctx.pool = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -238,9 +264,10 @@ def _second_gradients(ctx, *grad_grads):
     def layer(x, weight, bias, row, col):
         geometry = _window(x, ctx.kernel_size, ctx.stride, ctx.dilation, ctx.border)
         query, key, value = _project(x, weight, bias, ctx.num_heads)
-        return reference.attention(query, key, value, row, col, geometry, ctx.border, ctx.scale).flatten(1, 2)
+        output = reference.attention(query, key, value, row, col, geometry, ctx.border, ctx.scale)
+        return _pool(output.flatten(1, 2), ctx.pool)
 
-    return *reference.second_derivatives(ctx.saved_tensors, grad_grads, layer), *(None,) * 8
+    return *reference.second_derivatives(ctx.saved_tensors, grad_grads, layer), *(None,) * 9
 
 
 torch.library.register_autograd("sasa::projected_attention_backward", _second_gradients, setup_context=_setup_second)
