@@ -212,10 +212,9 @@ class RelativeSelfAttention(nn.Module):
         if self.implementation is not None and not torch.compiler.is_compiling():
             choose(self.implementation, x)
         sizes = self.num_heads, self.kernel_size, self.stride, self.dilation
-        y = projected_attention(
-            x, weight.flatten(1), bias, row, col, *sizes, self.border, self.scale, self.implementation
+        return projected_attention(
+            x, weight.flatten(1), bias, row, col, *sizes, self.border, self.scale, self.implementation, self.pool
         )
-        return y if self.pool == 1 else F.avg_pool2d(y, self.pool, ceil_mode=True)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, N, D, H, W): views of one product."""

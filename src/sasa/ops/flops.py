@@ -11,46 +11,68 @@ from types import ModuleType
 
 import torch
 
+from .window import Axis, window
+
 _COUNTER = "torch.utils.flop_counter"
 
 
-def forward_flops(query, key, value, row, col, kernel_size, *args, out_shape, **kwargs) -> int:
+def _attended(size: Sequence[int], kernel_size, stride, dilation, border: str) -> int:
+    """Pairs of a query and a tap of its window. Behind a mask taps outside the image take no part; zeros do."""
+    pairs = [(pair[0], pair[-1]) for pair in (kernel_size, stride, dilation)]
+    geometry = window(size[0], size[1], pairs[0], pairs[1], pairs[2], border)
+    if border != "mask":
+        return math.prod(axis.outputs * axis.kernel for axis in geometry)
+    return math.prod(_inside(axis) for axis in geometry)
+
+
+def _inside(axis: Axis) -> int:
+    starts = range(-axis.before, axis.outputs * axis.stride - axis.before, axis.stride)
+    taps = range(0, axis.kernel * axis.dilation, axis.dilation)
+    return sum(0 <= start + tap < axis.size for start in starts for tap in taps)
+
+
+def forward_flops(
+    query, key, value, row, col, kernel_size, stride=(1,), dilation=(1,), border="zero", *args, **kwargs
+) -> int:
     """FLOPs of the forward: 2·D a query, head and tap for q·k, as many for q·(row + col), 2·Dv for the weighted sum.
 
     So 6·k²·D a query and head for the layer of the paper, and 4·k²·D without embeddings.
     """
     batch, heads, width = query[:3]
-    _, _, value_width, *outputs = out_shape[0]
     terms = 1 + (row is not None or col is not None)
-    return 2 * batch * heads * math.prod(outputs) * math.prod(kernel_size) * (terms * width + value_width)
+    pairs = batch * heads * _attended(query[3:], kernel_size, stride, dilation, border)
+    return 2 * pairs * (terms * width + value[2])
 
 
-def backward_flops(grad_output, query, key, value, row, col, output, lse, kernel_size, *args, **kwargs) -> int:
+def backward_flops(
+    grad_output, query, key, value, row, col, output, lse, kernel_size, stride, dilation, border, *args, **kwargs
+) -> int:
     """FLOPs of the backward: twice the forward's, for two gradients of each product, plus the logits once more."""
     batch, heads, width = query[:3]
     terms = 1 + (row is not None or col is not None)
-    taps = batch * heads * math.prod(grad_output[3:]) * math.prod(kernel_size)
-    return 2 * taps * (3 * terms * width + 2 * value[2])
+    pairs = batch * heads * _attended(query[3:], kernel_size, stride, dilation, border)
+    return 2 * pairs * (3 * terms * width + 2 * value[2])
 
 
-def projected_forward_flops(x, weight, bias, row, col, num_heads, kernel_size, *args, out_shape, **kwargs) -> int:
+def projected_forward_flops(x, weight, bias, row, col, num_heads, *options, **kwargs) -> int:
     """FLOPs of the layer's forward: three projections, then as :func:`forward_flops`; pooled or not."""
-    batch, inputs, height, width = x
-    heads = batch, num_heads, weight[0] // 3 // num_heads
-    outputs = (*heads, *out_shape[1][2:])  # of the log-sum-exp, which is not pooled
-    attention = forward_flops(heads, None, heads, row, col, kernel_size, out_shape=(outputs,))
-    return 2 * batch * height * width * inputs * weight[0] + attention
+    query = _query(x, weight, num_heads)
+    return _projection(x, weight) + forward_flops(query, query, query, row, col, *options)
 
 
-def projected_backward_flops(
-    grad_output, x, weight, bias, row, col, lse, num_heads, kernel_size, *args, **kwargs
-) -> int:
+def projected_backward_flops(grad_output, x, weight, bias, row, col, lse, num_heads, *options, **kwargs) -> int:
     """FLOPs of the layer's backward: the projections once more and their two gradients, then the attention's."""
-    batch, inputs, height, width = x
-    heads = batch, num_heads, weight[0] // 3 // num_heads
-    gradient = (*heads, *lse[2:])
-    attention = backward_flops(gradient, heads, None, heads, row, col, None, None, kernel_size)
-    return 3 * 2 * batch * height * width * inputs * weight[0] + attention
+    query = _query(x, weight, num_heads)
+    return 3 * _projection(x, weight) + backward_flops(None, query, query, query, row, col, None, lse, *options)
+
+
+def _query(x: Sequence[int], weight: Sequence[int], num_heads: int) -> tuple[int, ...]:
+    """Shape (B, N, D, H, W) of the projected queries."""
+    return x[0], num_heads, weight[0] // 3 // num_heads, x[2], x[3]
+
+
+def _projection(x: Sequence[int], weight: Sequence[int]) -> int:
+    return 2 * x[0] * x[2] * x[3] * math.prod(weight)
 
 
 def register() -> None:
