@@ -14,7 +14,7 @@ from torch import Tensor
 
 ENOUGH_SECONDS = 1.5
 MOST_CALLS = 30
-# A call longer than this is warmed up and timed once.
+# A call longer than this is not repeated, unless told otherwise.
 SLOW_SECONDS = 1.0
 # Largest difference from float64 that counts as rounding, relative to the largest number of the result. In bfloat16
 # the logits themselves are rounded to 8 bits.
@@ -48,7 +48,9 @@ def largest_difference(results: Sequence[Tensor], expected: Sequence[Tensor], dt
     return max(differences)
 
 
-def measure(call: Call, compiled: bool = False, least_calls: int = 3) -> dict[str, float]:
+def measure(
+    call: Call, compiled: bool = False, least_calls: int = 3, slow_seconds: float = SLOW_SECONDS
+) -> dict[str, float]:
     """Median seconds of a call, and the most memory the first one held above what the process held before it.
 
     Code that the first call loads counts as its memory, so run the same call on a tiny input before. A call that
@@ -60,17 +62,17 @@ def measure(call: Call, compiled: bool = False, least_calls: int = 3) -> dict[st
     before = settled_bytes()
     first = seconds_of(call)
     result["peak_bytes"] = peak_bytes() - before
-    if first <= SLOW_SECONDS:
+    if first <= slow_seconds:
         call()
     seconds = [seconds_of(call)]
-    while not enough(seconds, least_calls):
+    while not enough(seconds, least_calls, slow_seconds):
         seconds.append(seconds_of(call))
     return result | {"seconds": statistics.median(seconds), "calls": len(seconds)}
 
 
-def enough(seconds: Sequence[float], least_calls: int) -> bool:
+def enough(seconds: Sequence[float], least_calls: int, slow_seconds: float = SLOW_SECONDS) -> bool:
     """Whether these timings will do."""
-    if seconds[0] > SLOW_SECONDS or len(seconds) >= MOST_CALLS:
+    if seconds[0] > slow_seconds or len(seconds) >= MOST_CALLS:
         return True
     return len(seconds) >= least_calls and sum(seconds) >= ENOUGH_SECONDS
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 
-from . import attention, layer, scaling, stages
+from . import attention, layer, networks, scaling, stages
 
-PARTS = {"attention": attention, "layer": layer, "stages": stages, "scaling": scaling}
+PARTS = {"attention": attention, "layer": layer, "stages": stages, "scaling": scaling, "networks": networks}
 
 
 def main() -> None:

@@ -120,11 +120,46 @@ def scaling(result: Result) -> Figure:
     return figure
 
 
+def networks(result: Result) -> Figure:
+    """Points: images a second against parameters, a panel for forward and one for training; depths joined by lines."""
+    figure = new_figure("Whole networks, 224x224, batch 8, float32, channels_last", result, 4.6)
+    cases = [case for case in result["cases"] if case["batch"] == 8 and case["mode"] != "folded"] or result["cases"]
+    families = {
+        "convolution": ("sasa_resnet26_conv", "sasa_resnet38_conv", "timm resnet50"),
+        "attention, convolution stem": tuple(f"sasa_resnet{depth}_convstem" for depth in (26, 38, 50)),
+        "full attention": tuple(f"sasa_resnet{depth}" for depth in (26, 38, 50)),
+    }
+    shades = {"convolution": CONVOLUTION, "attention, convolution stem": OURS, "full attention": "tab:purple"}
+    for panel, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+        placed = set()
+        for family, names in families.items():
+            found = [name for name in names if name in case["peers"]]
+            points = [(case["peers"][n]["parameters"] / 1e6, case["peers"][n]["images_per_second"]) for n in found]
+            placed |= set(found)
+            if points:
+                panel.plot(*zip(*points, strict=True), "o-", color=shades[family], label=family)
+            for name, point in zip(found, points, strict=True):
+                depth = name.removesuffix("_convstem").removesuffix("_conv")[-2:]
+                panel.annotate(depth, point, (5, 5), textcoords="offset points", fontsize=8)
+        for name in case["peers"].keys() - placed:
+            peer = case["peers"][name]
+            point = peer["parameters"] / 1e6, peer["images_per_second"]
+            panel.plot(*point, "s", color=OTHERS)
+            size = "" if peer["size"] == 224 else f" ({peer['size']}x{peer['size']})"
+            panel.annotate(name + size, point, (-5, -12), textcoords="offset points", fontsize=8, ha="right")
+        panel.set(xlabel="million parameters", ylabel="images a second", title=case["case"])
+        panel.margins(0.12)
+        panel.set_ylim(bottom=0)
+        panel.legend(fontsize=8, loc="upper right")
+    return figure
+
+
 PLOTS: dict[str, Callable[[Result], Figure]] = {
     "attention": lambda result: compared("attention", result),
     "layer": lambda result: compared("layer", result),
     "stages": stages,
     "scaling": scaling,
+    "networks": networks,
 }
 
 

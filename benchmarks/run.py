@@ -1,7 +1,7 @@
 """Time and memory of sasa beside its peers on the CPU: checks results, measures, prints, writes and draws.
 
     python -m benchmarks.run                      everything; writes to benchmarks/results/
-    python -m benchmarks.run --only attention     one part: attention, layer, stages or scaling
+    python -m benchmarks.run --only attention     one part: attention, layer, stages, scaling or networks
     python -m benchmarks.run --quick              small problems only, for trying it out; writes to runs/bench/
 
 Every number comes from a process of its own; what is compared takes turns. Numbers are medians of the turns, ratios are

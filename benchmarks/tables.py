@@ -64,6 +64,29 @@ def scaling(result: Result) -> Rows:
     return Rows("is the forward pass linear?", header, rows, 2, in_words(result["machine"]))
 
 
+def networks(result: Result) -> Rows:
+    """Images a second and memory of every network."""
+    rows = []
+    for case in result["cases"]:
+        for name, peer in case["peers"].items():
+            spread = f"{peer['ratio_lowest']:.2f} to {peer['ratio_highest']:.2f}"
+            label = name if peer["size"] == 224 else f"{name}, {peer['size']}x{peer['size']}"
+            rows.append(
+                [
+                    case["case"],
+                    label,
+                    f"{peer['parameters'] / 1e6:.1f}",
+                    f"{peer['images_per_second']:.1f}",
+                    f"{peer['ratio_to_sasa']:.2f} ({spread})",
+                    f"{peer['peak_gigabytes']:.2f}",
+                ]
+            )
+    first = next(iter(result["cases"][0]["peers"]))
+    header = ["case", "network", "M parameters", "images/s", f"times {first}'s seconds (lowest to highest)", "peak GB"]
+    caption = f"{in_words(result['machine'])}, float32, channels_last, 224x224. Peak memory is above the network's own."
+    return Rows("whole networks on the CPU", header, rows, 2, caption)
+
+
 def targets(result: Result) -> Rows:
     """Figure, target, and whether it is reached."""
     rows = []
@@ -83,6 +106,7 @@ ROWS = {
     "layer": lambda result: compared("layer", result),
     "stages": stages,
     "scaling": scaling,
+    "networks": networks,
     "targets": targets,
 }
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-Results = dict[str, dict[str, Any]]  # by part: attention, layer, stages, scaling
+Results = dict[str, dict[str, Any]]  # by part: attention, layer, stages, scaling, networks
 
 CONVOLUTION = "convolution 3x3"
 
@@ -69,6 +70,26 @@ def linearity(results: Results, series: str) -> Value:
     return Value(found["deviation"], found["deviation_lowest"], found["deviation_highest"])
 
 
+def memory_of_a_step(results: Results) -> Value:
+    """Peak memory of the network's training step over torchvision's ResNet-50's."""
+    peers = peers_of(results, "networks", "batch 8 training step")
+    return Value(peers["sasa_resnet50_convstem"]["peak_gigabytes"] / peers["torchvision resnet50"]["peak_gigabytes"])
+
+
+def images_ratio(case: str, network: str = "sasa_resnet50_convstem") -> Callable[[Results], Value]:
+    """Images a second of a network over torchvision's ResNet-50's."""
+
+    def figure(results: Results) -> Value:
+        theirs = times_sasa(results, "networks", case, "torchvision resnet50")
+        ours = times_sasa(results, "networks", case, network)
+        lowest, highest = theirs.lowest or theirs.value, theirs.highest or theirs.value
+        if network != "sasa_resnet50_convstem":  # measured against the other network, turn by turn
+            lowest, highest = lowest / (ours.highest or ours.value), highest / (ours.lowest or ours.value)
+        return Value(theirs.value / ours.value, lowest, highest)
+
+    return figure
+
+
 TARGETS = [
     (
         Target("attention forward / convolution", 0.33, at_least=False),
@@ -104,6 +125,18 @@ TARGETS = [
     (
         Target("layer forward, bfloat16 / float32", 0.7, at_least=False),
         lambda results: times_sasa(results, "layer", "notebook forward", "sasa bfloat16"),
+    ),
+    (
+        Target("SASA-ResNet-50, convolution stem / ResNet-50: images/s forward", 1.1, at_least=True),
+        images_ratio("batch 8 forward"),
+    ),
+    (Target("the same, batch norm folded in both", 1.1, at_least=True), images_ratio("batch 8 forward, folded")),
+    (Target("the same, batch 1", 1.0, at_least=True), images_ratio("batch 1 forward")),
+    (Target("the same, training step", 1.0, at_least=True), images_ratio("batch 8 training step")),
+    (Target("the same, peak memory of a training step", 1.1, at_least=False), memory_of_a_step),
+    (
+        Target("SASA-ResNet-50, full attention / ResNet-50: images/s forward", 1.0, at_least=True),
+        images_ratio("batch 8 forward", "sasa_resnet50"),
     ),
 ]
 
