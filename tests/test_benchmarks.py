@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from benchmarks import attention, layer, measure, processes, run, scaling, stages, tables, targets
+from benchmarks import attention, layer, measure, networks, processes, run, scaling, stages, tables, targets
 from benchmarks.machine import machine, sasa_capability
 from benchmarks.plots import draw
 from benchmarks.problems import ATTENTION, LAYERS, SERIES, AttentionProblem
@@ -54,6 +54,36 @@ def test_layers_that_compute_something_else_have_the_same_shape(size):
         assert gradients[0].shape == (1, 32, size, size)
 
 
+@pytest.mark.parametrize("mode", ["forward", "folded"])
+@pytest.mark.parametrize("name", ["sasa_resnet26", "sasa_resnet26_convstem", "sasa_resnet26_conv"])
+def test_networks_agree_with_the_reference(name, mode):
+    assert networks.check(name, mode) < 1e-4
+
+
+@pytest.mark.parametrize("name", [networks.TORCHVISION, "timm resnet50", "sasa_resnet50"])
+def test_batch_norms_behind_convolutions_are_folded(name):
+    network = networks.build(name)
+    for module in network.modules():  # statistics that matter
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    x = networks.images(name, 1, 64)
+    (expected,) = networks.forward_call(network.eval(), x)()
+    (folded,) = networks.forward_call(networks.folded(network), x)()
+    torch.testing.assert_close(folded, expected, rtol=1e-3, atol=1e-3)
+    left = [n for n, m in network.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(left) == (17 if name == "sasa_resnet50" else 0)
+
+
+def test_a_training_step_trains():
+    network = networks.build("sasa_resnet26_convstem")
+    before = network.fc.bias.detach().clone()
+    call, optimizer = networks.training_call(network, networks.images("sasa_resnet26_convstem", 2, 64))
+    call()
+    assert (network.fc.bias != before).any()
+    assert len(optimizer.state) == len(list(network.parameters()))
+
+
 def test_wrong_results_stop_the_benchmark():
     right = [torch.ones(3)]
     assert measure.largest_difference(right, right, torch.float32) == 0
@@ -68,6 +98,9 @@ def test_every_case_names_what_exists():
         assert set(case.peers) <= {*attention.PEERS, attention.CONVOLUTION}
     for case in (layer.CASES | layer.QUICK).values():
         assert case.problem in LAYERS
+    for case in (networks.CASES | networks.QUICK).values():
+        assert case.peers[0] == networks.OURS
+        assert case.mode in ("forward", "folded", "training")
     assert {*scaling.CHOSEN, *scaling.QUICK} == set(SERIES)
 
 
@@ -184,6 +217,15 @@ def fake_results():
         {"stage": name.split(", batch")[0], "mode": mode, **problem._asdict(), **speeds}
         for name, (problem, mode) in stages.cases().items()
     ]
+    whole_networks = []
+    for name, case in networks.CASES.items():
+        peers = {}
+        for index, peer in enumerate(case.peers):
+            run_ = {"seconds": 0.1 * (index + 1), "peak_bytes": 1e8 * (index + 1), "calls": 3}
+            peers[peer] = processes.summarise([run_] * 3, [{"seconds": 0.1}] * 3)
+            size = 256 if peer == networks.HALONET else 224
+            peers[peer] |= {"images_per_second": case.batch / run_["seconds"], "parameters": 2e7, "size": size}
+        whole_networks.append({"case": name, "batch": case.batch, "mode": case.mode, "peers": peers})
     series = {}
     for name in scaling.CHOSEN:
         seconds = [1e-9 * scaling.share(name, problem) for problem in SERIES[name]]
@@ -193,6 +235,7 @@ def fake_results():
         "layer": whole,
         "stages": {"machine": WHERE, "sgemm": speeds, "stages": entries},
         "scaling": {"machine": WHERE, "series": series},
+        "networks": {"machine": WHERE, "cases": whole_networks},
     }
 
 
@@ -226,6 +269,11 @@ def test_targets_are_compared_with_the_results():
     assert (memory["value"], memory["lowest"], memory["reached"]) == (2.0, None, False)
     assert rows["slowest stage forward, GFLOP/s"]["value"] == 50
     assert rows["deviation from linear in taps"]["value"] == pytest.approx(0)
+    forward = rows["SASA-ResNet-50, convolution stem / ResNet-50: images/s forward"]  # the third network of the case
+    assert (forward["value"], forward["reached"]) == (pytest.approx(3), True)
+    full = rows["SASA-ResNet-50, full attention / ResNet-50: images/s forward"]  # the second
+    assert full["value"] == full["lowest"] == pytest.approx(1.5)
+    assert rows["the same, peak memory of a training step"]["value"] == pytest.approx(1 / 3)
     table = tables.targets({"machine": WHERE, "targets": list(rows.values())})
     assert ["layer forward: peak memory / (q, k, v, out)", "2.00", "≤ 1.3", "no"] in table.rows
 
@@ -245,6 +293,7 @@ def test_the_command_measures_writes_and_draws(quick, tmp_path, monkeypatch, cap
         return {"seconds": seconds, "peak_bytes": 1e8, "calls": 3}
 
     monkeypatch.setattr(processes, "measured_alone", figures)
+    monkeypatch.setattr(networks, "parameters", lambda name: 10**7)
     monkeypatch.setattr(layer, "import_seconds", lambda: {"median": 0.02})
     monkeypatch.setattr(sys, "argv", ["run", "--out", str(tmp_path), *(["--quick"] if quick else [])])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")

@@ -121,7 +121,13 @@ class Plan:
                 assert isinstance(module, nn.Conv2d)  # noqa: S101  (for the type checker)
                 entries.append(self._decide(name, module, stem_names, wanted=stem and name in stem_names))
             elif isinstance(module, _ConvNd) and max(module.kernel_size) > 1:
-                entries.append(Entry(name, _in_words(module), why="transposed" if module.transposed else f"{len(module.kernel_size)}-dimensional"))
+                entries.append(
+                    Entry(
+                        name,
+                        _in_words(module),
+                        why="transposed" if module.transposed else f"{len(module.kernel_size)}-dimensional",
+                    )
+                )
             elif isinstance(module, (nn.Conv2d, ParametrizationList)):
                 continue
             elif replace.holds_a_kernel(module):
