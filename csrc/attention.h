@@ -130,7 +130,8 @@ struct Group {
   void hold(const Block& block, F let_go, H take_up) {
     for (int i = 0; i < block.count; ++i) {
       const int64_t y = block.rows[i].y;
-      int64_t& place = held[y % keys.span];
+      block.rows[i].place = y % keys.span;
+      int64_t& place = held[block.rows[i].place];
       if (place == y) continue;
       if (place >= 0) let_go(place);
       place = y;
@@ -228,8 +229,9 @@ struct Group {
     const int64_t pixel = x * p.cols.stride - p.cols.before + inside.first * p.cols.dilation - first_col;
     for (int i = 0; i < block.count; ++i) {
       const KeyRowIndex& row = block.rows[i];
-      key_rows[i] = {keys.row(row.y) + pixel * p.channels, values.row(row.y) + pixel * p.value_channels, row.first,
-                     row.last, weights + row.first * call.taps + row.tap * p.cols.kernel + inside.first};
+      key_rows[i] = {keys.rows + row.place * keys.row_size + pixel * p.channels,
+                     values.rows + row.place * values.row_size + pixel * p.value_channels, row.first, row.last,
+                     weights + row.first * call.taps + row.tap * p.cols.kernel + inside.first};
     }
     return inside;
   }
@@ -290,9 +292,8 @@ struct Group {
   void all_logits(const Block& block, Range inside, const V* q, int64_t q_stride, V* largest) {
     const bool masked = p.border == SASA_MASK;
     const V lowest = W::all(-T(__builtin_inf()));
-    Range rows[kQueries];
+    const Range* rows = block.inside;
     for (int r = 0; r < block.queries; ++r) {
-      rows[r] = taps_inside(p.rows, block.y + r);
       whole[r] = rows[r].last - rows[r].first == p.rows.kernel && inside.last - inside.first == p.cols.kernel;
       if (!whole[r])
         for (int64_t t = 0; t < call.taps; ++t) logits[r * call.taps + t] = masked ? lowest : V{};

@@ -236,8 +236,18 @@ struct Backward {
         for (int j = 0; j < 4; ++j) means[j] += weight[t + j] * d[t + j];
       for (; t < taps; ++t) means[0] += weight[t] * d[t];
       const V mean = (means[0] + means[1]) + (means[2] + means[3]);
-      for (t = 0; t < taps; ++t) d[t] = weight[t] * (d[t] - mean);
-      sum_rows_and_cols(d, scratch.row_sums + r * p.rows.kernel, scratch.col_sums + r * p.cols.kernel);
+      V *rows = scratch.row_sums + r * p.rows.kernel, *cols = scratch.col_sums + r * p.cols.kernel;
+      for (int64_t dx = 0; dx < p.cols.kernel; ++dx) cols[dx] = V{};
+      for (int64_t dy = 0; dy < p.rows.kernel; ++dy, weight += p.cols.kernel, d += p.cols.kernel) {
+        V sum{};
+        for (int64_t dx = 0; dx < p.cols.kernel; ++dx) {
+          const V change = weight[dx] * (d[dx] - mean);
+          d[dx] = change;
+          sum += change;
+          cols[dx] += change;
+        }
+        rows[dy] = sum;
+      }
     }
     for (int j = 0; j < block.count; ++j) {
       KeyRow<V>& row = group.key_rows[j];
@@ -253,18 +263,6 @@ struct Backward {
                         block.queries, p.row.data == nullptr ? nullptr : embeddings);
     embedding_gradients(group.col_table, call.col_channels, p.cols.kernel, scratch.col_sums, q, dq, q_stride,
                         block.queries, p.col.data == nullptr ? nullptr : embeddings + p.rows.kernel * D);
-  }
-
-  void sum_rows_and_cols(const V* d, V* rows, V* cols) const {
-    for (int64_t dx = 0; dx < p.cols.kernel; ++dx) cols[dx] = V{};
-    for (int64_t dy = 0; dy < p.rows.kernel; ++dy) {
-      V sum{};
-      for (int64_t dx = 0; dx < p.cols.kernel; ++dx) {
-        sum += d[dy * p.cols.kernel + dx];
-        cols[dx] += d[dy * p.cols.kernel + dx];
-      }
-      rows[dy] = sum;
-    }
   }
 
   // One embedding's part of dq, and the embedding's own gradient.

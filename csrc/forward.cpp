@@ -127,8 +127,8 @@ struct Forward {
       for (int r = 0; r < block.queries; ++r) factor[r] /= T(block.queries * columns);
       group.join(block, x, column, inside, factor);
     }
-    weigh<V>(group.joint_rows, block.count, &KeyRow<V>::values, p.cols.dilation * E, int(group.joint_taps), 0, E,
-             scratch.outputs + i / p.pool * E, 0, 1);
+    weigh_one<V>(group.joint_rows, block.count, &KeyRow<V>::values, p.cols.dilation * E, int(group.joint_taps), E,
+                 scratch.outputs + i / p.pool * E);
   }
 };
 

@@ -172,6 +172,34 @@ SASA_NOINLINE void weigh_of(const KeyRow<V>* rows, int count, const V* KeyRow<V>
     }
 }
 
+// The same for one query, which sees all rows of keys; with channels enough to hide how long an addition takes.
+template <class V, int N>
+SASA_NOINLINE void weigh_one_of(const KeyRow<V>* rows, int count, const V* KeyRow<V>::* source, int64_t channel,
+                                int64_t v_stride, int taps, V* y) {
+  V sum[N] = {};
+  for (int i = 0; i < count; ++i) {
+    const V* v = rows[i].*source + channel;
+    const V* w = rows[i].weights;
+    for (int t = 0; t < taps; ++t) {
+      const V weight = w[t];
+      SASA_UNROLL
+      for (int c = 0; c < N; ++c) sum[c] = weight * v[t * v_stride + c] + sum[c];
+    }
+  }
+  SASA_UNROLL
+  for (int c = 0; c < N; ++c) y[channel + c] = sum[c];
+}
+
+template <class V>
+SASA_INLINE void weigh_one(const KeyRow<V>* rows, int count, const V* KeyRow<V>::* source, int64_t v_stride, int taps,
+                           int64_t channels, V* y) {
+  int64_t c = 0;
+  for (; c + 2 * kChannels <= channels; c += 2 * kChannels)
+    weigh_one_of<V, 2 * kChannels>(rows, count, source, c, v_stride, taps, y);
+  for (; c + 4 <= channels; c += 4) weigh_one_of<V, 4>(rows, count, source, c, v_stride, taps, y);
+  for (; c < channels; ++c) weigh_one_of<V, 1>(rows, count, source, c, v_stride, taps, y);
+}
+
 // y[query] = sum over the rows of keys and their taps; `source` says whether to weigh the keys or the values.
 template <class V>
 SASA_INLINE void weigh(const KeyRow<V>* rows, int count, const V* KeyRow<V>::* source, int64_t v_stride, int taps,

@@ -41,6 +41,7 @@ struct KeyRowIndex {
   int64_t y;
   int first, last;
   int64_t tap;
+  int64_t place;  // in the rings, once they hold it
 };
 
 // A block of queries above each other, and the rows of keys that any of them sees.
@@ -50,10 +51,12 @@ struct Block {
   int64_t step;  // taps between the windows of neighbouring queries
   KeyRowIndex* rows;
   int count;
+  Range inside[kQueries];  // each query's rows of taps inside the image
 
   // `storage` holds rows_spanned() rows.
   Block(const sasa_axis& axis, int64_t y_, int queries_, KeyRowIndex* storage)
       : y(y_), queries(queries_), step(axis.stride / axis.dilation), rows(storage), count(0) {
+    for (int r = 0; r < queries; ++r) inside[r] = taps_inside(axis, y + r);
     const int64_t start = y * axis.stride - axis.before;
     const int64_t taps = queries > 1 ? (queries - 1) * step + axis.kernel : axis.kernel;
     const int64_t skipped = start >= 0 ? 0 : ceil_div(-start, axis.dilation);
@@ -63,7 +66,7 @@ struct Block {
       int first = 0, last = 0;
       while (first < queries && tap - first * step >= axis.kernel) ++first;
       for (last = first; last < queries && tap - last * step >= 0;) ++last;
-      if (first < last) rows[count++] = {row, first, last, tap - first * step};
+      if (first < last) rows[count++] = {row, first, last, tap - first * step, 0};
     }
   }
 };

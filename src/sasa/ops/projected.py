@@ -179,7 +179,7 @@ def _backward(
             images = x[part]
             pixels = _pixels(images)
             if memory.shape != (pixels.shape[0], weight.shape[0]):
-                memory = x.new_empty((pixels.shape[0], weight.shape[0]))
+                memory = cpu.in_huge_pages(x.new_empty((pixels.shape[0], weight.shape[0])))
             dense = _heads(memory, images.shape, num_heads)
             options = row, col, lse[part], geometry, border, scale
             if fused:
