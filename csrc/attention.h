@@ -71,6 +71,7 @@ struct Group {
   KeyRow<V>* joint_rows;     // what the queries of one pooled output see together, as key_rows
   V* joint;                  // their weights: [row of keys][tap]
   int64_t joint_taps;        // taps across
+  Range stored;              // columns of taps that have a place among the logits
   bool whole[kQueries];      // whether all taps of the column's queries are inside the image
   int64_t most_pixels;
   Pixels<T> pixels;  // to be projected together
@@ -226,12 +227,13 @@ struct Group {
   // Points key_rows at the keys of the queries in column x, their weights in `weights`; returns the columns' taps.
   Range point_at(const Block& block, int64_t x, V* weights) {
     const Range inside = taps_inside(p.cols, x);
+    stored = is_masked() ? inside : Range{0, p.cols.kernel};
     const int64_t pixel = x * p.cols.stride - p.cols.before + inside.first * p.cols.dilation - first_col;
     for (int i = 0; i < block.count; ++i) {
       const KeyRowIndex& row = block.rows[i];
       key_rows[i] = {keys.rows + row.place * keys.row_size + pixel * p.channels,
                      values.rows + row.place * values.row_size + pixel * p.value_channels, row.first, row.last,
-                     weights + row.first * call.taps + row.tap * p.cols.kernel + inside.first};
+                     weights + row.first * call.taps + row.tap * pitch() + inside.first - stored.first};
     }
     return inside;
   }
@@ -275,7 +277,7 @@ struct Group {
   }
 
   // Between the weights of queries r and r + 1 for one row of keys: the row is `step` taps higher for the second.
-  int64_t weights_stride(const Block& block) const { return call.taps - block.step * p.cols.kernel; }
+  int64_t weights_stride(const Block& block) const { return call.taps - block.step * pitch(); }
 
   // x.k of the taps inside the image, where k are the keys or the values of key_rows; to their weights, moved by
   // `offset` vectors.
@@ -288,34 +290,57 @@ struct Group {
     }
   }
 
-  // Logits of the column's queries for all taps, and the largest of each query; needs point_at.
+  // Taps outside the image take part in the softmax, as zeros, unless they are masked: then only those inside are
+  // stored, so that a row of taps is `pitch` wide. All that take part lie together.
+  bool is_masked() const { return p.border == SASA_MASK; }
+  int64_t pitch() const { return stored.last - stored.first; }
+  Range rows_taking(const Block& block, int r) const { return is_masked() ? block.inside[r] : Range{0, p.rows.kernel}; }
+  Range taps_taking(const Block& block, int r) const {
+    const Range rows = rows_taking(block, r);
+    return {rows.first * pitch(), rows.last * pitch()};
+  }
+
+  // Logits of the column's queries, and the largest of each query; needs point_at.
   void all_logits(const Block& block, Range inside, const V* q, int64_t q_stride, V* largest) {
-    const bool masked = p.border == SASA_MASK;
     const V lowest = W::all(-T(__builtin_inf()));
-    const Range* rows = block.inside;
     for (int r = 0; r < block.queries; ++r) {
-      whole[r] = rows[r].last - rows[r].first == p.rows.kernel && inside.last - inside.first == p.cols.kernel;
-      if (!whole[r])
-        for (int64_t t = 0; t < call.taps; ++t) logits[r * call.taps + t] = masked ? lowest : V{};
+      const Range rows = block.inside[r];
+      whole[r] = rows.last - rows.first == p.rows.kernel && inside.last - inside.first == p.cols.kernel;
+      if (!whole[r] && !is_masked())
+        for (int64_t t = 0; t < call.taps; ++t) logits[r * call.taps + t] = V{};
     }
     products(block, inside, q, q_stride, &KeyRow<V>::keys, p.channels, 0);
+    if (p.row.data == nullptr && p.col.data == nullptr) {
+      for (int r = 0; r < block.queries; ++r) {
+        V most[4] = {lowest, lowest, lowest, lowest};  // apart, so that one need not wait for the one before
+        const Range taps = taps_taking(block, r);
+        const V* logit = logits + r * call.taps;
+        for (int64_t t = taps.first; t < taps.last; ++t) most[t % 4] = W::max(logit[t], most[t % 4]);
+        largest[r] = W::max(W::max(most[0], most[1]), W::max(most[2], most[3]));
+      }
+      return;
+    }
     position_terms(q, q_stride, block.queries);
     for (int r = 0; r < block.queries; ++r) {
-      // Behind a mask nothing is added: infinity must not meet minus infinity.
-      const Range dys = masked ? rows[r] : Range{0, p.rows.kernel};
-      const Range dxs = masked ? inside : Range{0, p.cols.kernel};
+      const Range rows = rows_taking(block, r);
       V most = lowest;
-      for (int64_t dy = dys.first; dy < dys.last; ++dy) {
+      for (int64_t dy = rows.first; dy < rows.last; ++dy) {
         const V row_term = row_terms[r * p.rows.kernel + dy];
-        const V* col_term = col_terms + r * p.cols.kernel;
-        V* logit = logits + r * call.taps + dy * p.cols.kernel;
-        for (int64_t dx = dxs.first; dx < dxs.last; ++dx) {
+        const V* col_term = col_terms + r * p.cols.kernel + stored.first;
+        V* logit = logits + r * call.taps + dy * pitch();
+        for (int64_t dx = 0; dx < pitch(); ++dx) {
           logit[dx] += row_term + col_term[dx];
           most = W::max(logit[dx], most);
         }
       }
       largest[r] = most;
     }
+  }
+
+  // exp(logit - shift) of query r's taps that take part, in their place, and the sum.
+  V exponentials(const Block& block, int r, V shift) {
+    const Range taps = taps_taking(block, r);
+    return exp_all<W>(logits + r * call.taps + taps.first, taps.last - taps.first, shift);
   }
 
   // The queries' products with the embeddings.

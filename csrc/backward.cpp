@@ -157,15 +157,14 @@ struct Backward {
     V largest[kQueries];
     const Range inside = group.point_at(block, x, group.logits);
     group.all_logits(block, inside, scratch.queries + i * p.channels, kColumns * p.channels, largest);
-    for (int r = 0; r < block.queries; ++r)
-      exp_all<W>(group.logits + r * call.taps, call.taps, scratch.lse[r * kColumns + i]);
+    for (int r = 0; r < block.queries; ++r) group.exponentials(block, r, scratch.lse[r * kColumns + i]);
     return inside;
   }
 
   // The gradient of query r's weights outside the image: that of the output times the zeros there, NaN where it is not
   // finite.
   void outside(Scratch& scratch, int r, const V* g) const {
-    if (scratch.group.whole[r]) return;
+    if (scratch.group.whole[r] || scratch.group.is_masked()) return;
     V product{};
     for (int64_t c = 0; c < p.value_channels; ++c) product += g[c] * 0;
     for (int64_t t = 0; t < call.taps; ++t) scratch.grad_logits[r * call.taps + t] = product;
@@ -230,19 +229,25 @@ struct Backward {
     for (int r = 0; r < block.queries; ++r) {
       const V* weight = weights + r * taps;
       V* d = ds + r * taps;
+      const Range dys = group.rows_taking(block, r), dxs = group.stored, all = group.taps_taking(block, r);
       V means[4] = {};  // apart, so that one sum need not wait for the one before
-      int64_t t = 0;
-      for (; t + 4 <= taps; t += 4)
+      int64_t t = all.first;
+      for (; t + 4 <= all.last; t += 4)
         for (int j = 0; j < 4; ++j) means[j] += weight[t + j] * d[t + j];
-      for (; t < taps; ++t) means[0] += weight[t] * d[t];
+      for (; t < all.last; ++t) means[0] += weight[t] * d[t];
       const V mean = (means[0] + means[1]) + (means[2] + means[3]);
       V *rows = scratch.row_sums + r * p.rows.kernel, *cols = scratch.col_sums + r * p.cols.kernel;
-      for (int64_t dx = 0; dx < p.cols.kernel; ++dx) cols[dx] = V{};
-      for (int64_t dy = 0; dy < p.rows.kernel; ++dy, weight += p.cols.kernel, d += p.cols.kernel) {
-        V sum{};
-        for (int64_t dx = 0; dx < p.cols.kernel; ++dx) {
-          const V change = weight[dx] * (d[dx] - mean);
-          d[dx] = change;
+      const V none = mean * 0;  // of masked taps, whose weight is 0: NaN where the mean is not finite
+      const bool all_rows = dys.last - dys.first == p.rows.kernel, all_cols = group.pitch() == p.cols.kernel;
+      for (int64_t dx = 0; dx < p.cols.kernel; ++dx)
+        cols[dx] = all_rows && dxs.first <= dx && dx < dxs.last ? V{} : none;
+      for (int64_t dy = 0; dy < p.rows.kernel; ++dy) rows[dy] = none;
+      for (int64_t dy = dys.first; dy < dys.last; ++dy) {
+        V sum = all_cols ? V{} : none;
+        for (int64_t dx = dxs.first; dx < dxs.last; ++dx) {
+          const int64_t tap = dy * group.pitch() + dx - dxs.first;
+          const V change = weight[tap] * (d[tap] - mean);
+          d[tap] = change;
           sum += change;
           cols[dx] += change;
         }

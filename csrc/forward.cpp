@@ -96,7 +96,7 @@ struct Forward {
     const Range inside = group.point_at(block, x, group.logits);
     group.all_logits(block, inside, scratch.queries + i * p.channels, kColumns * p.channels, largest);
     for (int r = 0; r < block.queries; ++r) {
-      const V sum = exp_all<W>(group.logits + r * call.taps, call.taps, largest[r]);
+      const V sum = group.exponentials(block, r, largest[r]);
       factor[r] = 1 / sum;
       scratch.lse[r * kColumns + i] = largest[r] + log_of_sum<W>(sum);
     }

@@ -140,7 +140,8 @@ SASA_INLINE void prefetch(const S* from, const Planes<W::P>& planes, const Row& 
 
 // to[pixel * channels + channel] = from[...] of every lane, times `factor`.
 template <class W, class S>
-SASA_NOINLINE void pack(typename W::V* to, const S* from, const Planes<W::P>& planes, Row row, typename W::T factor) {
+SASA_NOINLINE void pack(typename W::V* to, const S* from, const Planes<W::P>& planes, const Row& row,
+                        typename W::T factor) {
   constexpr int P = W::P;
   Order order;
   if (row.pixel_stride == 0 && row.channel_stride == 0) {  // one number for all, as the gradient of a sum is
@@ -182,7 +183,8 @@ SASA_NOINLINE void pack(typename W::V* to, const S* from, const Planes<W::P>& pl
 
 // The reverse.
 template <class W, class S>
-SASA_NOINLINE void unpack(S* to, const typename W::V* from, const Planes<W::P>& planes, Row row, typename W::T factor) {
+SASA_NOINLINE void unpack(S* to, const typename W::V* from, const Planes<W::P>& planes, const Row& row,
+                          typename W::T factor) {
   constexpr int P = W::P;
   Order order;
   if (!in_order(row, order)) {

@@ -250,10 +250,10 @@ def test_flops_add_up_by_hand():
     layer = model.layer1[0].conv2
     assert sasa.models.count_flops(layer, (1, 64, 56, 56)) == 3 * 2 * 64**2 * pixels + 6 * 49 * 64 * pixels
     pixels = 224 * 224
-    # 15 inputs, the image and its four weighed copies; every pixel attends to the 16 of its block.
-    projections, attention = 2 * 15 * 3 * 64 * pixels, 2 * 2 * 16 * 64 * pixels
-    mixtures = 2 * 64 * 16 * 4
-    assert sasa.models.count_flops(model.conv1, (1, 3, 224, 224)) == projections + attention + mixtures
+    # 12 inputs, the image weighed four times; every pixel attends to the 16 of its block.
+    projections, attention = 2 * 12 * 3 * 64 * pixels, 2 * 2 * 16 * 64 * pixels
+    weights, weighing = 2 * 64 * 16 * 4, 2 * 3 * 12 * pixels
+    assert sasa.models.count_flops(model.conv1, (1, 3, 224, 224)) == projections + attention + weights + weighing
 
 
 def test_tables_as_text():

@@ -81,7 +81,7 @@ def test_without_gradients_images_are_taken_in_parts_with_equal_results(size, mo
     monkeypatch.setattr(stem, "_pooled", lambda part: calls.append(len(part)) or pooled(part))
     monkeypatch.setattr("sasa.nn.stem.PART_BYTES", 2 * 16 * 4 * size[0] * size[1])
     with torch.no_grad():
-        assert torch.equal(stem(x), whole)
+        torch.testing.assert_close(stem(x), whole)  # batch norm is in the values there
     assert calls == [2, 2, 1]
 
 

@@ -129,25 +129,43 @@ class AttentionStem(nn.Module):
         """Attention, batch norm and max pool."""
         size = self.block_size
         heights, widths = self._cuts(x.shape[2]), self._cuts(x.shape[3])
+        factor, offset = self._normalisation()
         if len(heights) == len(widths) == 1 and not torch.compiler.is_compiling():
-            # Whole blocks need not be put together to an image: it would be written and read once more.
-            y = self._attend(self._blocks(x, heights[0], widths[0]))
-            pixels = y.movedim(3, 5).flatten(0, 4)  # (pixels, channels)
-            normed = self.norm(pixels[None, :, None].permute(0, 3, 1, 2))  # as one image, channels innermost
-            y = normed[0, :, :, 0].mT.view(*y.shape[:3], *y.shape[4:], self.out_channels)
-            return y.amax((3, 4)).permute(0, 3, 1, 2)
-        rows, top = [], 0
-        for height in heights:
-            row, left = [], 0
-            for width in widths:
-                region = x.narrow(2, top, height[0] * height[1]).narrow(3, left, width[0] * width[1])
-                y = self._attend(self._blocks(region, height, width))
-                row.append(y.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2))
-                left += width[0] * width[1]
-            rows.append(torch.cat(row, 2))
-            top += height[0] * height[1]
-        image = torch.cat(rows, 1).permute(0, 3, 1, 2)
-        return F.max_pool2d(self.norm(image), size, size, ceil_mode=True)
+            # Whole blocks need not be put together to an image, which would be written and read once more.
+            (rows, height), (cols, width) = heights[0], widths[0]
+            y = self._attend(self._blocks(x, heights[0], widths[0]), factor)
+            y = F.max_pool2d(y if offset is not None else self.norm(y), (height, width))
+            y = y.view(len(x), rows, cols, self.out_channels).permute(0, 3, 1, 2)
+        else:
+            rows, top = [], 0
+            for height in heights:
+                row, left = [], 0
+                for width in widths:
+                    region = x.narrow(2, top, height[0] * height[1]).narrow(3, left, width[0] * width[1])
+                    y = self._attend(self._blocks(region, height, width), factor)
+                    y = y.permute(0, 2, 3, 1).unflatten(0, (-1, height[0], width[0]))
+                    row.append(y.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2))
+                    left += width[0] * width[1]
+                rows.append(torch.cat(row, 2))
+                top += height[0] * height[1]
+            y = torch.cat(rows, 1).permute(0, 3, 1, 2)
+            y = F.max_pool2d(y if offset is not None else self.norm(y), size, size, ceil_mode=True)
+        return y if offset is None else y + offset
+
+    def _normalisation(self) -> tuple[Tensor | None, Tensor | None]:
+        """Batch norm as a factor on the values and an offset of the output, each where it is no
+        more: without gradients, in evaluation. The weights of attention sum to 1, and the largest of sums is the sum
+        with the largest. (None, None) where it has to be computed.
+        """
+        norm = self.norm
+        hooked = norm._forward_hooks or norm._forward_pre_hooks
+        if self.training or norm.training or torch.is_grad_enabled() or type(norm) is not nn.BatchNorm2d or hooked:
+            return None, None
+        if norm.running_mean is None or norm.running_var is None or norm.weight is None:
+            return None, None
+        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        offset = norm.bias - norm.running_mean * factor
+        return factor[:, None], offset[:, None, None]
 
     def _cuts(self, pixels: int) -> list[tuple[int, int]]:
         """An axis as a number of whole blocks and one that the image's edge cuts: (blocks, pixels of a block) each."""
@@ -157,30 +175,30 @@ class AttentionStem(nn.Module):
         return ([(whole, size)] if whole else []) + ([(1, over)] if over else [])
 
     def _blocks(self, x: Tensor, height: tuple[int, int], width: tuple[int, int]) -> Tensor:
-        """(B, C, H, W) as (B, rows, columns, C, height, width) of equal blocks, channels innermost in memory."""
-        x = x.unflatten(2, height).unflatten(4, width).permute(0, 2, 4, 3, 5, 1)
-        return x.contiguous().movedim(5, 3)
+        """(B, C, H, W) as (blocks, height, width, C) of equal blocks, row by row of each image."""
+        return x.unflatten(2, height).unflatten(4, width).permute(0, 2, 4, 3, 5, 1).flatten(0, 2)
 
-    def _attend(self, blocks: Tensor) -> Tensor:
-        """Attention inside each block: the layer's operator, of images as small as a block, whose windows reach over
-        all of it from every pixel and whose borders are masked.
+    def _attend(self, blocks: Tensor, factor: Tensor | None) -> Tensor:
+        """Attention inside each block, its values times ``factor``: (blocks, out_channels, height, width).
 
-        The input is weighed by p, not the values: sum over m of W^m (p_m x) needs M·C numbers a pixel, where M value
-        maps would need M times the output's.
+        By the layer's operator, of images as small as a block, whose windows reach over all of it from every pixel and
+        whose borders are masked. Its input is the image weighed by p, M·C numbers a pixel, where weighing the values
+        would take M maps of the output's size: v = sum over m of W^m (p_m x), and as the p_m sum to 1, W_Q x is the sum
+        of W_Q (p_m x).
         """
-        place = self.mixture_weights()[: blocks.shape[4], : blocks.shape[5]].permute(2, 0, 1)  # (M, height, width)
-        images = blocks.flatten(0, 2)
-        placed = (images[:, None] * place[:, None]).flatten(1, 2)
-        x = torch.cat((images, placed), 1).contiguous(memory_format=torch.channels_last)
-        qk = self.qk.weight.flatten(1)
-        value = self.value.weight.flatten(1).unflatten(0, (self.mixtures, -1)).transpose(0, 1).flatten(1)
-        x, weight = autocast(x, torch.block_diag(qk, value))
+        height, width, channels = blocks.shape[1:]
+        place = self.mixture_weights()[:height, :width].to(blocks.dtype).flatten(0, 1)  # (pixels of a block, M)
+        weigh = torch.einsum("pm,cd->pcmd", place, torch.eye(channels, dtype=place.dtype, device=place.device))
+        x = torch.bmm(blocks.flatten(1, 2).transpose(0, 1), weigh.flatten(2))  # pixel by pixel of the block
+        x = x.unflatten(0, (height, width)).permute(2, 3, 0, 1)
+        value = self.value.weight.view(self.mixtures, self.out_channels, channels)
+        value = (value if factor is None else value * factor).transpose(0, 1).flatten(1)
+        x, weight = autocast(x, torch.cat((self.qk.weight.flatten(1).repeat(1, self.mixtures), value)))
         if self.implementation is not None and not torch.compiler.is_compiling():
             choose(self.implementation, x)
         reach = 2 * self.block_size - 1
         sizes = self.num_heads, (reach, reach), (1, 1), (1, 1)
-        y = projected_attention(x, weight, None, None, None, *sizes, "mask", 1.0, self.implementation)
-        return y.unflatten(0, blocks.shape[:3])
+        return projected_attention(x, weight, None, None, None, *sizes, "mask", 1.0, self.implementation)
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < 1:
