@@ -12,17 +12,20 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_code_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_code_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code.replace("torch.randn(32, 64, 56, 56)", "torch.randn(2, 64, 56, 56)"), names)
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(code.replace("torch.randn(32, 64, 56, 56)", "torch.randn(2, 64, 56, 56)"), names)
+    assert "16 converted to attention, 1 left alone" in capsys.readouterr().out
+    assert isinstance(names["model"], torch.nn.Module)
     assert names["w"].shape == (1, 8, 49, 56, 56)
     assert names["y"].shape == (2, 8, 16, 14, 14)
     assert isinstance(names["layer"], torch.nn.Module)
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/equation.md", "docs/differences.md", "docs/kernels.md", "CHANGELOG.md"]
+    "page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "CHANGELOG.md"]
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page
