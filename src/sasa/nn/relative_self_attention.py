@@ -226,15 +226,7 @@ class RelativeSelfAttention(nn.Module):
 
     def _checked(self, x: Tensor) -> Tensor:
         """The input with what is added to it; raises ValueError if it doesn't fit the layer."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"x: expected shape (batch, in_channels={self.in_channels}, height, width), got {tuple(x.shape)}"
-            )
-        weight = self.qkv.weight
-        if x.device != weight.device:
-            raise ValueError(f"x: expected device {weight.device} as the parameters are on, got {x.device}")
-        if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
-            raise ValueError(f"x: expected dtype {weight.dtype} as the parameters have, got {x.dtype}")
+        checks.layer_input(x, self.in_channels, self.qkv.weight)
         if self.position == "absolute":
             x = x + sinusoidal_encoding(x)
         return x

@@ -115,7 +115,9 @@ class AttentionStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend and pool: (B, in_channels, H, W) to (B, out_channels, ceil(H / block_size), ceil(W / block_size))."""
-        self._check(x)
+        checks.layer_input(x, self.in_channels, self.qk.weight)
+        if min(x.shape[2:]) < 1:
+            raise ValueError(f"x: expected at least one pixel, got shape {tuple(x.shape)}")
         if self._wants_parts(x):
             images = max(1, PART_BYTES // (self.out_channels * x.shape[2] * x.shape[3] * x.element_size()))
             return torch.cat([self._pooled(part) for part in x.split(images)])
@@ -199,17 +201,6 @@ class AttentionStem(nn.Module):
         reach = 2 * self.block_size - 1
         sizes = self.num_heads, (reach, reach), (1, 1), (1, 1)
         return projected_attention(x, weight, None, None, None, *sizes, "mask", 1.0, self.implementation)
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < 1:
-            raise ValueError(
-                f"x: expected shape (batch, in_channels={self.in_channels}, height, width), got {tuple(x.shape)}"
-            )
-        weight = self.qk.weight
-        if x.device != weight.device:
-            raise ValueError(f"x: expected device {weight.device} as the parameters are on, got {x.device}")
-        if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
-            raise ValueError(f"x: expected dtype {weight.dtype} as the parameters have, got {x.dtype}")
 
     def extra_repr(self) -> str:
         """Arguments as given to the constructor."""

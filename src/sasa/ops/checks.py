@@ -120,3 +120,13 @@ def shapes(
                 f"query: expected an image of at least {reach[0]}x{reach[1]} pixels, the window with its dilation, "
                 f"for border='valid', got {height_}x{width_}"
             )
+
+
+def layer_input(x: Tensor, in_channels: int, weight: Tensor) -> None:
+    """Raise ValueError unless ``x`` is (B, in_channels, H, W), on the device and in the dtype of a layer.s weight."""
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        raise ValueError(f"x: expected shape (batch, in_channels={in_channels}, height, width), got {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x: expected device {weight.device} as the parameters are on, got {x.device}")
+    if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+        raise ValueError(f"x: expected dtype {weight.dtype} as the parameters have, got {x.dtype}")
