@@ -123,7 +123,7 @@ def shapes(
 
 
 def layer_input(x: Tensor, in_channels: int, weight: Tensor) -> None:
-    """Raise ValueError unless ``x`` is (B, in_channels, H, W), on the device and in the dtype of a layer.s weight."""
+    """Raise ValueError unless ``x`` is (B, in_channels, H, W), on the device and in the dtype of a layer's weight."""
     if x.dim() != 4 or x.shape[1] != in_channels:
         raise ValueError(f"x: expected shape (batch, in_channels={in_channels}, height, width), got {tuple(x.shape)}")
     if x.device != weight.device:
