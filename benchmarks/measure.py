@@ -72,6 +72,8 @@ def measure(
 
 def enough(seconds: Sequence[float], least_calls: int, slow_seconds: float = SLOW_SECONDS) -> bool:
     """Whether these timings will do."""
+    if not seconds:
+        return False
     if seconds[0] > slow_seconds or len(seconds) >= MOST_CALLS:
         return True
     return len(seconds) >= least_calls and sum(seconds) >= ENOUGH_SECONDS
