@@ -252,7 +252,7 @@ def forward_and_backward(tensors: dict[str, Tensor], case: Case, grad_output: Te
     inputs = [tensors.get(name) for name in names]
     geometry = window(*case.size, pair(case.kernel_size), pair(case.stride), pair(case.dilation), case.border)
     output, lse = cpu.forward(*inputs, geometry, case.border, case.scale)
-    return [output, lse, *cpu.backward(grad_output, *inputs, lse, geometry, case.border, case.scale)]
+    return [output, lse, *cpu.backward(grad_output, *inputs, output, lse, geometry, case.border, case.scale)]
 
 
 def run_between_guards(capability: str) -> None:

@@ -24,7 +24,7 @@ def _used(monkeypatch) -> list[str]:
 
         return run
 
-    def narrow_only(query: Tensor) -> str | None:
+    def narrow_only(query: Tensor, value: Tensor) -> str | None:
         return f"head width {query.shape[2]} is above 4" if query.shape[2] > 4 else None
 
     of_reference = next(x for x in implementations.IMPLEMENTATIONS if x.name == "reference")
@@ -35,7 +35,7 @@ def _used(monkeypatch) -> list[str]:
             backward=noting(f"{name} backward", reference.backward),
             unsupported=unsupported,
         )
-        for name, unsupported in (("never", lambda _: "broken"), ("narrow", narrow_only))
+        for name, unsupported in (("never", lambda *_: "broken"), ("narrow", narrow_only))
     ]
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [*added, *implementations.IMPLEMENTATIONS])
     return used

@@ -14,7 +14,7 @@ from .._extras import require
 from ..ops import checks, cpu
 from ..ops.implementations import choose, names
 from ..ops.local_attention import autocast, local_attention, local_attention_weights
-from ..ops.projected import projected_attention
+from ..ops.projected import like_query, projected_attention
 from ..ops.window import BORDERS
 from .notebook import read_notebook_weights
 from .position import POSITION_SPLITS, POSITIONS, embedding_rows, embeddings_by_head, sinusoidal_encoding
@@ -210,7 +210,7 @@ class RelativeSelfAttention(nn.Module):
             query, key, value = self._project(x)
             return local_attention(query, key, value, **options)  # raises the error that says what is wrong
         if self.implementation is not None and not torch.compiler.is_compiling():
-            choose(self.implementation, x)
+            choose(self.implementation, like_query(x, weight, self.num_heads))
         sizes = self.num_heads, self.kernel_size, self.stride, self.dilation
         return projected_attention(
             x, weight.flatten(1), bias, row, col, *sizes, self.border, self.scale, self.implementation, self.pool

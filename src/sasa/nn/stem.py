@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..ops import checks
 from ..ops.implementations import choose, names
 from ..ops.local_attention import autocast
-from ..ops.projected import projected_attention
+from ..ops.projected import like_query, projected_attention
 
 # Bytes of one part of the batch where no gradient is wanted: outputs that are pooled before they leave the cache.
 PART_BYTES = 2**24
@@ -197,7 +197,7 @@ class AttentionStem(nn.Module):
         value = (value if factor is None else value * factor).transpose(0, 1).flatten(1)
         x, weight = autocast(x, torch.cat((self.qk.weight.flatten(1).repeat(1, self.mixtures), value)))
         if self.implementation is not None and not torch.compiler.is_compiling():
-            choose(self.implementation, x)
+            choose(self.implementation, like_query(x, weight, self.num_heads))
         reach = 2 * self.block_size - 1
         sizes = self.num_heads, (reach, reach), (1, 1), (1, 1)
         return projected_attention(x, weight, None, None, None, *sizes, "mask", 1.0, self.implementation)

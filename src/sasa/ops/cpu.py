@@ -154,8 +154,8 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"{reason}. Local attention on the CPU runs on the slow reference.", CpuLibraryWarning, stacklevel=2)
 
 
-def unsupported(query: Tensor) -> str | None:
-    """Why the kernels can't compute this query; None when they can."""
+def unsupported(query: Tensor, value: Tensor | None = None) -> str | None:
+    """Why the kernels can't compute this query; None when they can. Values may be as wide as they like."""
     if query.device.type != "cpu":
         return f"it computes on the CPU, the query is on {query.device}"
     if query.dtype not in _DTYPES:
@@ -219,12 +219,13 @@ def backward(
     value: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    output: Tensor | None,
     lse: Tensor,
     window: Window,
     border: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value in their memory formats, and of row and col."""
+    """Gradients of query, key and value in their memory formats, and of row and col. The output is not needed."""
     dense = [in_huge_pages(memory_format.empty(x, *x.shape[2:])) for x in (query, key, value)]
     lse = lse.contiguous()
     problem = _problem(query.shape[:3], value.shape[2], row, col, lse, window, border, scale)

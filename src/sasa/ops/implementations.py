@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, reference, triton
 
 
 class Implementation(NamedTuple):
@@ -22,17 +22,17 @@ class Implementation(NamedTuple):
         summary: what it is and what it supports, for ``sasa info``.
         forward: as :func:`sasa.ops.reference.forward`.
         backward: as :func:`sasa.ops.reference.backward`.
-        unsupported: given the query, why it can't be computed this way; None when it can.
+        unsupported: given query and value, why they can't be computed this way; None when they can.
     """
 
     name: str
     summary: str
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]
-    unsupported: Callable[[Tensor], str | None]
+    unsupported: Callable[[Tensor, Tensor], str | None]
 
 
-def _supports_everything(query: Tensor) -> str | None:
+def _supports_everything(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
@@ -44,6 +44,13 @@ IMPLEMENTATIONS: list[Implementation] = [
         cpu.forward,
         cpu.backward,
         cpu.unsupported,
+    ),
+    Implementation(
+        "triton",
+        "GPU kernels; CUDA, ROCm and XPU tensors, float16 to float32, heads of up to 128 channels, any window",
+        triton.forward,
+        triton.backward,
+        triton.unsupported,
     ),
     Implementation(
         "reference",
@@ -60,8 +67,13 @@ def names() -> list[str]:
     return [implementation.name for implementation in IMPLEMENTATIONS]
 
 
-def choose(name: str | None, query: Tensor) -> Implementation:
+def choose(name: str | None, query: Tensor, value: Tensor | None = None) -> Implementation:
     """The implementation called ``name``, or the fastest that supports the call when ``name`` is None.
+
+    Args:
+        name: of an implementation, or None.
+        query: (B, N, D, H, W).
+        value: (B, N, Dv, H, W); as wide as the query where not given.
 
     Raises:
         ValueError: no implementation has that name, or it doesn't support the call. There is no silent substitute.
@@ -70,7 +82,9 @@ def choose(name: str | None, query: Tensor) -> Implementation:
     for implementation in IMPLEMENTATIONS:
         if name is not None and name != implementation.name:
             continue
-        reason = implementation.unsupported(query)
+        if name is None and query.device.type == "cpu" and implementation.name == "triton":
+            continue  # its interpreter is for tests: only when asked for
+        reason = implementation.unsupported(query, query if value is None else value)
         if reason is None:
             return implementation
         reasons.append(f"{implementation.name} does not support this call: {reason}")

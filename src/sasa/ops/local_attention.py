@@ -85,7 +85,7 @@ def local_attention(
     checks.same_kind(query=query, key=key, value=value, row_embedding=row_embedding, col_embedding=col_embedding)
     checks.shapes(query, key, value, row_embedding, col_embedding, sizes[0], sizes[2], border)
     if implementation is not None and not torch.compiler.is_compiling():
-        choose(implementation, query)  # an error here names the argument; traced code gets it when it runs
+        choose(implementation, query, value)  # an error here names the argument; traced code gets it when it runs
     output, _ = torch.ops.sasa.local_attention(
         query, key, value, row_embedding, col_embedding, *sizes, border, scale, implementation
     )

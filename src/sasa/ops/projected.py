@@ -98,6 +98,11 @@ def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
     yield from map(slice, bounds[:-1], bounds[1:])
 
 
+def like_query(x: Tensor, weight: Tensor, num_heads: int) -> Tensor:
+    """The input as a tensor of the queries' shape, for what asks for no more."""
+    return x[:, None, :1].expand(-1, num_heads, weight.shape[0] // 3 // num_heads, -1, -1)
+
+
 def _pixels(x: Tensor) -> Tensor:
     """(B, C, H, W) as a matrix with a row for each pixel; a view for channels_last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
@@ -118,7 +123,7 @@ def _forward(
     x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool=1
 ):
     geometry = _window(x, kernel_size, stride, dilation, border)
-    chosen = choose(implementation, x)
+    chosen = choose(implementation, like_query(x, weight, num_heads))
     projection = cpu.Projection(x, weight, bias)
     if chosen.name == "cpu" and cpu.can_project(projection, num_heads):
         inside = pool if cpu.can_pool(geometry, pool) else 1
@@ -163,7 +168,7 @@ def _backward(
     num_heads, kernel_size, stride, dilation, border, scale, implementation, pool=1,
 ):  # fmt: skip
     geometry = _window(x, kernel_size, stride, dilation, border)
-    chosen = choose(implementation, x)
+    chosen = choose(implementation, like_query(x, weight, num_heads))
     fused = chosen.name == "cpu" and cpu.can_project(cpu.Projection(x, weight, bias), num_heads)
     sums = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
     grad_weight = weight.new_zeros(weight.shape, dtype=sums)
@@ -186,9 +191,8 @@ def _backward(
                 projection = cpu.Projection(images, weight, bias)
                 embeddings = cpu.backward_projected(g[part], projection, dense, *options, inside)
             else:
-                *grads, grad_row, grad_col = chosen.backward(
-                    g[part], *_project(images, weight, bias, num_heads), *options
-                )
+                dense_inputs = _project(images, weight, bias, num_heads)
+                *grads, grad_row, grad_col = chosen.backward(g[part], *dense_inputs, row, col, None, *options[2:])
                 embeddings = grad_row, grad_col
                 for to, grad in zip(dense, grads, strict=True):
                     to.copy_(grad)

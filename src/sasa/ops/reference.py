@@ -85,12 +85,14 @@ def backward(
     value: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    output: Tensor | None,
     lse: Tensor,
     window: Window,
     border: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, row and col. The weights are recomputed from the log-sum-exp.
+    """Gradients of query, key, value, row and col. The weights are recomputed from the log-sum-exp; the
+    output is not needed.
 
     With p the weights, s the logits and g the gradient of the output:
 

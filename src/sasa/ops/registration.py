@@ -40,7 +40,7 @@ def _window(query: Tensor, kernel_size: list[int], stride: list[int], dilation: 
 @torch.library.impl("sasa::local_attention", "default")
 def _forward(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation):
     geometry = _window(query, kernel_size, stride, dilation, border)
-    run = choose(implementation, query).forward
+    run = choose(implementation, query, value).forward
     with reference.without_autocast(query):
         output, lse = run(query, key, value, row, col, geometry, border, scale)
     return in_format_of(query, output), lse
@@ -51,9 +51,9 @@ def _backward(
     grad_output, query, key, value, row, col, output, lse, kernel_size, stride, dilation, border, scale, implementation
 ):
     geometry = _window(query, kernel_size, stride, dilation, border)
-    run = choose(implementation, query).backward
+    run = choose(implementation, query, value).backward
     with reference.without_autocast(query):
-        grads = run(grad_output, query, key, value, row, col, lse, geometry, border, scale)
+        grads = run(grad_output, query, key, value, row, col, output, lse, geometry, border, scale)
     dense = [in_format_of(x, grad) for x, grad in zip((query, key, value), grads[:3], strict=True)]
     # An operator can't return None: a missing embedding's gradient is an empty tensor.
     return (*dense, *(query.new_empty(0) if grad is None else grad for grad in grads[3:]))

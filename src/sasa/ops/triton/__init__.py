@@ -1,0 +1,90 @@
+"""The GPU kernels, in Triton. Nothing of Triton is imported before the first call that wants it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DEVICES = ("cuda", "xpu")  # "cuda" is also what PyTorch calls AMD's
+MOST_CHANNELS = 128
+LEAST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def why_missing() -> str | None:
+    """Why Triton can't be used; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    return None
+
+
+def interprets() -> bool:
+    """Whether Triton's interpreter was asked for, which runs the kernels on the CPU, slowly, to test them."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def unsupported(query: Tensor, value: Tensor) -> str | None:
+    """Why the kernels can't compute these; None when they can."""
+    device = query.device
+    if device.type not in _DEVICES and not (device.type == "cpu" and interprets()):
+        return f"it computes on {' and '.join(_DEVICES)} devices, the query is on {device}"
+    if query.dtype not in _DTYPES:
+        return f"it computes {', '.join(map(str, _DTYPES))}, the query is {query.dtype}"
+    widest = max(query.shape[2], value.shape[2])
+    if widest > MOST_CHANNELS:
+        return f"it computes heads of up to {MOST_CHANNELS} channels, these have {widest}"
+    if query.shape[3] * query.shape[4] >= 2**31:
+        return f"it computes images of fewer than 2**31 pixels, these have {query.shape[3] * query.shape[4]}"
+    if device.type == "cuda" and torch.version.hip is None and _capability(device) < LEAST_CAPABILITY:
+        return f"it computes on GPUs of compute capability 8.0 or newer, {device} has {_capability(device)}"
+    return why_missing()
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """As :func:`sasa.ops.reference.forward`."""
+    from . import launch
+
+    return launch.forward(*arguments)
+
+
+def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As :func:`sasa.ops.reference.backward`."""
+    from . import launch
+
+    return launch.backward(*arguments)
+
+
+@contextlib.contextmanager
+def using(variant: str) -> Iterator[None]:
+    """Inside, every call is computed by one variant of the kernels, to test and to measure them.
+
+    Args:
+        variant: ``"halo"``, on tensor cores, or ``"taps"``, tap by tap. Otherwise float32 goes tap by tap, unless
+            PyTorch was allowed TF32, and half precision goes on tensor cores.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    from . import launch
+
+    if variant not in ("halo", "taps"):
+        raise ValueError(f"variant: expected 'halo' or 'taps', got {variant!r}")
+    before = launch.forced
+    launch.forced = variant == "halo"
+    try:
+        yield
+    finally:
+        launch.forced = before

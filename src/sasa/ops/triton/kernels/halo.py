@@ -1,0 +1,265 @@
+"""On tensor cores: a tile of queries against every key that any of them sees, the tile's halo, block by block.
+
+The logits of a block are one matrix product. To it each query adds its position terms, or -inf where a key lies outside
+of its window. The position terms of a query are two short rows, q·row and q·col; in the coordinates of the halo each
+query's are shifted by its place in the tile. Where dilated, coordinates count in units of the dilation (see
+:class:`~sasa.ops.triton.problem.Axis`).
+
+A key outside of a query's window gets weight 0, but 0 times infinity is NaN: whoever calls these functions looks for
+numbers that are not finite and takes such tiles tap by tap (``taps.py``).
+
+Shapes: M queries (or keys) of a tile of ROWS x COLUMNS, J keys (queries) of a block of BLOCK_Y x BLOCK_X, C and VALUE_C
+channels, padded; PAD_Y and PAD_X taps, padded. ``P`` is a :class:`~sasa.ops.triton.problem.Problem`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pixels import LN2, LOG2E, load_lse, load_pixels
+
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers; float32 gives the same products.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(a, b, total, P: tl.constexpr):
+    """The product a @ b + total, summed in float32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=P.precision)
+
+
+@triton.jit
+def _negated_if(x, condition):
+    """-x or x, exactly; Triton's interpreter can't negate bfloat16."""
+    if condition:
+        x = (-x.to(tl.float32)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _embedding(embedding, KERNEL: tl.constexpr, PAD: tl.constexpr, P: tl.constexpr):
+    """One head's (C, PAD) embedding, zeros where padded."""
+    channel = tl.arange(0, P.channels_pad)
+    tap = tl.arange(0, PAD)
+    exists = (channel < P.channels)[:, None] & (tap < KERNEL)[None, :]
+    return tl.load(embedding + channel[:, None] * KERNEL + tap[None, :], mask=exists, other=0.0)
+
+
+@triton.jit
+def _position_terms(q, embedding, HAS: tl.constexpr, KERNEL: tl.constexpr, PAD: tl.constexpr, P: tl.constexpr):
+    """Products q · embedding for every tap: (queries, PAD)."""
+    if HAS:
+        return _dot(q, _embedding(embedding, KERNEL, PAD, P), None, P)
+    return tl.zeros((q.shape[0], PAD), tl.float32)
+
+
+@triton.jit
+def _bias(terms, tap, exists, factor, HAS: tl.constexpr, KERNEL: tl.constexpr):
+    """What is added to logits: factor · terms[m, tap[m, j]]; -inf outside of the window and where not ``exists``."""
+    exists = exists & (tap >= 0) & (tap < KERNEL)
+    if HAS:
+        bias = tl.gather(terms, tl.where(exists, tap, 0), 1) * factor
+    else:
+        bias = tl.zeros(tap.shape, tl.float32)
+    return tl.where(exists, bias, float("-inf"))
+
+
+@triton.jit
+def _range(lead, first, size, ROOM: tl.constexpr, DILATION: tl.constexpr, ZERO: tl.constexpr):
+    """First and last + 1 of a halo's rows (columns) that take part: all ROOM with a border of zeros, else those inside
+    the image. Row a lies on the image's row first + (lead + a) · dilation.
+    """
+    begin = 0
+    end = ROOM
+    if not ZERO:
+        start = first + lead * DILATION
+        begin = tl.maximum(0, (DILATION - 1 - start) // DILATION)  # also right below 0, where the maximum is 0
+        end = tl.minimum(ROOM, (size - 1 - start) // DILATION + 1)
+    return begin, end
+
+
+@triton.jit
+def attend(
+    q, key, value, row, col, lead_y, lead_x, first_y, first_x, height, width, scale, P: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PAD_Y: tl.constexpr,
+    PAD_X: tl.constexpr,
+):  # fmt: skip
+    """Outputs (M, VALUE_C) and log-sum-exp (M) of a tile of queries ``q`` (M, C).
+
+    Halo row a lies on the image's row first_y + (lead_y + a) · dilation; the tile's queries of row b see halo rows
+    b · step to b · step + kh - 1. Likewise the columns.
+    """
+    M: tl.constexpr = ROWS * COLUMNS
+    J: tl.constexpr = BLOCK_Y * BLOCK_X
+    factor = tl.abs(scale) * LOG2E
+    q = _negated_if(q, scale < 0)
+    m = tl.arange(0, M)
+    j = tl.arange(0, J)
+    own_y = (m // COLUMNS * P.y.step)[:, None]
+    own_x = (m % COLUMNS * P.x.step)[:, None]
+    terms_y = _position_terms(q, row, P.has_row, P.y.kernel, PAD_Y, P)
+    terms_x = _position_terms(q, col, P.has_col, P.x.kernel, PAD_X, P)
+    begin_y, end_y = _range(lead_y, first_y, height, P.y.step * (ROWS - 1) + P.y.kernel, P.y.dilation, P.zero)
+    begin_x, end_x = _range(lead_x, first_x, width, P.x.step * (COLUMNS - 1) + P.x.kernel, P.x.dilation, P.zero)
+
+    largest = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    output = tl.zeros((M, P.value_pad), tl.float32)
+    for x0 in range(begin_x, end_x, BLOCK_X):
+        halo_x = x0 + tl.arange(0, BLOCK_X)[None, :]
+        bias_x = _bias(terms_x, halo_x - own_x, halo_x < end_x, factor, P.has_col, P.x.kernel)
+        x = first_x + (lead_x + x0 + j % BLOCK_X) * P.x.dilation
+        for y0 in range(begin_y, end_y, BLOCK_Y):
+            halo_y = y0 + tl.arange(0, BLOCK_Y)[None, :]
+            bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.has_row, P.y.kernel)
+            y = first_y + (lead_y + y0 + j // BLOCK_X) * P.y.dilation
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            k = load_pixels(key, y, x, inside, P.channels, P.channels_pad, P.key)
+            logits = _dot(q, tl.trans(k), None, P) * factor
+            logits = tl.reshape(logits, (M, BLOCK_Y, BLOCK_X)) + bias_x[:, None, :] + bias_y[:, :, None]
+            logits = tl.reshape(logits, (M, J))
+            before = largest
+            largest = tl.maximum(before, tl.max(logits, 1))
+            base = tl.where(largest == float("-inf"), 0.0, largest)
+            weights = tl.exp2(logits - base[:, None])
+            shrink = tl.exp2(before - base)
+            total = total * shrink + tl.sum(weights, 1)
+            v = load_pixels(value, y, x, inside, P.value_channels, P.value_pad, P.value)
+            output = _dot(weights.to(v.dtype), v, output * shrink[:, None], P)
+    return output / total[:, None], largest * LN2 + tl.log(total)
+
+
+@triton.jit
+def query_gradient(
+    q, grad, delta, lse, key, value, row, col, partial, lead_y, lead_x, first_y, first_x, height, width, scale,
+    P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+    PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+):  # fmt: skip
+    """Gradient (M, C) of a tile of queries; places as in :func:`attend`.
+
+    The tile's share of the embeddings' gradients goes to ``partial``, a (kh + kw, D) matrix, rows first.
+    """
+    M: tl.constexpr = ROWS * COLUMNS
+    J: tl.constexpr = BLOCK_Y * BLOCK_X
+    factor = tl.abs(scale) * LOG2E
+    q = _negated_if(q, scale < 0)
+    m = tl.arange(0, M)
+    j = tl.arange(0, J)
+    own_y = (m // COLUMNS * P.y.step)[:, None]
+    own_x = (m % COLUMNS * P.x.step)[:, None]
+    terms_y = _position_terms(q, row, P.has_row, P.y.kernel, PAD_Y, P)
+    terms_x = _position_terms(q, col, P.has_col, P.x.kernel, PAD_X, P)
+    begin_y, end_y = _range(lead_y, first_y, height, P.y.step * (ROWS - 1) + P.y.kernel, P.y.dilation, P.zero)
+    begin_x, end_x = _range(lead_x, first_x, width, P.x.step * (COLUMNS - 1) + P.x.kernel, P.x.dilation, P.zero)
+
+    grad_q = tl.zeros((M, P.channels_pad), tl.float32)
+    by_row = tl.zeros((M, PAD_Y), tl.float32)
+    by_col = tl.zeros((M, PAD_X), tl.float32)
+    for x0 in range(begin_x, end_x, BLOCK_X):
+        halo_x = x0 + tl.arange(0, BLOCK_X)[None, :]
+        bias_x = _bias(terms_x, halo_x - own_x, halo_x < end_x, factor, P.has_col, P.x.kernel) - lse[:, None]
+        x = first_x + (lead_x + x0 + j % BLOCK_X) * P.x.dilation
+        by_column = tl.zeros((M, BLOCK_X), tl.float32)
+        for y0 in range(begin_y, end_y, BLOCK_Y):
+            halo_y = y0 + tl.arange(0, BLOCK_Y)[None, :]
+            bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.has_row, P.y.kernel)
+            y = first_y + (lead_y + y0 + j // BLOCK_X) * P.y.dilation
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            k = load_pixels(key, y, x, inside, P.channels, P.channels_pad, P.key)
+            v = load_pixels(value, y, x, inside, P.value_channels, P.value_pad, P.value)
+            logits = _dot(q, tl.trans(k), None, P) * factor
+            logits = tl.reshape(logits, (M, BLOCK_Y, BLOCK_X)) + bias_x[:, None, :] + bias_y[:, :, None]
+            weights = tl.exp2(tl.reshape(logits, (M, J)))
+            grad_weights = _dot(grad, tl.trans(v), None, P)
+            grad_logits = weights * (grad_weights - delta[:, None])
+            grad_q = _dot(grad_logits.to(k.dtype), k, grad_q, P)
+            grad_logits = tl.reshape(grad_logits, (M, BLOCK_Y, BLOCK_X))
+            if P.has_row:
+                by_row += _by_tap(tl.sum(grad_logits, 2), own_y - y0, BLOCK_Y, PAD_Y)
+            if P.has_col:
+                by_column += tl.sum(grad_logits, 1)
+        if P.has_col:
+            by_col += _by_tap(by_column, own_x - x0, BLOCK_X, PAD_X)
+
+    if P.has_row:
+        e = _embedding(row, P.y.kernel, PAD_Y, P)
+        grad_q = _dot(by_row.to(e.dtype), tl.trans(e), grad_q, P)
+        _store_share(partial, by_row, q, tl.abs(scale), P.y.kernel, PAD_Y, P)
+    if P.has_col:
+        e = _embedding(col, P.x.kernel, PAD_X, P)
+        grad_q = _dot(by_col.to(e.dtype), tl.trans(e), grad_q, P)
+        _store_share(partial + P.y.kernel * P.channels, by_col, q, tl.abs(scale), P.x.kernel, PAD_X, P)
+    return grad_q * scale
+
+
+@triton.jit
+def _by_tap(by_place, own, COUNT: tl.constexpr, PAD: tl.constexpr):
+    """What belongs to each tap of a query's window: by_place[m, tap + own[m]] where that is in the block, else 0."""
+    place = tl.arange(0, PAD)[None, :] + own
+    exists = (place >= 0) & (place < COUNT)
+    return tl.where(exists, tl.gather(by_place, tl.where(exists, place, 0), 1), 0.0)
+
+
+@triton.jit
+def _store_share(partial, by_tap, q, factor, KERNEL: tl.constexpr, PAD: tl.constexpr, P: tl.constexpr):
+    """A tile's share of the gradient of an embedding: sum over its queries of by_tap[m, t] · q[m]."""
+    share = _dot(tl.trans(by_tap).to(q.dtype), q, None, P) * factor
+    tap = tl.arange(0, PAD)[:, None]
+    channel = tl.arange(0, P.channels_pad)[None, :]
+    tl.store(partial + tap * P.channels + channel, share, mask=(tap < KERNEL) & (channel < P.channels))
+
+
+@triton.jit
+def key_gradient(
+    k, v, query, grad_output, lse_plane, delta_plane, row, col, lead_y, lead_x, phase_y, phase_x, out_height,
+    out_width, scale, P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+):  # fmt: skip
+    """Gradients (M, C) of a tile of keys and (M, VALUE_C) of its values, gathered from every query that sees them.
+
+    The tile's row a lies under tap lead_y + a - u · step of query row phase_y + phases · u; likewise the columns.
+    """
+    M: tl.constexpr = ROWS * COLUMNS
+    J: tl.constexpr = BLOCK_Y * BLOCK_X
+    factor = tl.abs(scale) * LOG2E
+    j = tl.arange(0, J)
+    begin_y = tl.maximum(0, lead_y - P.y.kernel + P.y.step) // P.y.step
+    begin_x = tl.maximum(0, lead_x - P.x.kernel + P.x.step) // P.x.step
+    end_y = tl.minimum((lead_y + ROWS - 1) // P.y.step + 1, (out_height - 1 - phase_y) // P.y.phases + 1)
+    end_x = tl.minimum((lead_x + COLUMNS - 1) // P.x.step + 1, (out_width - 1 - phase_x) // P.x.phases + 1)
+
+    grad_k = tl.zeros((M, P.channels_pad), tl.float32)
+    grad_v = tl.zeros((M, P.value_pad), tl.float32)
+    for x0 in range(begin_x, end_x, BLOCK_X):
+        u_x = x0 + j % BLOCK_X
+        tap_x = lead_x + tl.arange(0, COLUMNS)[None, :] - (u_x * P.x.step)[:, None]
+        query_x = phase_x + u_x * P.x.phases
+        for y0 in range(begin_y, end_y, BLOCK_Y):
+            u_y = y0 + j // BLOCK_X
+            tap_y = lead_y + tl.arange(0, ROWS)[None, :] - (u_y * P.y.step)[:, None]
+            query_y = phase_y + u_y * P.y.phases
+            inside = (query_y < out_height) & (query_x < out_width)
+            centre_y = query_y * P.y.stride - P.y.before + P.y.centre
+            centre_x = query_x * P.x.stride - P.x.before + P.x.centre
+            q = load_pixels(query, centre_y, centre_x, inside, P.channels, P.channels_pad, P.query)
+            q = _negated_if(q, scale < 0)
+            grad = load_pixels(grad_output, query_y, query_x, inside, P.value_channels, P.value_pad, P.grad_output)
+            place = query_y * out_width + query_x
+            lse = load_lse(lse_plane + place, inside)
+            delta = tl.load(delta_plane + place, mask=inside, other=0.0)
+            terms_y = _position_terms(q, row, P.has_row, P.y.kernel, PAD_Y, P)
+            terms_x = _position_terms(q, col, P.has_col, P.x.kernel, PAD_X, P)
+            bias_y = _bias(terms_y, tap_y, inside[:, None], factor, P.has_row, P.y.kernel) - lse[:, None]
+            bias_x = _bias(terms_x, tap_x, inside[:, None], factor, P.has_col, P.x.kernel)
+            logits = _dot(q, tl.trans(k), None, P) * factor
+            logits = tl.reshape(logits, (J, ROWS, COLUMNS)) + bias_x[:, None, :] + bias_y[:, :, None]
+            weights = tl.exp2(tl.reshape(logits, (J, M)))
+            grad_weights = _dot(grad, tl.trans(v), None, P)
+            grad_logits = weights * (grad_weights - delta[:, None])
+            grad_v = _dot(tl.trans(weights.to(grad.dtype)), grad, grad_v, P)
+            grad_k = _dot(tl.trans(grad_logits.to(q.dtype)), q, grad_k, P)
+    return grad_k * tl.abs(scale), grad_v

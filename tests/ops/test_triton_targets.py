@@ -1,0 +1,113 @@
+"""The Triton kernels compiled for GPUs that need not be there: NVIDIA's by PTX and its assembler, AMD's by LLVM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Runs in a process of its own: the interpreter, which other tests want, is chosen when Triton is imported.
+PROGRAM = """
+import json, os, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+backend, arch, warp_size, problems = json.loads(sys.argv[1])
+
+class Absent:
+    "Enough of a driver to compile for a GPU that is not there."
+    def get_current_target(self): return GPUTarget(backend, arch, warp_size)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_active_torch_device(self): return torch.device("cpu")
+
+driver.set_active(Absent())
+from sasa.ops.triton import launch
+from sasa.ops.window import window
+
+compiled, count = [], 0
+
+def note(**_):
+    global count
+    count += 1
+
+def launch_nothing(kernel, grid, arguments, options):
+    done = kernel.warmup(*arguments, grid=grid, **options)
+    compiled.append({"kernel": kernel.fn.__name__, "shared": done.metadata.shared, "forms": list(done.asm)})
+
+triton.knobs.runtime.jit_post_compile_hook = note
+launch._launch = launch_nothing
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = False
+every = launch.tiles_of
+for one in problems:
+    last = torch.channels_last if one.get("channels_last") else torch.contiguous_format
+    dtype = getattr(torch, one.get("dtype", "bfloat16"))
+    heads, width, kernel = 2, one.get("width", 16), one.get("kernel", 7)
+    x = torch.zeros(2, 3 * heads * width, *one["size"], dtype=dtype).to(memory_format=last)
+    query, key, value = x.unflatten(1, (3 * heads, width)).chunk(3, dim=1)
+    row = torch.zeros(heads, width, kernel, dtype=dtype)
+    border = one.get("border", "zero")
+    geometry = window(*one["size"], (kernel, kernel), (one.get("stride", 1),) * 2, (1, 1), border)
+    for tile in range(4 if one.get("every_tile") else 1):
+        launch.tiles_of = lambda *given: every(*given)[tile:tile + 1] or every(*given)[:1]
+        output, lse = launch.forward(query, key, value, row, row, geometry, border, 1.0)
+        launch.backward(output, query, key, value, row, row, output, lse, geometry, border, 1.0)
+print(json.dumps({"compiled": compiled, "count": count}))
+"""
+
+
+def compiled(target: tuple[str, int | str, int], problems: list[dict]) -> dict:
+    """What was compiled for the target, and how many times Triton had to compile."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM, json.dumps([*target, problems])],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+PROBLEMS = [
+    {"size": [9, 9], "channels_last": True},
+    {"size": [9, 9], "width": 128, "border": "mask"},
+    {"size": [4, 4], "width": 8, "border": "mask", "channels_last": True},
+    {"size": [9, 9], "dtype": "float32", "channels_last": True},
+]
+TARGETS = {
+    "A100": ("cuda", 80, 32),
+    "H100": ("cuda", 90, 32),
+    "MI300": ("hip", "gfx942", 64),
+}
+# Shared memory that one program can have, on the smallest of NVIDIA's GPUs (compute capability 8.6) and on AMD's.
+LEAST_SHARED = {"cuda": 99 * 1024, "hip": 64 * 1024}
+LAST_FORM = {"cuda": "cubin", "hip": "hsaco"}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_compiles_within_shared_memory(target):
+    for kernel in compiled(target, PROBLEMS)["compiled"]:
+        assert LAST_FORM[target[0]] in kernel["forms"], kernel
+        assert kernel["shared"] <= LEAST_SHARED[target[0]], kernel
+
+
+def test_every_tile_compiles():
+    for width in (16, 64):
+        made = compiled(TARGETS["H100"], [{"size": [9, 9], "width": width, "channels_last": True, "every_tile": True}])
+        assert len(made["compiled"]) == 12
+        assert max(kernel["shared"] for kernel in made["compiled"]) <= LEAST_SHARED["cuda"]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_no_recompilation_for_another_size_of_image(channels_last):
+    """Twenty sizes, of all remainders that compilers like to know; three kernels."""
+    sizes = [[5 + 3 * i, 40 - 2 * i + i % 2] for i in range(15)] + [[16, 16], [64, 32], [1, 17], [128, 5], [33, 48]]
+    problems = [{"size": size, "channels_last": channels_last, "kernel": 3} for size in sizes]
+    assert compiled(TARGETS["H100"], problems)["count"] == 3
