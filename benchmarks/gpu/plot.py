@@ -42,7 +42,7 @@ def bars(panel: Axes, case: dict[str, Any], part: str) -> None:
     if not values:
         return
     if part == "networks":
-        panel.set_xlim(0, 1.2 * max(values))
+        panel.set_xlim(0, 1.35 * max(values))
     else:
         panel.set_xscale("log")
         panel.xaxis.set_minor_formatter("")
