@@ -6,4 +6,5 @@ attention.py, layer.py, stages.py, scaling.py     the parts: cases, checks, what
 measure.py, processes.py, one.py  one call in one process; processes that take turns
 targets.py                        what the library should reach
 tables.py, plots.py, readme.py    how the results are shown
+gpu/                              the same on one GPU: ``python -m benchmarks.gpu``
 """

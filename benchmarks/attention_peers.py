@@ -1,4 +1,4 @@
-"""Ways to compute attention over a window with PyTorch alone, forward and, but for FlexAttention, backward.
+"""Ways to compute attention over a window with PyTorch alone, forward and, but for FlexAttention on a CPU, backward.
 
 Each is ``build(size, kernel_size)``, which prepares what depends on the shape only, and gives a function of queries,
 keys and values (B, N, D, size, size) and of row and column embeddings (N, D, kernel_size). Those
@@ -64,7 +64,7 @@ def unfolded_sdpa(size: int, kernel_size: int) -> Attention:
     return attention
 
 
-def flex(size: int, kernel_size: int, compiled: bool = True) -> Attention:
+def flex(size: int, kernel_size: int, compiled: bool = True, device: str = "cpu") -> Attention:
     """FlexAttention over the pixels as one sequence, its block mask letting through the window.
 
     Pixels outside the image are not in the sequence, so only the border ``"mask"`` can be expressed. The position
@@ -79,7 +79,7 @@ def flex(size: int, kernel_size: int, compiled: bool = True) -> Attention:
         dy, dx = tap(query, key)
         return (dy >= 0) & (dy < kernel_size) & (dx >= 0) & (dx < kernel_size)
 
-    mask = create_block_mask(inside, None, None, size**2, size**2, device="cpu")
+    mask = create_block_mask(inside, None, None, size**2, size**2, device=device)
     attend = torch.compile(flex_attention, fullgraph=True, dynamic=False) if compiled else flex_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, row: Tensor, col: Tensor) -> Tensor:

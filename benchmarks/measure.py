@@ -37,13 +37,16 @@ def call_of(function: Callable[[], Tensor], mode: str, leaves: Sequence[Tensor],
     return {"forward": forward, "training": training}[mode]
 
 
-def largest_difference(results: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> float:
+def largest_difference(
+    results: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype, tolerance: float | None = None
+) -> float:
     """Largest difference between results, relative to the largest number of each; raises unless it is rounding."""
+    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
     differences = [
         ((result.double() - right.double()).abs().max() / right.double().abs().max()).item()
         for result, right in zip(results, expected, strict=True)
     ]
-    if not all(difference <= TOLERANCES[dtype] for difference in differences):
+    if not all(difference <= tolerance for difference in differences):
         raise ArithmeticError(f"the results differ by {differences}, relative to their largest numbers")
     return max(differences)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+from .gpu.results import Results
+from .gpu.tables import section
 from .processes import ROOT
 from .run import RESULTS, result_file
 from .tables import ROWS, markdown
@@ -23,6 +25,8 @@ def table(mark: str) -> str:
     """The table that belongs between the mark ``<!-- … table -->`` and ``<!-- end -->``."""
     if mark == "demo":
         return demo_table()
+    if mark == "gpu":
+        return section(Results(RESULTS).found)
     return markdown(ROWS[mark](json.loads(result_file(RESULTS, mark).read_text())))
 
 

@@ -87,8 +87,8 @@ def networks(result: Result) -> Rows:
     return Rows("whole networks on the CPU", header, rows, 2, caption)
 
 
-def targets(result: Result) -> Rows:
-    """Figure, target, and whether it is reached."""
+def targets(result: Result, words: str = "") -> Rows:
+    """Figure, target, and whether it is reached; ``words`` say where, if not those of a CPU."""
     rows = []
     for row in result["targets"]:
         value, limit = "not measured", f"{'≥' if row['at_least'] else '≤'} {row['limit']:g}"
@@ -98,7 +98,7 @@ def targets(result: Result) -> Rows:
             value += f" ({row['lowest']:.2f} to {row['highest']:.2f})"
         rows.append([row["name"], value, limit, {True: "yes", False: "no", None: ""}[row["reached"]]])
     header = ["figure", "value (lowest to highest)", "target", "reached"]
-    return Rows("targets", header, rows, 1, in_words(result["machine"]))
+    return Rows("targets", header, rows, 1, words or in_words(result["machine"]))
 
 
 ROWS = {
