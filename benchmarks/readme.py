@@ -1,15 +1,18 @@
-"""Writes the README's tables from the committed results: ``python -m benchmarks.readme``."""
+"""Writes the tables of README and docs from the committed results: ``python -m benchmarks.readme``."""
 
 from __future__ import annotations
 
 import json
 import re
 
+from .gpu import limits
 from .gpu.results import Results
 from .gpu.tables import section
 from .processes import ROOT
 from .run import RESULTS, result_file
 from .tables import ROWS, markdown
+
+PAGES = [ROOT / "README.md", ROOT / "docs/kernels.md"]
 
 
 def demo_table() -> str:
@@ -27,6 +30,8 @@ def table(mark: str) -> str:
         return demo_table()
     if mark == "gpu":
         return section(Results(RESULTS).found)
+    if mark == "limits":
+        return limits.table(json.loads(limits.FILE.read_text()))
     return markdown(ROWS[mark](json.loads(result_file(RESULTS, mark).read_text())))
 
 
@@ -45,5 +50,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))

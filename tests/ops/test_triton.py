@@ -343,8 +343,8 @@ def test_tiles_cover_the_halo(kernel, width):
     geometry = window(20, 20, (kernel, kernel), (1, 1), (1, 1), "zero")
     what = launch.problem_of(x, x, x, x, None, None, None, geometry, "zero")
     assert what.tensor_cores
-    for small, cores in itertools.product((False, True), (False, True)):
-        tiles = launch.tiles_of(what._replace(tensor_cores=cores), small)
+    for name, small, cores in itertools.product(launch.HALO_TILES, (False, True), (False, True)):
+        tiles = launch.tiles_of(name, what._replace(tensor_cores=cores), small)
         assert len(set(tiles)) == len(tiles) <= 4
         for size in itertools.chain.from_iterable(tile[:5] for tile in tiles):
             assert size >= 1

@@ -55,7 +55,7 @@ for one in problems:
     row = torch.zeros(heads, width, kernel, dtype=dtype)
     border = one.get("border", "zero")
     geometry = window(*one["size"], (kernel, kernel), (one.get("stride", 1),) * 2, (1, 1), border)
-    for tile in range(4 if one.get("every_tile") else 1):
+    for tile in range(3 if one.get("every_tile") else 1):
         launch.tiles_of = lambda *given: every(*given)[tile:tile + 1] or every(*given)[:1]
         output, lse = launch.forward(query, key, value, row, row, geometry, border, 1.0)
         launch.backward(output, query, key, value, row, row, output, lse, geometry, border, 1.0)
@@ -101,7 +101,7 @@ def test_compiles_within_shared_memory(target):
 def test_every_tile_compiles():
     for width in (16, 64):
         made = compiled(TARGETS["H100"], [{"size": [9, 9], "width": width, "channels_last": True, "every_tile": True}])
-        assert len(made["compiled"]) == 12
+        assert len(made["compiled"]) == 9
         assert max(kernel["shared"] for kernel in made["compiled"]) <= LEAST_SHARED["cuda"]
 
 

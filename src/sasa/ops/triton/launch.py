@@ -127,19 +127,36 @@ def _reach(x: Tensor) -> int:
     return sum(abs(step) * (size - 1) for step, size in zip(x.stride()[2:], x.shape[2:], strict=True))
 
 
-def tiles_of(problem: Problem, small: bool) -> list[Tile]:
-    """Tiles to choose from, the default first. ``small``: the image is no larger than 4x4."""
+# (rows, columns, keys or queries of a block, warps) on tensor cores by the widest head they are for. The first of a
+# list is the default: that with which a warp runs the fewest instructions a pixel, and several fit the registers.
+HALO_TILES = {
+    "forward": {
+        32: [(4, 8, 64, 2), (8, 8, 64, 4), (2, 8, 64, 1)],
+        64: [(8, 8, 64, 4), (4, 8, 32, 2)],
+        128: [(8, 8, 32, 4), (4, 8, 32, 4)],
+    },
+    "query_gradients": {
+        32: [(4, 8, 64, 2), (8, 8, 64, 4), (2, 8, 64, 1)],
+        64: [(4, 8, 32, 2), (8, 8, 64, 4)],
+        128: [(8, 8, 32, 4), (4, 8, 32, 4)],
+    },
+    "key_gradients": {
+        32: [(8, 8, 32, 2), (8, 8, 64, 4), (4, 8, 32, 2)],
+        64: [(8, 8, 64, 4), (8, 8, 32, 4)],
+        128: [(8, 8, 32, 4), (4, 8, 32, 4)],
+    },
+}
+SMALL_IMAGE = 4  # pixels along a side, up to which a tile is no larger either
+
+
+def tiles_of(kernel: str, problem: Problem, small: bool) -> list[Tile]:
+    """Tiles for a kernel to choose from, the default first. ``small``: images of up to SMALL_IMAGE pixels squared."""
     if not problem.tensor_cores:
         return _taps_tiles(problem)
     widest = max(problem.channels_pad, problem.value_pad)
+    sizes = next(tiles for most, tiles in HALO_TILES[kernel].items() if widest <= most)
     if small:
-        sizes = [(4, 4, 64 if widest <= 64 else 32, 1)]
-    elif widest <= 32:
-        sizes = [(8, 8, 64, 4), (4, 8, 64, 2), (2, 8, 64, 1), (8, 8, 32, 4)]
-    elif widest <= 64:
-        sizes = [(8, 8, 64, 8), (4, 8, 32, 4), (8, 8, 32, 4)]
-    else:
-        sizes = [(8, 8, 32, 8), (4, 8, 32, 4)]
+        sizes = [(SMALL_IMAGE, SMALL_IMAGE, 64 if widest <= 64 else 32, 1)]
     tiles = []
     for rows, columns, block, warps in sizes:
         halo = problem.x.step * (columns - 1) + problem.x.kernel
@@ -153,7 +170,7 @@ def _taps_tiles(problem: Problem) -> list[Tile]:
     channels = max(problem.channels_pad, problem.value_pad)
     widest = min(8, triton.next_power_of_2(problem.x.kernel))
     tiles = []
-    for taps, warps in ((widest, 4), (max(1, widest // 2), 4), (widest, 2)):
+    for taps, warps in ((widest, 4), (widest, 2)):
         pixels = min(128, max(1, 128 * warps // channels))
         columns = min(8, pixels)
         tiles.append(Tile(pixels // columns, columns, 1, taps, warps, 1))
@@ -162,7 +179,7 @@ def _taps_tiles(problem: Problem) -> list[Tile]:
 
 @functools.cache
 def _tuner(kernel: Any, problem: Problem, small: bool) -> Autotuner:
-    configs = [tile.config for tile in tiles_of(problem, small)]
+    configs = [tile.config for tile in tiles_of(kernel.fn.__name__, problem, small)]
     return triton.autotune(configs, key=["P"], cache_results=True)(kernel)
 
 
@@ -172,7 +189,7 @@ def _run(
     """Launch; returns the tile. ``programs`` tells how many of them a tile needs."""
     pads = [max(16, triton.next_power_of_2(axis.kernel)) for axis in (problem.y, problem.x)]
     options = {"P": problem, "PAD_Y": pads[0], "PAD_X": pads[1], **OPTIONS}
-    tiles = tiles_of(problem, small)
+    tiles = tiles_of(kernel.fn.__name__, problem, small)
     with _on(device):
         if len(tiles) == 1 or INTERPRETED or torch.are_deterministic_algorithms_enabled() or _capturing(device):
             tile = tiles[0]
@@ -271,7 +288,7 @@ def backward(
     small = _is_small(window)
     taps, channels = window.rows.kernel + window.cols.kernel, query.shape[2]
     query_tiles = functools.partial(_query_tiles, problem, window, batch * heads)
-    most = max(query_tiles(tile.ROWS, tile.COLUMNS) for tile in tiles_of(problem, small))
+    most = max(query_tiles(tile.ROWS, tile.COLUMNS) for tile in tiles_of("query_gradients", problem, small))
     shares = query.new_empty((most if row is not None or col is not None else 0, taps, channels), dtype=torch.float32)
 
     inputs = [*_image(grad_output), *_image(query), *_image(key), *_image(value)]
@@ -302,7 +319,7 @@ def _common(x: Tensor, grad: Tensor) -> int:
 
 
 def _is_small(window: Window) -> bool:
-    return max(window.rows.outputs, window.cols.outputs) <= 4
+    return max(window.rows.outputs, window.cols.outputs) <= SMALL_IMAGE
 
 
 def _query_tiles(problem: Problem, window: Window, planes: int, rows: int, columns: int) -> int:

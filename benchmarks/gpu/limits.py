@@ -1,0 +1,201 @@
+"""What the GPU kernels must move and compute against an H100's limits, counted without a GPU.
+
+    python -m benchmarks.gpu.limits
+
+The kernels are compiled for the H100 and their machine code is read: registers, shared memory, and the instructions
+that a warp of one program runs, in straight line and around its loops. Times are what the chip could not beat if it did
+nothing else: they say what to tune first, and are no measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..problems import STAGES
+from ..processes import ROOT
+
+FILE = ROOT / "benchmarks/results/gpu-limits.json"
+# NVIDIA H100 SXM5, from its architecture white paper: 132 multiprocessors at 1.83 GHz, four schedulers each.
+CHIP = {
+    "name": "H100 SXM5",
+    "bytes_per_second": 3.35e12,
+    "tensor_flops": 989e12,
+    "exponentials_per_second": 132 * 16 * 1.83e9,
+    "warp_instructions_per_second": 132 * 4 * 1.83e9,
+}
+TOOLS = Path("backends/nvidia/bin")
+KERNEL = 7
+
+
+class Absent:
+    """Enough of a driver to compile for a GPU that is not there."""
+
+    def get_current_target(self) -> Any:
+        """An H100."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        """The first."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """None."""
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        """Where the tensors are."""
+        return torch.device("cpu")
+
+
+def instructions(cubin: bytes) -> tuple[list[str], list[tuple[int, int]], int]:
+    """Machine code, the loops in it as (first, last) instruction, and registers of a thread."""
+    import triton
+
+    tools = Path(triton.__file__).parent / TOOLS
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        code = subprocess.run([tools / "nvdisasm", "-c", file], capture_output=True, text=True, check=True).stdout
+        use = subprocess.run([tools / "cuobjdump", "-res-usage", file], capture_output=True, text=True, check=True)
+    labels: dict[str, int] = {}
+    found: list[str] = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            found.append(instruction[1].strip())
+    loops = []
+    for index, text in enumerate(found):
+        target = re.search(r"BRA.*?(\.L_x_\d+)", text)
+        if target and labels.get(target[1], index + 1) <= index:
+            loops.append((labels[target[1]], index))
+    return found, sorted(loops), int(re.findall(r"REG:(\d+)", use.stdout + use.stderr)[-1])
+
+
+def main_loop(found: list[str], loops: list[tuple[int, int]]) -> tuple[int, int]:
+    """The innermost of the first loops that take exponentials; those behind it are for numbers that aren't finite."""
+    taking = [loop for loop in loops if any("MUFU.EX2" in text for text in found[slice(*loop)])]
+    first = taking[0]
+    return min(
+        (loop for loop in taking if loop[0] >= first[0] and loop[1] <= first[1]), key=lambda loop: loop[1] - loop[0]
+    )
+
+
+def compiled() -> Iterator[dict[str, Any]]:
+    """Every kernel for the head widths of a ResNet-50's stages, in bfloat16 on tensor cores and float32 tap by tap."""
+    import triton
+
+    from sasa.ops.triton import launch
+    from sasa.ops.window import window
+
+    triton.runtime.driver.set_active(Absent())
+    torch.use_deterministic_algorithms(True)  # the default tile of each
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    done: list[dict[str, Any]] = []
+
+    def note(kernel: Any, grid: tuple[int], arguments: list, options: dict[str, Any]) -> None:
+        made = kernel.warmup(*arguments, grid=grid, **options)
+        found, loops, registers = instructions(made.asm["cubin"])
+        begin, end = main_loop(found, loops)
+        problem, sizes = options["P"], {name: options[name] for name in ("ROWS", "COLUMNS", "BLOCK_Y", "BLOCK_X")}
+        if problem.tensor_cores:
+            trips = -(-(sizes["ROWS"] + KERNEL - 1) // sizes["BLOCK_Y"])
+            trips *= -(-(sizes["COLUMNS"] + KERNEL - 1) // sizes["BLOCK_X"])
+        else:
+            trips = KERNEL
+        warp = begin + trips * (end - begin + 1) + len(found) - loops[-1][1]
+        done.append(
+            {
+                "kernel": kernel.fn.__name__,
+                **sizes,
+                "warps": options["num_warps"],
+                "registers": registers,
+                "shared_bytes": made.metadata.shared,
+                "loop_instructions": end - begin + 1,
+                "warp_instructions_per_pixel": warp * options["num_warps"] / (sizes["ROWS"] * sizes["COLUMNS"]),
+                "exponentials_per_pixel": trips * sizes["BLOCK_Y"] * sizes["BLOCK_X"],
+            }
+        )
+
+    launch._launch = note
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in (8, 16, 32, 64):
+            qkv = torch.zeros(1, 3 * 8 * width, 56, 56, dtype=dtype).to(memory_format=torch.channels_last)
+            query, key, value = qkv.unflatten(1, (24, width)).chunk(3, dim=1)
+            row = torch.zeros(8, width, KERNEL, dtype=dtype)
+            geometry = window(56, 56, (KERNEL, KERNEL), (1, 1), (1, 1), "zero")
+            done.clear()
+            output, lse = launch.forward(query, key, value, row, row, geometry, "zero", 1.0)
+            launch.backward(output, query, key, value, row, row, output, lse, geometry, "zero", 1.0)
+            yield from ({"dtype": str(dtype).removeprefix("torch."), "width": width, **one} for one in done)
+
+
+# Tensors of a query's size that are read or written; matrix products over the halo, each of 2·D FLOPs a key.
+TENSORS = {"forward": 4, "query_gradients": 6, "key_gradients": 6}
+PRODUCTS = {"forward": 2, "query_gradients": 3, "key_gradients": 4}
+
+
+def limits(kernel: dict[str, Any], pixels: int) -> dict[str, float]:
+    """Microseconds below which each limit keeps a kernel that computes so many pixels, all heads and images counted."""
+    size = {"bfloat16": 2, "float32": 4}[kernel["dtype"]]
+    flops = PRODUCTS[kernel["kernel"]] * 2 * max(16, kernel["width"]) * kernel["exponentials_per_pixel"]
+    seconds = {
+        "memory": TENSORS[kernel["kernel"]] * kernel["width"] * size / CHIP["bytes_per_second"],
+        "tensor_cores": flops / CHIP["tensor_flops"] if kernel["dtype"] == "bfloat16" else 0.0,
+        "exponentials": kernel["exponentials_per_pixel"] / CHIP["exponentials_per_second"],
+        "issue": kernel["warp_instructions_per_pixel"] / CHIP["warp_instructions_per_second"],
+    }
+    return {name: 1e6 * pixels * one for name, one in seconds.items()}
+
+
+def run() -> dict[str, Any]:
+    """Compile and count; the notebook's problem is the stage of width 16 at 56x56 for 32 images."""
+    import triton
+
+    kernels = []
+    for kernel in compiled():
+        stage = next(problem for problem in STAGES.values() if problem.head_width == kernel["width"])
+        batch, size = (32, 56) if kernel["width"] == 16 else (64, stage.size)
+        pixels = batch * stage.num_heads * size**2
+        kernels.append({**kernel, "batch": batch, "size": size, "microseconds": limits(kernel, pixels)})
+    return {"chip": CHIP, "triton": triton.__version__, "kernels": kernels}
+
+
+def table(found: dict[str, Any]) -> str:
+    """As markdown."""
+    names = {
+        "forward": "forward",
+        "query_gradients": "gradient of queries",
+        "key_gradients": "gradient of keys, values",
+    }
+    lines = [
+        "| | kernel | tile | registers | shared KB | memory | tensor cores | exponentials | issue |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kernel in found["kernels"]:
+        shape = f"{kernel['dtype']}, D {kernel['width']}, {kernel['batch']} images of {kernel['size']}²"
+        times = [f"{kernel['microseconds'][name]:.0f}" for name in ("memory", "tensor_cores", "exponentials", "issue")]
+        tile = f"{kernel['ROWS']}x{kernel['COLUMNS']}, {kernel['warps']} warps"
+        facts = [f"{kernel['registers']}", f"{kernel['shared_bytes'] / 1024:.0f}"]
+        lines.append(f"| {' | '.join([shape, names[kernel['kernel']], tile, *facts, *times])} |")
+    return "\n".join([*lines, "", f"Microseconds, {found['chip']['name']}; Triton {found['triton']}."])
+
+
+if __name__ == "__main__":
+    if os.environ.pop("TRITON_INTERPRET", None) not in (None, "", "0"):
+        sys.exit("benchmarks.gpu.limits: unset TRITON_INTERPRET: the kernels are to be compiled")
+    result = run()
+    FILE.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
