@@ -1,6 +1,6 @@
 # make demo   train attention and its convolutional twin on the packaged images, and draw what they see
 # make test   the whole test suite, the C++ kernels under sanitizers first
-# make bench  measure and write benchmarks/results/
+# make bench  measure and write benchmarks/results/; make bench-gpu: on a GPU
 # make lint   ruff, pyright and clang-format
 # make results   bench and demo, copied to where the README shows them
 PYTHON ?= python3
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 KERNELS := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.cpp)
 
-.PHONY: demo test sanitize bench results lint format clean
+.PHONY: demo test sanitize sanitize-gpu bench bench-gpu results lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
@@ -28,8 +28,16 @@ sanitize: $(INSTALLED)
 	$(BIN)/cmake --build build/sanitize/thread --parallel $(CORES)
 	build/sanitize/thread/sasa_driver 2 7
 
+# on a machine with a GPU: the Triton kernels' memory accesses and races, under NVIDIA's compute-sanitizer
+sanitize-gpu: $(INSTALLED)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest tests/ops/test_triton.py -k "results or half or finite"
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest tests/ops/test_triton.py -k "results or half or finite"
+
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu
 
 # the figures and pictures that the README shows
 results: bench demo

@@ -45,7 +45,7 @@ triton.knobs.runtime.jit_post_compile_hook = note
 launch._launch = launch_nothing
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = False
-every = launch.tiles_of
+every, original = launch.tiles_of, launch.problem_of
 for one in problems:
     last = torch.channels_last if one.get("channels_last") else torch.contiguous_format
     dtype = getattr(torch, one.get("dtype", "bfloat16"))
@@ -55,6 +55,10 @@ for one in problems:
     row = torch.zeros(heads, width, kernel, dtype=dtype)
     border = one.get("border", "zero")
     geometry = window(*one["size"], (kernel, kernel), (one.get("stride", 1),) * 2, (1, 1), border)
+    changed = {"tensor_cores": True, "precision": "tf32"} if one.get("tf32") else {}
+    if dtype != torch.float32 and backend == "cuda":
+        changed["sum_precision"] = "tf32"
+    launch.problem_of = lambda *given: original(*given)._replace(**changed)
     for tile in range(3 if one.get("every_tile") else 1):
         launch.tiles_of = lambda *given: every(*given)[tile:tile + 1] or every(*given)[:1]
         output, lse = launch.forward(query, key, value, row, row, geometry, border, 1.0)
@@ -77,9 +81,13 @@ def compiled(target: tuple[str, int | str, int], problems: list[dict]) -> dict:
 
 PROBLEMS = [
     {"size": [9, 9], "channels_last": True},
-    {"size": [9, 9], "width": 128, "border": "mask"},
-    {"size": [4, 4], "width": 8, "border": "mask", "channels_last": True},
+    {"size": [4, 4], "width": 8, "border": "mask"},
     {"size": [9, 9], "dtype": "float32", "channels_last": True},
+]
+LARGE = [
+    {"size": [9, 9], "width": 128, "border": "mask"},
+    {"size": [9, 9], "width": 64, "kernel": 25, "channels_last": True},
+    {"size": [9, 9], "width": 64, "dtype": "float32", "channels_last": True, "tf32": True},
 ]
 TARGETS = {
     "A100": ("cuda", 80, 32),
@@ -93,7 +101,7 @@ LAST_FORM = {"cuda": "cubin", "hip": "hsaco"}
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_compiles_within_shared_memory(target):
-    for kernel in compiled(target, PROBLEMS)["compiled"]:
+    for kernel in compiled(target, PROBLEMS + (LARGE if target == TARGETS["A100"] else []))["compiled"]:
         assert LAST_FORM[target[0]] in kernel["forms"], kernel
         assert kernel["shared"] <= LEAST_SHARED[target[0]], kernel
 

@@ -28,7 +28,7 @@ def why_missing() -> str | None:
 
 def interprets() -> bool:
     """Whether Triton's interpreter was asked for, which runs the kernels on the CPU, slowly, to test them."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 
 
 @functools.cache

@@ -1,22 +1,22 @@
-"""From tensors to launches: what a kernel is compiled for, its tiles, and the choice among them.
+"""From tensors to launches: what a kernel is compiled for, and the choice of its tile.
 
 Tiles are tuned on the first call of each kind of problem (window, head width, dtype, layout; not the size of the image)
-and kept on disk by Triton. Where results must be the same in every process, that is under
-``torch.use_deterministic_algorithms(True)``, the first of the list is taken instead, as it is while a CUDA graph is
-captured and in Triton's interpreter.
+that is large enough to tell, and kept on disk by Triton. Where results must be the same in every process, that is under
+``torch.use_deterministic_algorithms(True)``, the first of the list is taken instead, as it is in Triton's interpreter,
+and before anything was tuned while a CUDA graph is captured.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.interpreter import InterpretedFunction
 
 from .. import memory_format
@@ -24,41 +24,16 @@ from ..window import Window
 from .kernels import backward as backward_kernels
 from .kernels import forward as forward_kernels
 from .problem import ANY, CHANNELS, COLUMNS, Axis, Problem
+from .tiles import SMALL_IMAGE, Tile, power_of_two, tiles_of
 
 MOST_TAPS = 64  # of a window on tensor cores: each query's position terms are held in registers
 INTERPRETED = isinstance(forward_kernels.forward, InterpretedFunction)
-OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
+OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}  # said aloud: Triton's default is about to change
+LEAST_PROGRAMS = 256  # that tell something about a tile: about two on each multiprocessor
+SHARE_BYTES = 2**26  # of the embeddings' gradients, one share a program, that exist at once
 
 # Forced by :func:`sasa.ops.triton.using`: True for tensor cores, False for tap by tap.
 forced: bool | None = None
-
-
-class Tile(NamedTuple):
-    """What a program computes: ROWS x COLUMNS queries (or keys), BLOCK_Y x BLOCK_X keys (or queries) at a time; tap by
-    tap, BLOCK_X taps.
-    """
-
-    ROWS: int
-    COLUMNS: int
-    BLOCK_Y: int
-    BLOCK_X: int
-    warps: int
-    stages: int
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Arguments of a kernel."""
-        return {name: getattr(self, name) for name in ("ROWS", "COLUMNS", "BLOCK_Y", "BLOCK_X")}
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Arguments of a launch."""
-        return self.sizes if INTERPRETED else self.sizes | {"num_warps": self.warps, "num_stages": self.stages}
-
-    @property
-    def config(self) -> triton.Config:
-        """As Triton's autotuner wants it."""
-        return triton.Config(self.sizes, num_warps=self.warps, num_stages=self.stages)
 
 
 def problem_of(
@@ -73,7 +48,8 @@ def problem_of(
     border: str,
 ) -> Problem:
     """What the kernels for these tensors are compiled for."""
-    precision = "tf32" if query.dtype == torch.float32 and query.device.type == "cuda" and _allows_tf32() else "ieee"
+    can_tf32 = query.device.type == "cuda" and torch.version.hip is None  # few of AMD's tensor cores can
+    precision = "tf32" if can_tf32 and query.dtype == torch.float32 and _allows_tf32() else "ieee"
     tensor_cores = forced
     if tensor_cores is None:
         tensor_cores = query.dtype != torch.float32 or precision == "tf32"
@@ -86,20 +62,22 @@ def problem_of(
         x=Axis.of(window.cols),
         zero=border == "zero",
         channels=query.shape[2],
-        channels_pad=max(least, triton.next_power_of_2(query.shape[2])),
+        channels_pad=max(least, power_of_two(query.shape[2])),
         value_channels=value.shape[2],
-        value_pad=max(least, triton.next_power_of_2(value.shape[2])),
+        value_pad=max(least, power_of_two(value.shape[2])),
         has_row=row is not None,
         has_col=col is not None,
-        query=layout(query),
-        key=layout(key),
-        value=layout(value),
-        output=layout(output),
-        grad_output=ANY if grad_output is None else layout(grad_output),
+        query_layout=layout(query),
+        key_layout=layout(key),
+        value_layout=layout(value),
+        output_layout=layout(output),
+        grad_layout=ANY if grad_output is None else layout(grad_output),
         wide=any(_reach(x) >= 2**31 for x in images),
         heads_first=memory_format.is_channels_last(key),
+        element_size=query.element_size(),
         tensor_cores=tensor_cores,
         precision=precision,
+        sum_precision="tf32" if can_tf32 and query.dtype != torch.float32 else precision,
     )
 
 
@@ -127,78 +105,56 @@ def _reach(x: Tensor) -> int:
     return sum(abs(step) * (size - 1) for step, size in zip(x.stride()[2:], x.shape[2:], strict=True))
 
 
-# (rows, columns, keys or queries of a block, warps) on tensor cores by the widest head they are for. The first of a
-# list is the default: that with which a warp runs the fewest instructions a pixel, and several fit the registers.
-HALO_TILES = {
-    "forward": {
-        32: [(4, 8, 64, 2), (8, 8, 64, 4), (2, 8, 64, 1)],
-        64: [(8, 8, 64, 4), (4, 8, 32, 2)],
-        128: [(8, 8, 32, 4), (4, 8, 32, 4)],
-    },
-    "query_gradients": {
-        32: [(4, 8, 64, 2), (8, 8, 64, 4), (2, 8, 64, 1)],
-        64: [(4, 8, 32, 2), (8, 8, 64, 4)],
-        128: [(8, 8, 32, 4), (4, 8, 32, 4)],
-    },
-    "key_gradients": {
-        32: [(8, 8, 32, 2), (8, 8, 64, 4), (4, 8, 32, 2)],
-        64: [(8, 8, 64, 4), (8, 8, 32, 4)],
-        128: [(8, 8, 32, 4), (4, 8, 32, 4)],
-    },
-}
-SMALL_IMAGE = 4  # pixels along a side, up to which a tile is no larger either
-
-
-def tiles_of(kernel: str, problem: Problem, small: bool) -> list[Tile]:
-    """Tiles for a kernel to choose from, the default first. ``small``: images of up to SMALL_IMAGE pixels squared."""
-    if not problem.tensor_cores:
-        return _taps_tiles(problem)
-    widest = max(problem.channels_pad, problem.value_pad)
-    sizes = next(tiles for most, tiles in HALO_TILES[kernel].items() if widest <= most)
-    if small:
-        sizes = [(SMALL_IMAGE, SMALL_IMAGE, 64 if widest <= 64 else 32, 1)]
-    tiles = []
-    for rows, columns, block, warps in sizes:
-        halo = problem.x.step * (columns - 1) + problem.x.kernel
-        block_x = min((8, 16, 32), key=lambda width: (-(-halo // width) * width, -width))
-        tiles.append(Tile(rows, columns, block // block_x, block_x, warps, 2))
-    return tiles
-
-
-def _taps_tiles(problem: Problem) -> list[Tile]:
-    """As many pixels as leave each thread four channels of one pixel, so that it sums over taps by itself."""
-    channels = max(problem.channels_pad, problem.value_pad)
-    widest = min(8, triton.next_power_of_2(problem.x.kernel))
-    tiles = []
-    for taps, warps in ((widest, 4), (widest, 2)):
-        pixels = min(128, max(1, 128 * warps // channels))
-        columns = min(8, pixels)
-        tiles.append(Tile(pixels // columns, columns, 1, taps, warps, 1))
-    return list(dict.fromkeys(tiles))
-
-
-@functools.cache
-def _tuner(kernel: Any, problem: Problem, small: bool) -> Autotuner:
-    configs = [tile.config for tile in tiles_of(kernel.fn.__name__, problem, small)]
-    return triton.autotune(configs, key=["P"], cache_results=True)(kernel)
-
-
 def _run(
-    kernel: Any, programs: Any, problem: Problem, small: bool, device: torch.device, arguments: Sequence[Any]
+    kernel: Any, programs: Callable[[int, int], int], problem: Problem, small: bool, arguments: Sequence[Any]
 ) -> Tile:
-    """Launch; returns the tile. ``programs`` tells how many of them a tile needs."""
-    pads = [max(16, triton.next_power_of_2(axis.kernel)) for axis in (problem.y, problem.x)]
+    """Launch; returns the tile. ``programs`` tells how many of them cover all pixels with a tile of so many rows and
+    columns, the first of the ``arguments`` is a tensor.
+    """
+    pads = [max(16, power_of_two(axis.kernel)) for axis in (problem.y, problem.x)]
     options = {"P": problem, "PAD_Y": pads[0], "PAD_X": pads[1], **OPTIONS}
     tiles = tiles_of(kernel.fn.__name__, problem, small)
-    with _on(device):
-        if len(tiles) == 1 or INTERPRETED or torch.are_deterministic_algorithms_enabled() or _capturing(device):
-            tile = tiles[0]
-            _launch(kernel, (programs(tile.ROWS, tile.COLUMNS),), arguments, options | tile.options)
-            return tile
-        tuner = _tuner(kernel, problem, small)
-        tuner[lambda meta: (programs(meta["ROWS"], meta["COLUMNS"]),)](*arguments, **options)
-        best = tuner.best_config
-        return Tile(**best.kwargs, warps=best.num_warps, stages=best.num_stages)
+    first = arguments[0]
+    with _on(first.device):
+        tile = tiles[0]
+        if len(tiles) > 1 and not INTERPRETED and not torch.are_deterministic_algorithms_enabled():
+            kind = kernel.fn.__name__, problem, small, first.dtype, first.device
+            tile = _chosen.get(kind)
+            if tile is None and programs(tiles[0].ROWS, tiles[0].COLUMNS) >= LEAST_PROGRAMS:
+                tile = _tune(kind, kernel, programs, tiles, arguments, options)
+            tile = tile or tiles[0]
+        _launch(kernel, (programs(tile.ROWS, tile.COLUMNS),), arguments, options | _config(tile).all_kwargs())
+    return tile
+
+
+def _config(tile: Tile) -> triton.Config:
+    return triton.Config(tile.sizes, num_warps=tile.warps, num_stages=tile.stages)
+
+
+_chosen: dict[tuple[Any, ...], Tile] = {}
+_tuning = threading.Lock()  # Triton's tuners keep what they are at in themselves
+
+
+def _tune(
+    kind: tuple[Any, ...],
+    kernel: Any,
+    programs: Callable[[int, int], int],
+    tiles: list[Tile],
+    arguments: Sequence[Any],
+    options: dict[str, Any],
+) -> Tile | None:
+    """The fastest tile, measured on these arguments, or read from disk; None while a CUDA graph is captured, when
+    nothing can be measured.
+    """
+    if arguments[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    with _tuning:
+        if kind not in _chosen:
+            tuner = triton.autotune([_config(tile) for tile in tiles], key=["P"], cache_results=True)(kernel)
+            tuner[lambda sizes: (programs(sizes["ROWS"], sizes["COLUMNS"]),)](*arguments, **options)
+            best = tuner.best_config
+            _chosen[kind] = Tile(**best.kwargs, warps=best.num_warps, stages=best.num_stages)
+        return _chosen[kind]
 
 
 def _launch(kernel: Any, grid: tuple[int], arguments: Sequence[Any], options: dict[str, Any]) -> None:
@@ -210,10 +166,6 @@ def _on(device: torch.device) -> Any:
     if device.type == "cpu":
         return torch.device("cpu")
     return torch.get_device_module(device).device(device)
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _image(x: Tensor) -> tuple[Any, ...]:
@@ -245,7 +197,7 @@ def forward(
     arguments = [*_image(query), *_image(key), *_image(value), *_image(output), lse, _embedding(row, query)]
     arguments += [_embedding(col, query), heads, *query.shape[3:], height, width, scale]
     programs = functools.partial(_query_tiles, problem, window, batch * heads)
-    _run(forward_kernels.forward, programs, problem, _is_small(window), query.device, arguments)
+    _run(forward_kernels.forward, programs, problem, _is_small(window), arguments)
     return output, lse
 
 
@@ -281,29 +233,22 @@ def backward(
     problem = problem_of(query, key, value, output, grad_output, row, col, window, border)
     # Gradients are written by the layouts of what they are gradients of.
     problem = problem._replace(
-        query=_common(query, grads[0]), key=_common(key, grads[1]), value=_common(value, grads[2])
+        query_layout=_common(query, grads[0]),
+        key_layout=_common(key, grads[1]),
+        value_layout=_common(value, grads[2]),
+        wide=problem.wide or any(_reach(grad) >= 2**31 for grad in grads),
     )
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     small = _is_small(window)
-    taps, channels = window.rows.kernel + window.cols.kernel, query.shape[2]
-    query_tiles = functools.partial(_query_tiles, problem, window, batch * heads)
-    most = max(query_tiles(tile.ROWS, tile.COLUMNS) for tile in tiles_of("query_gradients", problem, small))
-    shares = query.new_empty((most if row is not None or col is not None else 0, taps, channels), dtype=torch.float32)
-
-    inputs = [*_image(grad_output), *_image(query), *_image(key), *_image(value)]
     embeddings = [_embedding(row, query), _embedding(col, query)]
     sizes = [heads, *query.shape[3:], height, width, scale]
-    arguments = [*inputs, *_image(output), *_image(grads[0]), lse, delta, *embeddings, shares, *sizes]
-    tile = _run(backward_kernels.query_gradients, query_tiles, problem, small, query.device, arguments)
-    arguments = [*inputs, *_image(grads[1]), *_image(grads[2]), lse, delta, *embeddings, *sizes]
+    inputs = (grad_output, query, key, value, output, grads[0], lse, delta)
+    total = _query_gradients(inputs, embeddings, sizes, problem, window, small, row is not None or col is not None)
+    arguments = [*_image(grad_output), *_image(query), *_image(key), *_image(value)]
+    arguments += [*_image(grads[1]), *_image(grads[2]), lse, delta, *embeddings, *sizes]
     key_tiles = functools.partial(_key_tiles, problem, window, batch * heads)
-    _run(backward_kernels.key_gradients, key_tiles, problem, small, query.device, arguments)
-
-    total = None
-    if len(shares):
-        used = shares[: query_tiles(tile.ROWS, tile.COLUMNS)].unflatten(0, (batch, heads, -1))
-        total = used.sum((0, 2)).transpose(1, 2).to(query.dtype)  # (heads, D, kh + kw)
+    _run(backward_kernels.key_gradients, key_tiles, problem, small, arguments)
     return (
         grads[0],
         grads[1],
@@ -313,9 +258,49 @@ def backward(
     )
 
 
+def _query_gradients(
+    inputs: tuple[Tensor, ...],
+    embeddings: list[Tensor],
+    sizes: list[Any],
+    problem: Problem,
+    window: Window,
+    small: bool,
+    wants_shares: bool,
+) -> Tensor | None:
+    """Gradients of the queries and delta, written; the embeddings' (N, D, kh + kw), rows first, if they are wanted.
+
+    Every program leaves a share of the latter. A few images at a time, so that these don't take the memory of images.
+    """
+    query = inputs[1]
+    batch, heads, channels = query.shape[:3]
+    taps = window.rows.kernel + window.cols.kernel
+    tiles = tiles_of("query_gradients", problem, small)
+    of_image = max(_query_tiles(problem, window, heads, tile.ROWS, tile.COLUMNS) for tile in tiles)
+    images = batch
+    if wants_shares:
+        images = min(batch, max(1, SHARE_BYTES // (of_image * taps * channels * 4)))
+    shares = query.new_empty((of_image * images if wants_shares else 0, taps, channels), dtype=torch.float32)
+    total = None
+    for start in range(0, batch, images):
+        part = [x[start : start + images] for x in inputs]
+        programs = functools.partial(_query_tiles, problem, window, len(part[1]) * heads)
+        arguments = [value for x in part[:6] for value in _image(x)]
+        arguments += [*part[6:], *embeddings, shares, *sizes]
+        tile = _run(backward_kernels.query_gradients, programs, problem, small, arguments)
+        if wants_shares:
+            used = shares[: programs(tile.ROWS, tile.COLUMNS)].unflatten(0, (len(part[1]), heads, -1)).sum((0, 2))
+            total = used if total is None else total + used
+    return None if total is None else total.transpose(1, 2).to(query.dtype)
+
+
 def _common(x: Tensor, grad: Tensor) -> int:
     """What holds for both."""
     return layout(x) if layout(x) == layout(grad) else ANY
+
+
+def _over(a: int, b: int) -> int:
+    """Division rounded up."""
+    return -(-a // b)
 
 
 def _is_small(window: Window) -> bool:
@@ -324,13 +309,13 @@ def _is_small(window: Window) -> bool:
 
 def _query_tiles(problem: Problem, window: Window, planes: int, rows: int, columns: int) -> int:
     """Programs that cover all queries."""
-    tiles_y = triton.cdiv(triton.cdiv(window.rows.outputs, problem.y.phases), rows)
-    tiles_x = triton.cdiv(triton.cdiv(window.cols.outputs, problem.x.phases), columns)
+    tiles_y = _over(_over(window.rows.outputs, problem.y.phases), rows)
+    tiles_x = _over(_over(window.cols.outputs, problem.x.phases), columns)
     return planes * problem.y.phases * problem.x.phases * tiles_y * tiles_x
 
 
 def _key_tiles(problem: Problem, window: Window, planes: int, rows: int, columns: int) -> int:
     """Programs that cover all keys."""
-    tiles_y = triton.cdiv(triton.cdiv(window.rows.size, problem.y.dilation), rows)
-    tiles_x = triton.cdiv(triton.cdiv(window.cols.size, problem.x.dilation), columns)
+    tiles_y = _over(_over(window.rows.size, problem.y.dilation), rows)
+    tiles_x = _over(_over(window.cols.size, problem.x.dilation), columns)
     return planes * problem.y.phases * problem.x.phases * tiles_y * tiles_x

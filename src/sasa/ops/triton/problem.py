@@ -1,6 +1,6 @@
 """What a kernel is compiled for: everything that is no pointer, stride or size of an image.
 
-Nothing here depends on the height and width of an image, so one compilation serves all.
+One compilation serves images of all sizes, but for those whose offsets need 64 bits.
 """
 
 from __future__ import annotations
@@ -59,27 +59,29 @@ class Axis(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is computed.
+    """What is computed. Triton gives some names of fields, such as ``value``, a meaning of its own.
 
     Attributes:
         y: rows.
         x: columns.
         zero: whether taps outside the image take part, as zeros.
         channels: D.
-        channels_pad: the next power of two, of 16 at least.
+        channels_pad: the next power of two; on tensor cores 16 at least.
         value_channels: Dv.
         value_pad: as channels_pad.
         has_row: whether there is a row embedding.
         has_col: whether there is a column embedding.
-        query: layout of that tensor; likewise the next four.
-        key: ..
-        value: ..
-        output: ..
-        grad_output: ..
+        query_layout: what is known of that tensor's strides, and of its gradient's; likewise the next four.
+        key_layout: ..
+        value_layout: ..
+        output_layout: ..
+        grad_layout: ..
         wide: whether offsets inside a plane need 64 bits.
         heads_first: whether programs that run together are for the heads of one tile.
+        element_size: bytes of a number.
         tensor_cores: whether products are taken by tensor cores, over the halo of a tile, or tap by tap.
         precision: of float32 products on tensor cores: "ieee" or "tf32".
+        sum_precision: likewise, of the few products of what was summed in float32: the embeddings' gradients.
     """
 
     y: Axis
@@ -91,12 +93,14 @@ class Problem(NamedTuple):
     value_pad: int
     has_row: bool
     has_col: bool
-    query: int
-    key: int
-    value: int
-    output: int
-    grad_output: int
+    query_layout: int
+    key_layout: int
+    value_layout: int
+    output_layout: int
+    grad_layout: int
     wide: bool
     heads_first: bool
+    element_size: int
     tensor_cores: bool
     precision: str
+    sum_precision: str

@@ -37,12 +37,14 @@ def query_gradients(
     batch, head, phase_y, phase_x, tile_y, tile_x = place(
         heads, tiles_y, tiles_x, P.y.phases, P.x.phases, P.heads_first
     )
-    of_grad = plane((grad_output, g_batch, g_head, g_channel, g_row, g_column), batch, head, P.grad_output, P.wide)
-    of_query = plane((query, q_batch, q_head, q_channel, q_row, q_column), batch, head, P.query, P.wide)
-    of_key = plane((key, k_batch, k_head, k_channel, k_row, k_column), batch, head, P.key, P.wide)
-    of_value = plane((value, v_batch, v_head, v_channel, v_row, v_column), batch, head, P.value, P.wide)
-    of_output = plane((output, o_batch, o_head, o_channel, o_row, o_column), batch, head, P.output, P.wide)
-    of_grad_q = plane((grad_query, dq_batch, dq_head, dq_channel, dq_row, dq_column), batch, head, P.query, P.wide)
+    of_grad = plane((grad_output, g_batch, g_head, g_channel, g_row, g_column), batch, head, P.grad_layout, P.wide)
+    of_query = plane((query, q_batch, q_head, q_channel, q_row, q_column), batch, head, P.query_layout, P.wide)
+    of_key = plane((key, k_batch, k_head, k_channel, k_row, k_column), batch, head, P.key_layout, P.wide)
+    of_value = plane((value, v_batch, v_head, v_channel, v_row, v_column), batch, head, P.value_layout, P.wide)
+    of_output = plane((output, o_batch, o_head, o_channel, o_row, o_column), batch, head, P.output_layout, P.wide)
+    of_grad_q = plane(
+        (grad_query, dq_batch, dq_head, dq_channel, dq_row, dq_column), batch, head, P.query_layout, P.wide
+    )
     of_row = row + head * P.channels * P.y.kernel
     of_col = col + head * P.channels * P.x.kernel
 
@@ -52,9 +54,9 @@ def query_gradients(
     exists = (query_y < out_height) & (query_x < out_width)
     y = query_y * P.y.stride - P.y.before
     x = query_x * P.x.stride - P.x.before
-    q = load_pixels(of_query, y + P.y.centre, x + P.x.centre, exists, P.channels, P.channels_pad, P.query)
-    grad = load_pixels(of_grad, query_y, query_x, exists, P.value_channels, P.value_pad, P.grad_output)
-    out = load_pixels(of_output, query_y, query_x, exists, P.value_channels, P.value_pad, P.output)
+    q = load_pixels(of_query, y + P.y.centre, x + P.x.centre, exists, P.channels, P.channels_pad, P.query_layout)
+    grad = load_pixels(of_grad, query_y, query_x, exists, P.value_channels, P.value_pad, P.grad_layout)
+    out = load_pixels(of_output, query_y, query_x, exists, P.value_channels, P.value_pad, P.output_layout)
     delta_m = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     number = batch.to(tl.int64) * heads + head
     at = number * out_height * out_width + query_y * out_width + query_x
@@ -70,7 +72,7 @@ def query_gradients(
             tile_x * COLUMNS * P.x.step, phase_y * P.y.stride - P.y.before, phase_x * P.x.stride - P.x.before, height,
             width, scale, P, ROWS, COLUMNS, BLOCK_Y, BLOCK_X, PAD_Y, PAD_X,
         )  # fmt: skip
-        if any_not_finite(grad_q):
+        if any_not_finite(tl.where(exists[:, None], grad_q, 0.0)):
             tl.debug_barrier()  # the share is written again, maybe by other threads
             grad_q = taps.query_gradient(
                 q, grad, delta_m, lse_m, exists, of_key, of_value, of_row, of_col, share, y, x, height, width, scale,
@@ -81,7 +83,7 @@ def query_gradients(
             q, grad, delta_m, lse_m, exists, of_key, of_value, of_row, of_col, share, y, x, height, width, scale, P,
             BLOCK_X,
         )  # fmt: skip
-    store_pixels(of_grad_q, y + P.y.centre, x + P.x.centre, exists, grad_q, P.channels, P.channels_pad, P.query)
+    store_pixels(of_grad_q, y + P.y.centre, x + P.x.centre, exists, grad_q, P.channels, P.channels_pad, P.query_layout)
 
 
 @triton.jit(do_not_specialize=_SIZES + [name for name in _STRIDES if not name.startswith(("dq", "o_"))])
@@ -102,12 +104,14 @@ def key_gradients(
     batch, head, phase_y, phase_x, tile_y, tile_x = place(
         heads, tiles_y, tiles_x, P.y.phases, P.x.phases, P.heads_first
     )
-    of_grad = plane((grad_output, g_batch, g_head, g_channel, g_row, g_column), batch, head, P.grad_output, P.wide)
-    of_query = plane((query, q_batch, q_head, q_channel, q_row, q_column), batch, head, P.query, P.wide)
-    of_key = plane((key, k_batch, k_head, k_channel, k_row, k_column), batch, head, P.key, P.wide)
-    of_value = plane((value, v_batch, v_head, v_channel, v_row, v_column), batch, head, P.value, P.wide)
-    of_grad_k = plane((grad_key, dk_batch, dk_head, dk_channel, dk_row, dk_column), batch, head, P.key, P.wide)
-    of_grad_v = plane((grad_value, dv_batch, dv_head, dv_channel, dv_row, dv_column), batch, head, P.value, P.wide)
+    of_grad = plane((grad_output, g_batch, g_head, g_channel, g_row, g_column), batch, head, P.grad_layout, P.wide)
+    of_query = plane((query, q_batch, q_head, q_channel, q_row, q_column), batch, head, P.query_layout, P.wide)
+    of_key = plane((key, k_batch, k_head, k_channel, k_row, k_column), batch, head, P.key_layout, P.wide)
+    of_value = plane((value, v_batch, v_head, v_channel, v_row, v_column), batch, head, P.value_layout, P.wide)
+    of_grad_k = plane((grad_key, dk_batch, dk_head, dk_channel, dk_row, dk_column), batch, head, P.key_layout, P.wide)
+    of_grad_v = plane(
+        (grad_value, dv_batch, dv_head, dv_channel, dv_row, dv_column), batch, head, P.value_layout, P.wide
+    )
     of_row = row + head * P.channels * P.y.kernel
     of_col = col + head * P.channels * P.x.kernel
     number = (batch.to(tl.int64) * heads + head) * out_height * out_width
@@ -121,15 +125,17 @@ def key_gradients(
     y = (lead_y + m // COLUMNS) * P.y.dilation - to_y
     x = (lead_x + m % COLUMNS) * P.x.dilation - to_x
     exists = (y < height) & (x < width)
-    k = load_pixels(of_key, y, x, exists, P.channels, P.channels_pad, P.key)
-    v = load_pixels(of_value, y, x, exists, P.value_channels, P.value_pad, P.value)
+    k = load_pixels(of_key, y, x, exists, P.channels, P.channels_pad, P.key_layout)
+    v = load_pixels(of_value, y, x, exists, P.value_channels, P.value_pad, P.value_layout)
 
     if P.tensor_cores:
         grad_k, grad_v = halo.key_gradient(
             k, v, of_query, of_grad, lse + number, delta + number, of_row, of_col, lead_y, lead_x, phase_y, phase_x,
             out_height, out_width, scale, P, ROWS, COLUMNS, BLOCK_Y, BLOCK_X, PAD_Y, PAD_X,
         )  # fmt: skip
-        if any_not_finite(grad_k) | any_not_finite(grad_v):
+        k_exists = tl.where(exists[:, None], grad_k, 0.0)
+        v_exists = tl.where(exists[:, None], grad_v, 0.0)
+        if any_not_finite(k_exists) | any_not_finite(v_exists):
             grad_k, grad_v = taps.key_gradient(
                 k, v, of_query, of_grad, lse + number, delta + number, of_row, of_col, y, x, out_height, out_width,
                 scale, P, 1,
@@ -139,8 +145,8 @@ def key_gradients(
             k, v, of_query, of_grad, lse + number, delta + number, of_row, of_col, y, x, out_height, out_width, scale,
             P, BLOCK_X,
         )  # fmt: skip
-    store_pixels(of_grad_k, y, x, exists, grad_k, P.channels, P.channels_pad, P.key)
-    store_pixels(of_grad_v, y, x, exists, grad_v, P.value_channels, P.value_pad, P.value)
+    store_pixels(of_grad_k, y, x, exists, grad_k, P.channels, P.channels_pad, P.key_layout)
+    store_pixels(of_grad_v, y, x, exists, grad_v, P.value_channels, P.value_pad, P.value_layout)
 
 
 @triton.jit

@@ -28,10 +28,10 @@ def forward(
     batch, head, phase_y, phase_x, tile_y, tile_x = place(
         heads, tiles_y, tiles_x, P.y.phases, P.x.phases, P.heads_first
     )
-    of_query = plane((query, q_batch, q_head, q_channel, q_row, q_column), batch, head, P.query, P.wide)
-    of_key = plane((key, k_batch, k_head, k_channel, k_row, k_column), batch, head, P.key, P.wide)
-    of_value = plane((value, v_batch, v_head, v_channel, v_row, v_column), batch, head, P.value, P.wide)
-    of_output = plane((output, o_batch, o_head, o_channel, o_row, o_column), batch, head, P.output, P.wide)
+    of_query = plane((query, q_batch, q_head, q_channel, q_row, q_column), batch, head, P.query_layout, P.wide)
+    of_key = plane((key, k_batch, k_head, k_channel, k_row, k_column), batch, head, P.key_layout, P.wide)
+    of_value = plane((value, v_batch, v_head, v_channel, v_row, v_column), batch, head, P.value_layout, P.wide)
+    of_output = plane((output, o_batch, o_head, o_channel, o_row, o_column), batch, head, P.output_layout, P.wide)
     of_row = row + head * P.channels * P.y.kernel
     of_col = col + head * P.channels * P.x.kernel
 
@@ -41,7 +41,7 @@ def forward(
     exists = (query_y < out_height) & (query_x < out_width)
     y = query_y * P.y.stride - P.y.before
     x = query_x * P.x.stride - P.x.before
-    q = load_pixels(of_query, y + P.y.centre, x + P.x.centre, exists, P.channels, P.channels_pad, P.query)
+    q = load_pixels(of_query, y + P.y.centre, x + P.x.centre, exists, P.channels, P.channels_pad, P.query_layout)
 
     if P.tensor_cores:
         y_m, lse_m = halo.attend(
@@ -53,6 +53,6 @@ def forward(
             y_m, lse_m = taps.attend(q, of_key, of_value, of_row, of_col, y, x, height, width, scale, P, 1)
     else:
         y_m, lse_m = taps.attend(q, of_key, of_value, of_row, of_col, y, x, height, width, scale, P, BLOCK_X)
-    store_pixels(of_output, query_y, query_x, exists, y_m, P.value_channels, P.value_pad, P.output)
+    store_pixels(of_output, query_y, query_x, exists, y_m, P.value_channels, P.value_pad, P.output_layout)
     number = batch.to(tl.int64) * heads + head
     tl.store(lse + number * out_height * out_width + query_y * out_width + query_x, lse_m, mask=exists)

@@ -108,7 +108,7 @@ def attend(
 
     largest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    output = tl.zeros((M, P.value_pad), tl.float32)
+    output = tl.full((M, P.value_pad), 0.0, tl.float32)
     for x0 in range(begin_x, end_x, BLOCK_X):
         halo_x = x0 + tl.arange(0, BLOCK_X)[None, :]
         bias_x = _bias(terms_x, halo_x - own_x, halo_x < end_x, factor, P.has_col, P.x.kernel)
@@ -118,7 +118,7 @@ def attend(
             bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.has_row, P.y.kernel)
             y = first_y + (lead_y + y0 + j // BLOCK_X) * P.y.dilation
             inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            k = load_pixels(key, y, x, inside, P.channels, P.channels_pad, P.key)
+            k = load_pixels(key, y, x, inside, P.channels, P.channels_pad, P.key_layout)
             logits = _dot(q, tl.trans(k), None, P) * factor
             logits = tl.reshape(logits, (M, BLOCK_Y, BLOCK_X)) + bias_x[:, None, :] + bias_y[:, :, None]
             logits = tl.reshape(logits, (M, J))
@@ -128,7 +128,7 @@ def attend(
             weights = tl.exp2(logits - base[:, None])
             shrink = tl.exp2(before - base)
             total = total * shrink + tl.sum(weights, 1)
-            v = load_pixels(value, y, x, inside, P.value_channels, P.value_pad, P.value)
+            v = load_pixels(value, y, x, inside, P.value_channels, P.value_pad, P.value_layout)
             output = _dot(weights.to(v.dtype), v, output * shrink[:, None], P)
     return output / total[:, None], largest * LN2 + tl.log(total)
 
@@ -156,7 +156,7 @@ def query_gradient(
     begin_y, end_y = _range(lead_y, first_y, height, P.y.step * (ROWS - 1) + P.y.kernel, P.y.dilation, P.zero)
     begin_x, end_x = _range(lead_x, first_x, width, P.x.step * (COLUMNS - 1) + P.x.kernel, P.x.dilation, P.zero)
 
-    grad_q = tl.zeros((M, P.channels_pad), tl.float32)
+    grad_q = tl.full((M, P.channels_pad), 0.0, tl.float32)
     by_row = tl.zeros((M, PAD_Y), tl.float32)
     by_col = tl.zeros((M, PAD_X), tl.float32)
     for x0 in range(begin_x, end_x, BLOCK_X):
@@ -169,8 +169,8 @@ def query_gradient(
             bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.has_row, P.y.kernel)
             y = first_y + (lead_y + y0 + j // BLOCK_X) * P.y.dilation
             inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            k = load_pixels(key, y, x, inside, P.channels, P.channels_pad, P.key)
-            v = load_pixels(value, y, x, inside, P.value_channels, P.value_pad, P.value)
+            k = load_pixels(key, y, x, inside, P.channels, P.channels_pad, P.key_layout)
+            v = load_pixels(value, y, x, inside, P.value_channels, P.value_pad, P.value_layout)
             logits = _dot(q, tl.trans(k), None, P) * factor
             logits = tl.reshape(logits, (M, BLOCK_Y, BLOCK_X)) + bias_x[:, None, :] + bias_y[:, :, None]
             weights = tl.exp2(tl.reshape(logits, (M, J)))
@@ -187,11 +187,11 @@ def query_gradient(
 
     if P.has_row:
         e = _embedding(row, P.y.kernel, PAD_Y, P)
-        grad_q = _dot(by_row.to(e.dtype), tl.trans(e), grad_q, P)
+        grad_q = tl.dot(by_row, tl.trans(e.to(tl.float32)), grad_q, input_precision=P.sum_precision)
         _store_share(partial, by_row, q, tl.abs(scale), P.y.kernel, PAD_Y, P)
     if P.has_col:
         e = _embedding(col, P.x.kernel, PAD_X, P)
-        grad_q = _dot(by_col.to(e.dtype), tl.trans(e), grad_q, P)
+        grad_q = tl.dot(by_col, tl.trans(e.to(tl.float32)), grad_q, input_precision=P.sum_precision)
         _store_share(partial + P.y.kernel * P.channels, by_col, q, tl.abs(scale), P.x.kernel, PAD_X, P)
     return grad_q * scale
 
@@ -207,7 +207,7 @@ def _by_tap(by_place, own, COUNT: tl.constexpr, PAD: tl.constexpr):
 @triton.jit
 def _store_share(partial, by_tap, q, factor, KERNEL: tl.constexpr, PAD: tl.constexpr, P: tl.constexpr):
     """A tile's share of the gradient of an embedding: sum over its queries of by_tap[m, t] · q[m]."""
-    share = _dot(tl.trans(by_tap).to(q.dtype), q, None, P) * factor
+    share = tl.dot(tl.trans(by_tap), q.to(tl.float32), input_precision=P.sum_precision) * factor
     tap = tl.arange(0, PAD)[:, None]
     channel = tl.arange(0, P.channels_pad)[None, :]
     tl.store(partial + tap * P.channels + channel, share, mask=(tap < KERNEL) & (channel < P.channels))
@@ -232,8 +232,8 @@ def key_gradient(
     end_y = tl.minimum((lead_y + ROWS - 1) // P.y.step + 1, (out_height - 1 - phase_y) // P.y.phases + 1)
     end_x = tl.minimum((lead_x + COLUMNS - 1) // P.x.step + 1, (out_width - 1 - phase_x) // P.x.phases + 1)
 
-    grad_k = tl.zeros((M, P.channels_pad), tl.float32)
-    grad_v = tl.zeros((M, P.value_pad), tl.float32)
+    grad_k = tl.full((M, P.channels_pad), 0.0, tl.float32)
+    grad_v = tl.full((M, P.value_pad), 0.0, tl.float32)
     for x0 in range(begin_x, end_x, BLOCK_X):
         u_x = x0 + j % BLOCK_X
         tap_x = lead_x + tl.arange(0, COLUMNS)[None, :] - (u_x * P.x.step)[:, None]
@@ -245,9 +245,9 @@ def key_gradient(
             inside = (query_y < out_height) & (query_x < out_width)
             centre_y = query_y * P.y.stride - P.y.before + P.y.centre
             centre_x = query_x * P.x.stride - P.x.before + P.x.centre
-            q = load_pixels(query, centre_y, centre_x, inside, P.channels, P.channels_pad, P.query)
+            q = load_pixels(query, centre_y, centre_x, inside, P.channels, P.channels_pad, P.query_layout)
             q = _negated_if(q, scale < 0)
-            grad = load_pixels(grad_output, query_y, query_x, inside, P.value_channels, P.value_pad, P.grad_output)
+            grad = load_pixels(grad_output, query_y, query_x, inside, P.value_channels, P.value_pad, P.grad_layout)
             place = query_y * out_width + query_x
             lse = load_lse(lse_plane + place, inside)
             delta = tl.load(delta_plane + place, mask=inside, other=0.0)

@@ -32,7 +32,7 @@ def attend(q, key, value, row, col, y, x, height, width, scale, P: tl.constexpr,
     q = q.to(tl.float32)[None, :, :]
     largest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    output = tl.zeros((M, P.value_pad), tl.float32)
+    output = tl.full((M, P.value_pad), 0.0, tl.float32)
     for first in range(0, P.x.kernel, TAPS):
         dx = first + tl.arange(0, TAPS)
         px = x[None, :] + dx[:, None] * P.x.dilation
@@ -42,7 +42,7 @@ def attend(q, key, value, row, col, y, x, height, width, scale, P: tl.constexpr,
         for dy in range(P.y.kernel):
             py = tl.broadcast_to((y + dy * P.y.dilation)[None, :], (TAPS, M))
             inside = inside_x & (py >= 0) & (py < height)
-            k = load_pixels(key, py, px, inside, P.channels, P.channels_pad, P.key).to(tl.float32)
+            k = load_pixels(key, py, px, inside, P.channels, P.channels_pad, P.key_layout).to(tl.float32)
             logits = tl.sum(q * k, 2)
             if P.has_col:
                 logits += of_col
@@ -58,9 +58,10 @@ def attend(q, key, value, row, col, y, x, height, width, scale, P: tl.constexpr,
             weights = tl.exp2(logits - base[None, :])
             shrink = tl.exp2(before - base)
             total = total * shrink + tl.sum(weights, 0)
-            v = load_pixels(value, py, px, inside, P.value_channels, P.value_pad, P.value).to(tl.float32)
+            v = load_pixels(value, py, px, inside, P.value_channels, P.value_pad, P.value_layout).to(tl.float32)
             output = output * shrink[:, None] + tl.sum(weights[:, :, None] * v, 0)
-    return output / total[:, None], largest * LN2 + tl.log(total)
+    lse = tl.where(largest == float("inf"), largest, largest * LN2 + tl.log(total))
+    return output / total[:, None], lse
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def query_gradient(
     grad = grad.to(tl.float32)[None, :, :]
     channel = tl.arange(0, P.channels_pad)
     is_channel = channel < P.channels
-    grad_q = tl.zeros((M, P.channels_pad), tl.float32)
+    grad_q = tl.full((M, P.channels_pad), 0.0, tl.float32)
     for first in range(0, P.x.kernel, TAPS):
         dx = first + tl.arange(0, TAPS)
         px = x[None, :] + dx[:, None] * P.x.dilation
@@ -88,8 +89,8 @@ def query_gradient(
         for dy in range(P.y.kernel):
             py = tl.broadcast_to((y + dy * P.y.dilation)[None, :], (TAPS, M))
             inside = inside_x & (py >= 0) & (py < height)
-            k = load_pixels(key, py, px, inside, P.channels, P.channels_pad, P.key).to(tl.float32)
-            v = load_pixels(value, py, px, inside, P.value_channels, P.value_pad, P.value).to(tl.float32)
+            k = load_pixels(key, py, px, inside, P.channels, P.channels_pad, P.key_layout).to(tl.float32)
+            v = load_pixels(value, py, px, inside, P.value_channels, P.value_pad, P.value_layout).to(tl.float32)
             logits = tl.sum(q * k, 2)
             if P.has_col:
                 logits += of_col
@@ -133,8 +134,8 @@ def key_gradient(
     M: tl.constexpr = k.shape[0]
     k = k.to(tl.float32)[None, :, :]
     v = v.to(tl.float32)[None, :, :]
-    grad_k = tl.zeros((M, P.channels_pad), tl.float32)
-    grad_v = tl.zeros((M, P.value_pad), tl.float32)
+    grad_k = tl.full((M, P.channels_pad), 0.0, tl.float32)
+    grad_v = tl.full((M, P.value_pad), 0.0, tl.float32)
     for first in range(0, P.x.kernel, TAPS):
         dx = first + tl.arange(0, TAPS)
         from_x = x[None, :] + P.x.before - dx[:, None] * P.x.dilation
@@ -146,9 +147,11 @@ def key_gradient(
             inside = inside_x & (from_y >= 0) & (from_y % P.y.stride == 0) & (query_y < out_height)
             centre_y = query_y * P.y.stride - P.y.before + P.y.centre
             centre_x = query_x * P.x.stride - P.x.before + P.x.centre
-            q = load_pixels(query, centre_y, centre_x, inside, P.channels, P.channels_pad, P.query).to(tl.float32)
+            q = load_pixels(query, centre_y, centre_x, inside, P.channels, P.channels_pad, P.query_layout).to(
+                tl.float32
+            )
             grad = load_pixels(
-                grad_output, query_y, query_x, inside, P.value_channels, P.value_pad, P.grad_output
+                grad_output, query_y, query_x, inside, P.value_channels, P.value_pad, P.grad_layout
             ).to(tl.float32)  # fmt: skip
             place = query_y * out_width + query_x
             lse = load_lse(lse_plane + place, inside)

@@ -1,0 +1,94 @@
+"""Tiles: how much of a problem one program takes, and what there is to choose from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .problem import Problem
+
+# (rows, columns, keys or queries of a block, warps) on tensor cores, by the channels of the widest head; float32's
+# count twice, as they take twice the shared memory. The first of a list is the default: that with which a warp runs the
+# fewest instructions a pixel, and several fit the registers.
+HALO_TILES = {
+    "forward": {
+        32: [(4, 8, 64, 2), (8, 8, 64, 4), (2, 8, 64, 1)],
+        64: [(8, 8, 64, 4), (4, 8, 32, 2)],
+        128: [(8, 8, 32, 4), (4, 8, 32, 2)],
+        256: [(4, 8, 16, 2)],
+    },
+    "query_gradients": {
+        32: [(4, 8, 64, 2), (8, 8, 64, 4), (2, 8, 64, 1)],
+        64: [(4, 8, 32, 2), (8, 8, 64, 4)],
+        128: [(8, 8, 32, 4), (4, 8, 32, 2)],
+        256: [(4, 8, 16, 2)],
+    },
+    "key_gradients": {
+        32: [(8, 8, 32, 2), (8, 8, 64, 4), (4, 8, 32, 2)],
+        64: [(8, 8, 64, 4), (8, 8, 32, 4)],
+        128: [(8, 8, 32, 4), (4, 8, 32, 2)],
+        256: [(4, 8, 16, 2)],
+    },
+}
+SMALL_IMAGE = 4  # pixels along a side, up to which a tile is no larger either
+BLOCK_WIDTHS = (8, 16, 32)
+
+
+class Tile(NamedTuple):
+    """What a program computes: ROWS x COLUMNS queries (or keys), BLOCK_Y x BLOCK_X keys (or queries) at a time; tap by
+    tap, BLOCK_X taps. All are powers of two.
+    """
+
+    ROWS: int
+    COLUMNS: int
+    BLOCK_Y: int
+    BLOCK_X: int
+    warps: int
+    stages: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Arguments of a kernel."""
+        return {name: getattr(self, name) for name in ("ROWS", "COLUMNS", "BLOCK_Y", "BLOCK_X")}
+
+
+def tiles_of(kernel: str, problem: Problem, small: bool) -> list[Tile]:
+    """Tiles for a kernel to choose from, the default first. ``small``: images of up to SMALL_IMAGE pixels squared."""
+    if not problem.tensor_cores:
+        return _taps_tiles(problem)
+    widest = max(problem.channels_pad, problem.value_pad) * problem.element_size // 2
+    sizes = next(tiles for most, tiles in HALO_TILES[kernel].items() if widest <= most)
+    if small:
+        sizes = [(SMALL_IMAGE, SMALL_IMAGE, min(64, 4096 // widest), 1)]
+    tiles = [tile for size in sizes if (tile := _halo_tile(problem, *size))]
+    return tiles or [Tile(4, 8, 4, 8, 1, 1)]
+
+
+def _halo_tile(problem: Problem, rows: int, columns: int, block: int, warps: int) -> Tile | None:
+    """The tile with blocks of the shape that covers its halo with the fewest keys."""
+    halo = problem.x.step * (columns - 1) + problem.x.kernel
+    threads = warps * (32 if torch.version.hip is None else 64)
+    # Older versions of Triton can't gather from fewer numbers than there are threads.
+    widths = [width for width in BLOCK_WIDTHS if block // width * rows * columns >= threads]
+    if not widths:
+        return None
+    block_x = min(widths, key=lambda width: (-(-halo // width) * width, -width))
+    return Tile(rows, columns, block // block_x, block_x, warps, 2 if problem.element_size == 2 else 1)
+
+
+def _taps_tiles(problem: Problem) -> list[Tile]:
+    """As many pixels as leave each thread four channels of one pixel, so that it sums over taps by itself."""
+    channels = max(problem.channels_pad, problem.value_pad)
+    taps = min(8, power_of_two(problem.x.kernel))
+    tiles = []
+    for warps in (4, 2):
+        pixels = min(128, max(1, 128 * warps // channels))
+        columns = min(8, pixels)
+        tiles.append(Tile(pixels // columns, columns, 1, taps, warps, 1))
+    return tiles
+
+
+def power_of_two(n: int) -> int:
+    """The next, which may be n."""
+    return 1 << (n - 1).bit_length()
