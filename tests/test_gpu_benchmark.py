@@ -13,7 +13,7 @@ import torch
 import sasa
 from benchmarks import readme, tables
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import attention, clock, layer, machine, networks, plan, plot, targets, worker
+from benchmarks.gpu import attention, clock, layer, limits, machine, networks, plan, plot, targets, worker
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.gpu.precision import PRECISIONS
 from benchmarks.gpu.results import SKIPPED, Results
@@ -417,3 +417,25 @@ def test_the_readme_says_nothing_of_what_was_not_measured(monkeypatch, tmp_path)
     assert readme.with_tables(text) == f"<!-- gpu table -->\n{gpu_tables.NOTHING}\n<!-- end -->"
     (tmp_path / "gpu.json").write_text(json.dumps(fake_results(monkeypatch)))
     assert "| notebook bfloat16 forward | sasa | 0.16 |" in readme.with_tables(text)
+
+
+def test_limits_follow_from_counts():
+    """Microseconds of 1e9 pixels: bytes, FLOPs, exponentials and instructions over what the chip does in a second."""
+    kernel = {
+        "kernel": "forward", "dtype": "bfloat16", "width": 32, "exponentials_per_pixel": 100,
+        "warp_instructions_per_pixel": 50,
+    }  # fmt: skip
+    found = limits.limits(kernel, 10**9)
+    assert found["memory"] == pytest.approx(4 * 32 * 2 * 1e9 / 3.35e12 * 1e6)
+    assert found["tensor_cores"] == pytest.approx(2 * 2 * 32 * 100 * 1e9 / 989e12 * 1e6)
+    assert found["exponentials"] == pytest.approx(100 * 1e9 / (132 * 16 * 1.83e9) * 1e6)
+    assert found["issue"] == pytest.approx(50 * 1e9 / (132 * 4 * 1.83e9) * 1e6)
+    assert limits.limits(kernel | {"dtype": "float32"}, 10**9)["tensor_cores"] == 0
+
+
+def test_the_main_loop_is_the_innermost_of_the_first_that_take_exponentials():
+    code = ["MOV"] * 60
+    for place in (25, 45):
+        code[place] = "MUFU.EX2 R1, R2"
+    loops = [(5, 9), (10, 35), (20, 30), (40, 50)]
+    assert limits.main_loop(code, loops) == (20, 30)
