@@ -52,7 +52,16 @@ def _info(arguments: list[str]) -> int:
         print(f"usage: sasa info\nsasa info: error: takes no options, got {' '.join(arguments)}", file=sys.stderr)
         return 2
     rows = {"sasa": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torchvision", "timm", "lightning", "torchmetrics", "torchinfo", "safetensors", "matplotlib"):
+    for package in (
+        "triton",
+        "torchvision",
+        "timm",
+        "lightning",
+        "torchmetrics",
+        "torchinfo",
+        "safetensors",
+        "matplotlib",
+    ):
         try:
             rows[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

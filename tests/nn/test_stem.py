@@ -50,6 +50,8 @@ def by_loops(stem, x):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("block_size", "mixtures", "heads"), [(4, 4, 4), (4, 1, 8), (2, 3, 2), (1, 2, 1)])
 def test_equals_the_loops_with_all_gradients(size, training, block_size, mixtures, heads, implementation):
+    if not implementation.supports(torch.float64):
+        pytest.skip(f"{implementation} does not compute float64: which number is the largest is not certain")
     if training and size == (1, 1):
         size = (2, 1)  # batch norm wants more than one number a channel
     torch.manual_seed(0)
@@ -58,11 +60,12 @@ def test_equals_the_loops_with_all_gradients(size, training, block_size, mixture
         "mixtures": mixtures,
         "implementation": implementation.name,
         "dtype": torch.float64,
+        "device": implementation.device,
     }
     stem = AttentionStem(3, 16, heads, **options).train(training)
     torch.nn.init.normal_(stem.norm.weight)  # negative ones too: a maximum is no longer the largest output
     torch.nn.init.normal_(stem.norm.running_mean)
-    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, *size, dtype=torch.float64, device=implementation.device, requires_grad=True)
     inputs = [x, *stem.parameters()]
     ours, theirs = stem(x), by_loops(stem, x)
     torch.testing.assert_close(ours, theirs)

@@ -50,7 +50,16 @@ def unsupported(query: Tensor, value: Tensor) -> str | None:
         return f"it computes images of fewer than 2**31 pixels, these have {query.shape[3] * query.shape[4]}"
     if device.type == "cuda" and torch.version.hip is None and _capability(device) < LEAST_CAPABILITY:
         return f"it computes on GPUs of compute capability 8.0 or newer, {device} has {_capability(device)}"
-    return why_missing()
+    reason = why_missing()
+    if reason is None and device.type == "cpu" and not _is_interpreted():
+        return "TRITON_INTERPRET was set after Triton had been imported: set it before Python starts"
+    return reason
+
+
+def _is_interpreted() -> bool:
+    from . import launch
+
+    return launch.INTERPRETED
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
