@@ -369,7 +369,7 @@ def test_layouts_are_recognised():
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, 7, 13, 64])
 @pytest.mark.parametrize("width", [8, 32, 64, 128])
-def test_tiles_cover_the_halo(kernel, width):
+def test_tiles_are_powers_of_two_that_tensor_cores_take(kernel, width):
     x = torch.zeros(1, 2, width, 20, 20, dtype=torch.bfloat16)
     geometry = window(20, 20, (kernel, kernel), (1, 1), (1, 1), "zero")
     what = launch.problem_of(x, x, x, x, None, None, None, geometry, "zero")

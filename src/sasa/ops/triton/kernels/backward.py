@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import halo, taps
-from .pixels import any_not_finite, load_lse, load_pixels, place, plane, store_pixels
+from .pixels import any_not_finite, load_lse, load_pixels, place, plane, queries, store_pixels
 
 _SIZES = ["heads", "height", "width", "out_height", "out_width", "scale"]
 _STRIDES = [f"{name}_{d}" for name in "gqkvo" for d in ("batch", "head", "channel", "row", "column")]
@@ -48,12 +48,7 @@ def query_gradients(
     of_row = row + head * P.channels * P.y.kernel
     of_col = col + head * P.channels * P.x.kernel
 
-    m = tl.arange(0, ROWS * COLUMNS)
-    query_y = phase_y + P.y.phases * (tile_y * ROWS + m // COLUMNS)
-    query_x = phase_x + P.x.phases * (tile_x * COLUMNS + m % COLUMNS)
-    exists = (query_y < out_height) & (query_x < out_width)
-    y = query_y * P.y.stride - P.y.before
-    x = query_x * P.x.stride - P.x.before
+    query_y, query_x, exists, y, x = queries(phase_y, phase_x, tile_y, tile_x, out_height, out_width, P, ROWS, COLUMNS)
     q = load_pixels(of_query, y + P.y.centre, x + P.x.centre, exists, P.channels, P.channels_pad, P.query_layout)
     grad = load_pixels(of_grad, query_y, query_x, exists, P.value_channels, P.value_pad, P.grad_layout)
     out = load_pixels(of_output, query_y, query_x, exists, P.value_channels, P.value_pad, P.output_layout)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import halo, taps
-from .pixels import any_not_finite, load_pixels, place, plane, store_pixels
+from .pixels import any_not_finite, load_pixels, place, plane, queries, store_pixels
 
 _SIZES = ["heads", "height", "width", "out_height", "out_width", "scale"]
 _STRIDES = [f"{name}_{d}" for name in "qkvo" for d in ("batch", "head", "channel", "row", "column")]
@@ -35,12 +35,7 @@ def forward(
     of_row = row + head * P.channels * P.y.kernel
     of_col = col + head * P.channels * P.x.kernel
 
-    m = tl.arange(0, ROWS * COLUMNS)
-    query_y = phase_y + P.y.phases * (tile_y * ROWS + m // COLUMNS)
-    query_x = phase_x + P.x.phases * (tile_x * COLUMNS + m % COLUMNS)
-    exists = (query_y < out_height) & (query_x < out_width)
-    y = query_y * P.y.stride - P.y.before
-    x = query_x * P.x.stride - P.x.before
+    query_y, query_x, exists, y, x = queries(phase_y, phase_x, tile_y, tile_x, out_height, out_width, P, ROWS, COLUMNS)
     q = load_pixels(of_query, y + P.y.centre, x + P.x.centre, exists, P.channels, P.channels_pad, P.query_layout)
 
     if P.tensor_cores:

@@ -44,6 +44,18 @@ def place(heads, tiles_y, tiles_x, PHASES_Y: tl.constexpr, PHASES_X: tl.constexp
 
 
 @triton.jit
+def queries(
+    phase_y, phase_x, tile_y, tile_x, out_height, out_width, P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """The queries of a tile: rows, columns, whether they exist, and the pixels (y, x) that their windows begin at."""
+    m = tl.arange(0, ROWS * COLUMNS)
+    query_y = phase_y + P.y.phases * (tile_y * ROWS + m // COLUMNS)
+    query_x = phase_x + P.x.phases * (tile_x * COLUMNS + m % COLUMNS)
+    exists = (query_y < out_height) & (query_x < out_width)
+    return query_y, query_x, exists, query_y * P.y.stride - P.y.before, query_x * P.x.stride - P.x.before
+
+
+@triton.jit
 def plane(images, batch, head, LAYOUT: tl.constexpr, WIDE: tl.constexpr):
     """One head of one image: (pointer to its first pixel's first channel, strides of channel, row, column)."""
     pointer = images[0]
