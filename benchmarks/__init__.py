@@ -7,4 +7,5 @@ measure.py, processes.py, one.py  one call in one process; processes that take t
 targets.py                        what the library should reach
 tables.py, plots.py, readme.py    how the results are shown
 gpu/                              the same on one GPU: ``python -m benchmarks.gpu``
+scale/                            a model, nothing measured: training on many GPUs, ``python -m benchmarks.scale``
 """
