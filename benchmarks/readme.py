@@ -10,9 +10,11 @@ from .gpu.results import Results
 from .gpu.tables import section
 from .processes import ROOT
 from .run import RESULTS, result_file
+from .scale import model as scale
+from .scale.tables import TABLES as SCALE
 from .tables import ROWS, markdown
 
-PAGES = [ROOT / "README.md", ROOT / "docs/kernels.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs/kernels.md", ROOT / "docs/scale.md"]
 
 
 def demo_table() -> str:
@@ -32,6 +34,8 @@ def table(mark: str) -> str:
         return section(Results(RESULTS).found)
     if mark == "limits":
         return limits.table(json.loads(limits.FILE.read_text()))
+    if mark.startswith("scale_"):
+        return SCALE[mark.removeprefix("scale_")](json.loads(scale.FILE.read_text()))
     return markdown(ROWS[mark](json.loads(result_file(RESULTS, mark).read_text())))
 
 
