@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sasa.train.errors import DataError
 from sasa.train.hugging_face import HubImages, is_hugging_face, open_hugging_face
@@ -32,9 +32,11 @@ def encoded(value, **options):
     return {"bytes": stream.getvalue(), "path": None}
 
 
-def split(count=4, start=0, *, label=None, labels=None, column="label", image="image", **others):
+def split(count=4, start=0, *, label=None, labels=None, column="label", image="image", padding=0, **others):
     """Images whose red is their number, and labels from 0 to 2 in turn."""
     images = [encoded(start + index) for index in range(count)]
+    for encoded_image in images:
+        encoded_image["bytes"] += bytes(padding)
     labels = [index % 3 for index in range(count)] if labels is None else labels
     types = {image: datasets.Image(), column: label or datasets.ClassLabel(names=NAMES)}
     columns = {image: images, column: labels}
@@ -148,11 +150,11 @@ def test_labels_without_names(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["string", "large_string"])
 def test_labels_of_text(tmp_path, dtype):
-    value = datasets.Value(dtype)
-    save(tmp_path, train=split(3, label=value, labels=["dog", "ant", "dog"]), val=split(1, label=value, labels=["dog"]))
+    value, given = datasets.Value(dtype), ["dog", "ant", "fox", "bee", "dog", "cow"]
+    save(tmp_path, train=split(6, label=value, labels=given), val=split(1, label=value, labels=["dog"]))
     train, val, classes = open_hugging_face(tmp_path)
-    assert classes == ["ant", "dog"]
-    assert [train.label(i) for i in range(3)] == [1, 0, 1] and val.label(0) == 1
+    assert classes == ["ant", "bee", "cow", "dog", "fox"]
+    assert [train.label(i) for i in range(6)] == [3, 0, 4, 1, 3, 2] and val.label(0) == 3
 
 
 def test_format_that_was_saved_is_undone(tmp_path):
@@ -171,13 +173,21 @@ def test_images_are_read_as_everywhere(tmp_path):
 
 
 def test_pickled_without_its_images(tmp_path):
-    rows = split(40, others=(datasets.Value("binary"), [bytes(10_000)] * 40))
+    rows = split(40, padding=10_000)
     save(tmp_path, train=rows, val=rows)
     train = open_hugging_face(tmp_path)[0]
     data = pickle.dumps(train)
     assert len(data) < 10_000
     again = pickle.loads(data)
     assert reds(again) == list(range(40)) and again.label(5) == 2 and again.name(5) == "train/5"
+
+
+def test_other_columns_are_not_read(tmp_path):
+    rows = split(1, views=(datasets.List(datasets.Image()), [[{"bytes": b"no image"}]]))
+    with pytest.raises(UnidentifiedImageError):
+        rows[0]
+    save(tmp_path, train=rows, val=rows)
+    assert reds(open_hugging_face(tmp_path)[0]) == [0]
 
 
 def test_unreadable_images_are_named_when_read(tmp_path):
@@ -331,5 +341,5 @@ def test_split_without_its_description(tmp_path, name):
 def test_package_missing(tmp_path, monkeypatch):
     save(tmp_path, train=split(1), val=split(1))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"datasets.*"):
+    with pytest.raises(ImportError, match=r"needs datasets, which is not installed: pip install 'sasa-torch\[data\]'"):
         open_hugging_face(tmp_path)

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -178,14 +179,10 @@ def test_one_transparent_grey(depth, row, hidden, expected):
     assert pixels(data)[0, :, 2].tolist() == expected
 
 
-@pytest.mark.parametrize("depth", [8, 16])
-def test_one_transparent_colour(depth):
-    letter = {8: "B", 16: "H"}[depth]
-    row = struct.pack(f">6{letter}", 200, 0, 0, 0, 0, 200)
-    if depth == 16:
-        row = struct.pack(">6H", 51400, 0, 0, 0, 0, 51400)
-    hidden = struct.pack(">3H", 51400 if depth == 16 else 200, 0, 0)
-    data = png(2, 1, depth, 2, [row], chunk(b"tRNS", hidden))
+@pytest.mark.parametrize(("depth", "letter", "value"), [(8, "B", 200), (16, "H", 200 * 256 + 100)])
+def test_one_transparent_colour(depth, letter, value):
+    row = struct.pack(f">6{letter}", value, 0, 0, 0, 0, value)
+    data = png(2, 1, depth, 2, [row], chunk(b"tRNS", struct.pack(">3H", value, 0, 0)))
     assert pixels(data)[0].tolist() == [[255, 255, 255], [0, 0, 200]]
 
 
@@ -291,7 +288,8 @@ def test_images_are_upright(kind, orientation):
 
 
 def test_orientation_of_other_byte_order_and_type():
-    for tag in (exif(6, ">"), exif(6).replace(b"\3\0\1\0\0\0", b"\4\0\1\0\0\0")):
+    long = exif(0, ">").replace(b"\0\3\0\0\0\1\0\0\0\0", b"\0\4\0\0\0\1\0\0\0\6")
+    for tag in (exif(6, ">"), long):
         data = encode(NOISE, exif=tag)
         np.testing.assert_array_equal(pixels(data), turned(NOISE, 6))
 
@@ -506,6 +504,23 @@ def test_bomb_is_refused_by_its_header_without_a_warning(monkeypatch, kind, side
     assert kind == "webp" or f"{side} x {side} are" in raised.value.reason
 
 
+@pytest.mark.parametrize("width", [60_000, 9])
+def test_nothing_is_read_that_is_not_needed(tmp_path, width):
+    """Of a large file, or of a small one that says it is large."""
+    header = struct.pack(">IIBBBBB", width, width, 8, 2, 0, 0, 0)
+    path = tmp_path / "large.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"\x7f\xff\xff\xffIDAT")
+    if width > 9:
+        os.truncate(path, 2**27)  # without taking room
+    tracemalloc.start()
+    try:
+        with pytest.raises(UnreadableImage):
+            read_image(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
 def test_limit():
     assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS  # unless set by the user: see where it is defined
     for data in ENCODED.values():
@@ -537,6 +552,8 @@ def test_many_threads_leave_warnings_as_they_are():
 # Files
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.timeout(20)
 def test_what_is_not_a_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")

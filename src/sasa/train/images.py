@@ -57,7 +57,7 @@ class UnreadableImage(DataError):  # noqa: N818
     """
 
     def __init__(self, name: str, reason: str = "") -> None:
-        super().__init__(name, reason)  # both, for pickle: the error may come from another process
+        super().__init__(name, reason)
         self.name, self.reason = name, reason
 
     def __str__(self) -> str:
