@@ -1,0 +1,149 @@
+"""Images with labels from a ``datasets.DatasetDict`` that ``save_to_disk`` wrote, read from that folder alone.
+
+Nothing is downloaded. ``datasets`` maps its files into memory, where an image takes no room until it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .. import _extras
+from .errors import DataError
+from .images import UnreadableImage, read_image
+
+VALIDATION_NAMES = ("validation", "valid", "val", "test")
+IMAGE_NAMES = ("image", "img")
+LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
+
+
+class HubImages:
+    """The images of one split. It may be pickled: that takes the labels along, and no image."""
+
+    def __init__(self, rows: Any, column: str, split: str, labels: np.ndarray) -> None:
+        self._rows, self._column, self._split, self._labels = rows, column, split, labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> Image.Image:
+        """The image, as ``read_image`` decodes it, with the same error if there is none."""
+        data, path, name = self._find(index)
+        if data is None and not path:
+            raise UnreadableImage(name, "there is no image")
+        return read_image(Path(path) if data is None else data, name)
+
+    def label(self, index: int) -> int:
+        """The number of its class, without a look at the image."""
+        return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        """What errors call it: its split and row, and its file where that is known."""
+        return self._find(index)[2]
+
+    def _find(self, index: int) -> tuple[bytes | None, str, str]:
+        image = self._rows[index][self._column] or {"bytes": None, "path": None}
+        path = image["path"] or ""
+        return image["bytes"], path, f"{self._split}/{index}" + (f" ({path})" if path else "")
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a ``DatasetDict`` was saved in this folder."""
+    return (folder / "dataset_dict.json").is_file()
+
+
+def open_hugging_face(folder: Path) -> tuple[HubImages, HubImages, list[str]]:
+    """The images to train on, those to validate on, and the names of the classes.
+
+    The column of images is that of type ``Image``, of several the one called image or img. The column of labels is that
+    of type ``ClassLabel``, of several the first called label, labels, fine_label, target or class; if there is none, a
+    column called so with whole numbers, which are then the names too, or with text, which is sorted.
+
+    Args:
+        folder: what ``DatasetDict.save_to_disk`` wrote, with a split train, and one called validation, valid, val or
+            test. The first of these that is there is taken; other splits are not opened.
+
+    Raises:
+        DataError: a split or a column is missing, a label is missing or of no class, or a file is broken.
+        ImportError: ``datasets`` is not installed.
+    """
+    datasets = _extras.require("datasets", "data")
+    try:
+        names = [str(name) for name in json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"data: expected a list of splits in {folder / 'dataset_dict.json'}, got {error!r}") from error
+    found = [name for name in VALIDATION_NAMES if name in names]
+    if "train" not in names or not found:
+        wish = " or ".join(VALIDATION_NAMES) if "train" in names else "train"
+        raise DataError(f"data: expected a split {wish} in {folder}, got {', '.join(names) or 'none'}")
+    train, val = (_open_split(datasets, folder / name) for name in ("train", found[0]))
+    label = _column(train.features, datasets.ClassLabel, LABEL_NAMES, folder)
+    kind = _kind(train.features[label])
+    if kind != _kind(val.features.get(label)):
+        raise DataError(f"data: expected the same classes in column {label} of train and {found[0]} in {folder}")
+    values = [rows.select_columns([label]).with_format("arrow")[:].column(0).to_pylist() for rows in (train, val)]
+    classes = kind if isinstance(kind, list) else _classes(values[0], kind, folder)
+    images = []
+    for name, rows, given in zip(("train", found[0]), (train, val), values, strict=True):
+        labels = _labels(given, classes if kind == "text" else range(len(classes)), folder / name)
+        column = _column(rows.features, datasets.Image, IMAGE_NAMES, folder)
+        images.append(HubImages(rows.select_columns([column]), column, name, labels))
+    return images[0], images[1], classes
+
+
+def _open_split(datasets: Any, folder: Path) -> Any:
+    """Its rows, with images left encoded; the format that they were to be read in when saved is undone."""
+    try:
+        saved = any(folder.glob("*.arrow"))  # of an empty split there is none
+        rows: Any = datasets.Dataset.load_from_disk(str(folder.resolve()), keep_in_memory=False) if saved else []
+        if not len(rows):
+            raise ValueError("no images")
+        rows.data.validate(full=True)  # or a wrong offset ends the process; what is in an image isn't looked at
+        for name, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+    except Exception as error:  # whatever a broken file makes Arrow raise
+        raise DataError(f"data: expected {folder} as DatasetDict.save_to_disk writes it, got {error!r}") from error
+    return rows.with_format(None)
+
+
+def _column(features: Any, wanted: type, names: tuple[str, ...], folder: Path) -> str:
+    """The column of this type, or of several the first that has a name; labels may be numbers or text instead."""
+    columns = [name for name, feature in features.items() if isinstance(feature, wanted)]
+    if not columns and names is LABEL_NAMES:
+        columns = [name for name in names if _kind(features.get(name)) in ("numbers", "text")]
+    named = [name for name in names if name in columns]
+    if not named and len(columns) != 1:
+        wish = f"a column of type {wanted.__name__}, of several one called {' or '.join(names)}"
+        listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
+        raise DataError(f"data: expected {wish}, in {folder}, got {listed or 'no columns'}")
+    return (named or columns)[0]
+
+
+def _kind(feature: Any) -> list[str] | str:
+    """What two columns have in common if their labels mean the same: the names of classes, or what they hold."""
+    dtype = feature.dtype if type(feature).__name__ == "Value" else ""
+    kind = "text" if dtype in ("string", "large_string") else "numbers" if "int" in dtype else "no labels"
+    return getattr(feature, "names", None) or kind
+
+
+def _classes(values: list[Any], kind: str, folder: Path) -> list[str]:
+    given = {value for value in values if value is not None}
+    if kind == "numbers" and max(given, default=-1) >= len(values):
+        raise DataError(f"data: expected labels below the number of images in {folder}, got {max(given)}")
+    return sorted(given) if kind == "text" else [str(number) for number in range(max(given, default=-1) + 1)]
+
+
+def _labels(values: list[Any], known: Iterable[Any], folder: Path) -> np.ndarray:
+    numbers = {value: number for number, value in enumerate(known)}
+    labels = np.array([numbers.get(value, -1) for value in values], dtype=np.int64)
+    bad = np.flatnonzero(labels < 0)
+    if len(bad):
+        got = f"{values[bad[0]]!r} for image {bad[0]} ({len(bad)} of {len(labels)} labels are no class)"
+        raise DataError(f"data: expected one of {len(numbers)} classes for every image in {folder}, got {got}")
+    return labels
