@@ -51,7 +51,7 @@ def test_help_lists_the_commands(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "sasa: error: expected one of info, tables, train, demo, got 'trian'"),
+        (["trian"], "sasa: error: expected one of info, tables, train, eval, predict, study, demo, got 'trian'"),
         (["info", "--all"], "takes no options, got --all"),
         (["tables", "--all"], "takes no options, got --all"),
         (["train", "--data", "nowhere"], "sasa train: error: data: expected a folder, got nowhere"),
@@ -81,7 +81,7 @@ def test_train_from_the_command_line_and_a_config_file(tmp_path, capsys):
     assert main([*common, str(tmp_path / "refused"), "--strict"]) == 2
     assert "1 of 10 images can't be read" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="skipped an image"):
-        assert main([*common, str(tmp_path / "run"), "--no-augment"]) == 0
+        assert main([*common, str(tmp_path / "run"), "--augment", "none"]) == 0
     assert "resnet14: top-1" in capsys.readouterr().out
     assert (tmp_path / "run" / "model.safetensors").exists()
 

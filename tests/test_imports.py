@@ -11,7 +11,18 @@ import sasa
 
 PACKAGE = Path(sasa.__file__).parent
 EXTRAS = ("lightning", "pytorch_lightning", "timm", "torchvision", "torchmetrics", "torchinfo", "safetensors", "rich")
-EXTRAS += ("matplotlib", "jsonargparse", "PIL", "yaml", "docstring_parser", "huggingface_hub")
+EXTRAS += (
+    "matplotlib",
+    "jsonargparse",
+    "PIL",
+    "yaml",
+    "docstring_parser",
+    "huggingface_hub",
+    "tensorboard",
+    "webdataset",
+    "datasets",
+    "optuna",
+)
 
 WITH_TORCH_ALONE = f"""
 import sys
@@ -71,7 +82,7 @@ def test_importing_sasa_imports_no_extra_and_nothing_slow():
     assert done.stdout.strip() == "set()"
 
 
-ORDER = ("ops", "nn", "models", "train", "viz")
+ORDER = ("ops", "nn", "models", "train", "viz", "study")
 
 
 @pytest.mark.parametrize("order", ["import sasa, torch.utils.flop_counter", "import torch.utils.flop_counter, sasa"])
@@ -94,6 +105,7 @@ ALLOWED = {
     "models": ("ops", "nn"),
     "viz": ("ops", "nn"),
     "train": ("ops", "nn", "models", "viz"),
+    "study": ("ops", "nn", "models", "viz", "train"),
 }
 
 

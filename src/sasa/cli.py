@@ -1,14 +1,11 @@
-"""The command ``sasa``: info, tables, train, demo."""
+"""The command ``sasa``: what it can do, and what needs PyTorch alone."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -24,7 +21,10 @@ Stand-alone self-attention for vision.
 commands:
   info    versions, implementations of the operator and what they support, threads
   tables  the paper's tables of FLOPs and parameters, counted on this package's networks
-  train   train a network on images (the packaged ones, or --data DIR)
+  train   train a network on images (the packaged ones, or --data DIR), on one machine or many
+  eval    measure a trained network's accuracy
+  predict classify a folder of images into a table
+  study   train a grid of networks, options and seeds, and gather what came out
   demo    train attention and its convolutional twin side by side, and draw what attention sees
 
 sasa COMMAND --help tells the options."""
@@ -40,7 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     command, *rest = arguments
-    commands = {"info": _info, "tables": _tables, "train": _train, "demo": _demo}
+    commands = {
+        "info": _info,
+        "tables": _tables,
+        "train": _train,
+        "eval": _eval,
+        "predict": _predict,
+        "study": _study,
+        "demo": _demo,
+    }
     if command not in commands:
         print(f"sasa: error: expected one of {', '.join(commands)}, got {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -61,6 +69,9 @@ def _info(arguments: list[str]) -> int:
         "torchinfo",
         "safetensors",
         "matplotlib",
+        "webdataset",
+        "datasets",
+        "optuna",
     ):
         try:
             rows[package] = importlib.metadata.version(package)
@@ -105,55 +116,34 @@ def _compiled_kernels() -> str:
 
 
 def _train(arguments: list[str]) -> int:
-    return _call("sasa train", arguments, lambda: require("sasa.train.fit", "train").train, report=True)
+    return _call("sasa train", "sasa.train.command", "train", arguments)
+
+
+def _eval(arguments: list[str]) -> int:
+    return _call("sasa eval", "sasa.train.command", "evaluate", arguments)
+
+
+def _predict(arguments: list[str]) -> int:
+    return _call("sasa predict", "sasa.train.command", "predict", arguments)
+
+
+def _study(arguments: list[str]) -> int:
+    return _call("sasa study", "sasa.study.command", "study", arguments)
 
 
 def _demo(arguments: list[str]) -> int:
-    return _call("sasa demo", arguments, lambda: require("sasa.train.demo", "train").demo, report=False)
+    return _call("sasa demo", "sasa.train.command", "demo", arguments)
 
 
-def _call(program: str, arguments: list[str], find: Callable[[], Callable], report: bool) -> int:
-    """Run a function with its arguments read from the command line, as its signature and docstring describe them."""
+def _call(program: str, module: str, name: str, arguments: list[str]) -> int:
+    """Run a command of another module, which needs more than PyTorch alone."""
     try:
-        jsonargparse = require("jsonargparse", "train")
         require("sasa.train", "train")
-        function = find()
+        command = getattr(require(module, "train"), name)
     except ImportError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
-    from .train import UserError
-
-    options = vars(_parser(jsonargparse, program, function).parse_args([_underscored(word) for word in arguments]))
-    options.pop("config")
-    try:
-        result = function(**options)
-    except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-    if report:
-        print(f"{result.model}: top-1 {result.top1:.1%} on {result.val_images} validation images")
-    return 0
-
-
-def _parser(jsonargparse: ModuleType, program: str, function: Callable) -> Any:
-    """A parser of the function's arguments; switches are --name and --no_name."""
-    docstring = require("docstring_parser", "train").parse(function.__doc__ or "")
-    helps = {parameter.arg_name: parameter.description for parameter in docstring.params}
-    switches = [p for p in inspect.signature(function).parameters.values() if isinstance(p.default, bool)]
-    parser = jsonargparse.ArgumentParser(prog=program, description=docstring.short_description)
-    parser.add_argument("--config", action="config", help="YAML file of options; the command line overrides it")
-    parser.add_function_arguments(function, as_group=False, skip={switch.name for switch in switches})
-    for switch in switches:
-        parser.add_argument(
-            f"--{switch.name}", action=jsonargparse.ActionYesNo, default=switch.default, help=helps[switch.name]
-        )
-    return parser
-
-
-def _underscored(word: str) -> str:
-    """Options may be spelled with dashes: --batch-size as well as --batch_size."""
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
+    return command(program, arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sasa.models import create_model
-from sasa.train import DataError, OptionError, OutputError, load_model, train
+from sasa.train import DataError, OptionError, OutputError, Recipe, checkpoints, load_model, train
 from sasa.train.demo import demo
 from sasa.train.fit import count_flops
 
@@ -30,14 +30,15 @@ def images(tmp_path_factory):
     return folder
 
 
-def options(images, out, **more):
-    return {"data": images, "out": out, "epochs": 3, "batch_size": 8, "image_size": 8, "augment": False} | more
+def options(images, **more):
+    common = {"data": images, "epochs": 3, "batch_size": 8, "image_size": 8, "augment": "none", "tensorboard": False}
+    return Recipe(**(common | more))
 
 
 @pytest.mark.parametrize("model", ["sasa_resnet14", "resnet14"])
 def test_training_learns_and_writes_weights_log_and_result(images, tmp_path, model):
     out = tmp_path / "run"
-    result = train(model, **options(images, out))
+    result = train(options(images, model=model), out)
     assert result.top1 == 1.0
     assert (result.train_images, result.val_images, result.epochs, result.skipped_images) == (32, 8, 3, 0)
     assert json.loads((out / "result.json").read_text())["top1"] == 1.0
@@ -45,18 +46,16 @@ def test_training_learns_and_writes_weights_log_and_result(images, tmp_path, mod
         rows = list(csv.DictReader(file))
     losses = [float(row["train_loss"]) for row in rows if row["train_loss"]]
     assert len(losses) == 3 and losses[-1] < losses[0]
-    checkpoint = torch.load(out / "last.ckpt", weights_only=True)
-    assert checkpoint["epoch"] == 2
+    newest = checkpoints.newest_whole(out)
+    assert torch.load(newest, weights_only=True)["global_step"] == checkpoints.step_of(newest) == 11
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_exported_weights_give_the_trained_network(images, tmp_path):
     out = tmp_path / "run"
-    train("sasa_resnet14", **options(images, out))
+    train(options(images), out)
     network, facts = load_model(out / "model.safetensors")
     assert facts["classes"] == ["dark", "light"] and facts["image_size"] == 8 and facts["model"] == "sasa_resnet14"
-    checkpoint = torch.load(out / "last.ckpt", weights_only=True)["state_dict"]
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, checkpoint[f"network.{name}"])
     level = torch.full((1, 3, 8, 8), 0.8)
     normal = (level - torch.tensor(facts["mean"])[:, None, None]) / torch.tensor(facts["std"])[:, None, None]
     assert facts["classes"][network(normal).argmax()] == "light"
@@ -64,7 +63,7 @@ def test_exported_weights_give_the_trained_network(images, tmp_path):
 
 def test_equal_seeds_give_equal_weights_and_others_do_not(images, tmp_path):
     def weights(name, seed):
-        train("sasa_resnet14", **options(images, tmp_path / name, epochs=1, seed=seed))
+        train(options(images, epochs=1, seed=seed), tmp_path / name)
         with safe_open(tmp_path / name / "model.safetensors", "pt") as file:
             return file.get_tensor("fc.weight")
 
@@ -103,14 +102,14 @@ def test_flops_are_counted_from_the_equation():
 )
 def test_bad_options(images, tmp_path, change, message):
     with pytest.raises(OptionError, match=message):
-        train(**(options(images, tmp_path / "run") | change))
+        train(options(images, **change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_output_folder_that_can_not_be_written(images, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match=r"out: can't write to .*file.run: Not a directory"):
-        train(**options(images, tmp_path / "file" / "run"))
+        train(options(images), tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -120,16 +119,16 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(images, tmp_path):
     (out / "result.json").write_text("an earlier result")
     (out / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"out: .*run is not empty; .* --overwrite"):
-        train(**options(images, out))
+        train(options(images), out)
     assert (out / "result.json").read_text() == "an earlier result"
-    train(**options(images, out, epochs=1, overwrite=True))
+    train(options(images, epochs=1), out, overwrite=True)
     assert json.loads((out / "result.json").read_text())["epochs"] == 1
     assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_bad_data_leaves_no_result(tmp_path):
     with pytest.raises(DataError, match="data: expected a folder"):
-        train(data=tmp_path / "nowhere", out=tmp_path / "run")
+        train(options(tmp_path / "nowhere"), tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
 
 
@@ -137,7 +136,7 @@ def test_skipped_images_are_in_the_result(tmp_path):
     write_images(tmp_path / "images")
     (tmp_path / "images" / "cat" / "2.png").write_bytes(b"broken")
     with pytest.warns(UserWarning, match="skipped an image"):
-        result = train("resnet14", **options(tmp_path / "images", tmp_path / "run", epochs=1))
+        result = train(options(tmp_path / "images", model="resnet14", epochs=1), tmp_path / "run")
     assert result.skipped_images == 1 and result.train_images + result.val_images == 9
 
 

@@ -9,57 +9,49 @@ from image_files import write_idx, write_images
 
 from sasa.train.data import ImageData
 from sasa.train.errors import DataError
+from sasa.train.recipe import Recipe
 from sasa.train.sources import open_source
 
 
-def labels_of(dataset):
-    return sorted(dataset[i][1] for i in range(len(dataset)))
-
-
-def same(image):
-    return image
-
-
-def images_of(make):
-    """A data set without transforms."""
-    return make(same, same)
+def labels_of(images):
+    return sorted(images.label(i) for i in range(len(images)))
 
 
 def test_packaged_images_are_balanced():
     source = open_source(None)
-    train, val = images_of(source.train), images_of(source.val)
+    train, val = source.train, source.val
     assert (len(train), len(val)) == (2000, 500)
     assert np.bincount(labels_of(train)).tolist() == [200] * 10
     assert np.bincount(labels_of(val)).tolist() == [50] * 10
     assert source.classes[0] == "T-shirt/top" and source.classes[9] == "Ankle boot"
-    assert train[0][0].shape == (1, 28, 28)
+    assert train.read(0).shape == (1, 28, 28)
 
 
 def test_no_packaged_validation_image_is_trained_on():
     source = open_source(None)
-    train, val = images_of(source.train), images_of(source.val)
-    trained = {train[i][0].numpy().tobytes() for i in range(2000)}
-    assert not any(val[i][0].numpy().tobytes() in trained for i in range(500))
+    train, val = source.train, source.val
+    trained = {train.read(i).numpy().tobytes() for i in range(2000)}
+    assert not any(val.read(i).numpy().tobytes() in trained for i in range(500))
 
 
 def test_batches_are_normalised_and_augmented_only_in_training():
-    torch.manual_seed(0)
-    data = ImageData(open_source(None), batch_size=500)
-    images, labels = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
-    assert images.shape == (500, 1, 28, 28) and labels.shape == (500,)
-    assert abs(images.mean().item()) < 0.1 and abs(images.std().item() - 1) < 0.1
-    assert torch.equal(data.val_set[0][0], data.val_set[0][0])
-    draws = [data.train_set[0][0] for _ in range(8)]
+    data = ImageData(open_source(None), Recipe(batch_size=500, channels_last=False))
+    batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+    assert batch.images.shape == (500, 1, 28, 28) and batch.labels.shape == (500,)
+    assert abs(batch.images.mean().item()) < 0.1 and abs(batch.images.std().item() - 1) < 0.1
+    assert torch.equal(data.val_set[0].image, data.val_set[0].image)
+    draws = [data.train_set[(epoch, 0)].image for epoch in range(8)]
     assert any(not torch.equal(draws[0], other) for other in draws[1:])
-    plain = ImageData(open_source(None), augment=False)
-    assert torch.equal(plain.train_set[0][0], plain.train_set[0][0])
+    assert torch.equal(draws[3], data.train_set[(3, 0)].image)  # the epoch says what is drawn
+    plain = ImageData(open_source(None), Recipe(augment="none"))
+    assert torch.equal(plain.train_set[(0, 0)].image, plain.train_set[(1, 0)].image)
 
 
 def test_idx_files(idx_folder):
     source = open_source(idx_folder)
-    assert (len(images_of(source.train)), len(images_of(source.val))) == (12, 6)
+    assert (len(source.train), len(source.val)) == (12, 6)
     assert source.classes == ["0", "1", "2"] and source.channels == 1
-    assert labels_of(images_of(source.val)) == [0, 0, 1, 1, 2, 2]
+    assert labels_of(source.val) == [0, 0, 1, 1, 2, 2]
 
 
 def test_idx_file_missing(idx_folder):
@@ -87,9 +79,9 @@ def test_one_folder_a_class_is_split_the_same_way_every_time(tmp_path):
     write_images(tmp_path, each=10)
     first, second = open_source(tmp_path), open_source(tmp_path)
     assert first.classes == ["cat", "dog"] and first.channels == 3
-    assert labels_of(images_of(first.train)) == [0] * 8 + [1] * 8
-    assert labels_of(images_of(first.val)) == [0, 0, 1, 1]
-    assert [image.size for image, _ in images_of(first.val)] == [image.size for image, _ in images_of(second.val)]
+    assert labels_of(first.train) == [0] * 8 + [1] * 8
+    assert labels_of(first.val) == [0, 0, 1, 1]
+    assert first.val == second.val
 
 
 @pytest.mark.parametrize("name", ["val", "test", "valid", "validation"])
@@ -97,7 +89,7 @@ def test_train_and_validation_folders(tmp_path, name):
     write_images(tmp_path / "train", each=3)
     write_images(tmp_path / name, each=2)
     source = open_source(tmp_path)
-    assert (len(images_of(source.train)), len(images_of(source.val))) == (6, 4)
+    assert (len(source.train), len(source.val)) == (6, 4)
 
 
 def test_folder_images_become_rgb_squares(tmp_path):
@@ -107,9 +99,11 @@ def test_folder_images_become_rgb_squares(tmp_path):
     write_images(tmp_path / "val")
     Image.new("L", (40, 9)).save(tmp_path / "val" / "cat" / "0.png")
     Image.new("RGBA", (9, 40)).save(tmp_path / "val" / "cat" / "1.png")
-    data = ImageData(open_source(tmp_path), image_size=16)
-    assert {tuple(data.val_set[i][0].shape) for i in range(len(data.val_set))} == {(3, 16, 16)}
-    assert {tuple(data.train_set[i][0].shape) for i in range(len(data.train_set))} == {(3, 16, 16)}
+    for augment in ("none", "shift", "imagenet"):
+        data = ImageData(open_source(tmp_path), Recipe(image_size=16, augment=augment))
+        for images in (data.train_set, data.val_set):
+            assert {tuple(images[i].image.shape) for i in range(len(images))} == {(3, 16, 16)}
+            assert {images[i].image.dtype for i in range(len(images))} == {torch.uint8}
 
 
 def test_label_folder_missing_from_validation(tmp_path):
@@ -162,16 +156,16 @@ def test_unreadable_image_is_named_skipped_and_counted(tmp_path):
         source = open_source(tmp_path)
     assert len(caught) == 2
     assert source.skipped == 2
-    assert len(images_of(source.train)) + len(images_of(source.val)) == 8
+    assert len(source.train) + len(source.val) == 8
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert labels_of(images_of(source.train)) == [0, 0, 0, 1, 1, 1]
+        assert labels_of(source.train) == [0, 0, 0, 1, 1, 1]
 
 
 def test_strict_refuses_unreadable_images(tmp_path):
     write_images(tmp_path)
     (tmp_path / "dog" / "4.png").write_bytes(b"not an image")
-    with pytest.raises(DataError, match=r"data: 1 of 10 images can't be read: .*dog.4\.png \(UnidentifiedImageError"):
+    with pytest.raises(DataError, match=r"data: 1 of 10 images can't be read: .*dog.4\.png \(it is not"):
         open_source(tmp_path, strict=True)
 
 

@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from ..ops import checks
-from .presets import MODELS, SMALL_MODELS
+from .presets import MODELS, SMALL_MODELS, scaled
 from .small_resnet import SmallResNet
 
 
@@ -20,7 +20,8 @@ def create_model(name: str, num_classes: int = 10, in_chans: int = 3, **kwargs: 
         num_classes: outputs of the classifier.
         in_chans: channels of the images.
         **kwargs: of the paper's networks: arguments of :class:`sasa.models.SasaResNet`, and what
-            ``timm.create_model`` takes (``features_only``).
+            ``timm.create_model`` takes (``features_only``). Of the small ones: ``width``, a factor of all widths
+            inside and between the blocks (to whole channels a head), 1 if left out.
 
     Raises:
         ValueError: no network of that name, or an argument out of range.
@@ -30,4 +31,4 @@ def create_model(name: str, num_classes: int = 10, in_chans: int = 3, **kwargs: 
     if name not in SMALL_MODELS:
         return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
     size, spatial = SMALL_MODELS[name]
-    return SmallResNet(size, spatial, num_classes, in_chans, **kwargs)
+    return SmallResNet(scaled(size, **kwargs), spatial, num_classes, in_chans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 
@@ -48,6 +49,20 @@ RESNET14 = SmallResNetSize(
     attention_heads=4,
     convolution_kernel=3,
 )
+
+
+def scaled(size: SmallResNetSize, width: float = 1.0) -> SmallResNetSize:
+    """The same depth with all widths multiplied by ``width``, to whole channels a head, two at least: row and column.
+
+    Raises:
+        ValueError: ``width`` is no positive number.
+    """
+    heads = math.lcm(size.stem_heads, size.attention_heads)
+    if not isinstance(width, (int, float)) or not 0 < width < math.inf:
+        raise ValueError(f"width: expected a positive factor, got {width!r}")
+    stem, *widths = (heads * max(2, round(w * width / heads)) for w in (size.stem_width, *size.widths))
+    return size._replace(stem_width=stem, widths=tuple(widths))
+
 
 # name -> (sizes, the spatial layer it is built of). Twins have equal depth and widths.
 SMALL_MODELS: dict[str, tuple[SmallResNetSize, str]] = {

@@ -1,58 +1,214 @@
-"""Batches for training: a source's images, resized, augmented and normalised, as a Lightning data module."""
+"""Batches for training and validation: images read, augmented and put together, as a Lightning data module."""
 
 from __future__ import annotations
 
+import zlib
+from typing import Any
+
 import lightning
 import torch
+from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
-from .sources import Source
+from .batch import IGNORED, Batch, Taken, collate
+from .errors import OptionError
+from .images import UnreadableImage
+from .order import PADDING, BatchOrder, seed_everything
+from .recipe import Recipe
+from .shards import ShardImages
+from .sources import Images, Source, TensorImages
+from .stream import ShardStream
+from .transforms import ImageNetTransform, Transform, fit_transform, normalise, shift_transform
 
 
-class ImageData(lightning.LightningDataModule):
-    """Training and validation batches of (images (B, C, S, S), labels (B,)).
+class LabelledImages(Dataset):
+    """Takes images by (epoch, index), with random draws that follow from seed, epoch and index alone.
+
+    An image that can't be read is a blank one labelled :data:`IGNORED` in validation; in training the next readable one
+    takes its place. Both are told in the batch.
 
     Args:
-        source: the images.
-        batch_size: images a batch.
-        image_size: S, in pixels.
-        augment: shift the training images by up to a fourteenth of S and flip them left to right at random.
-        workers: processes that load images; 0 loads in this one.
+        images: to take from.
+        fit: brings an image to its size.
+        vary: changes it at random; None: doesn't.
+        seed: of the draws.
+        training: whether unreadable images are replaced.
+        strict: raise for them instead.
+        blank: (C, S, S) bytes: what stands for an image that is not there.
     """
 
     def __init__(
-        self, source: Source, batch_size: int = 32, image_size: int = 28, augment: bool = True, workers: int = 0
+        self,
+        images: Images,
+        fit: Transform,
+        vary: Transform | None,
+        *,
+        seed: int = 0,
+        training: bool = False,
+        strict: bool = False,
+        blank: Tensor,
     ) -> None:
-        super().__init__()
-        self.batch_size, self.workers = batch_size, workers
-        fit = v2.Compose([v2.ToImage(), v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
-        vary = [v2.RandomCrop(image_size, padding=max(1, image_size // 14)), v2.RandomHorizontalFlip()]
-        self.train_set = source.train(fit, v2.Compose([*(vary if augment else []), v2.ToPureTensor()]))
-        self.val_set = source.val(fit, v2.ToPureTensor())
-        self.normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(source.mean, source.std)])
+        if isinstance(images, TensorImages):  # fit all at once, now; later there is nothing to do for each
+            images, fit = TensorImages(fit(images.images), images.labels, images.part), _same
+        self.images, self.fit, self.vary = images, fit, vary
+        self.seed, self.training, self.strict, self.blank = seed, training, strict, blank
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Bytes to normalised floats, for the whole batch at once."""
-        images, labels = batch
-        return self.normalise(images), labels
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: tuple[int, int] | int) -> Taken:
+        epoch, index = (0, place) if isinstance(place, int) else place
+        if index == PADDING:
+            return Taken(self.blank, IGNORED, "")
+        unreadable = ""
+        for other in range(len(self.images)):
+            found = (index + other) % len(self.images)
+            try:
+                image = self.images.read(found)
+            except UnreadableImage as error:
+                if self.strict:
+                    raise
+                unreadable = unreadable or str(error)
+                if self.training:
+                    continue
+                return Taken(self.blank, IGNORED, self.images.name(index), unreadable)
+            image = self.fit(image)
+            if self.vary is not None:
+                seed_everything(self.seed, epoch, index)
+                image = self.vary(image)
+            return Taken(image, self.images.label(found), self.images.name(found), unreadable)
+        raise UnreadableImage("data", "not one of the images can be read")
+
+
+class ImageData(lightning.LightningDataModule):
+    """Batches of a source's images, the same for every number of processes and workers.
+
+    Args:
+        source: the images.
+        recipe: their size, augmentation and order.
+        rank: this process, of ``world_size``.
+        world_size: processes that share every batch.
+
+    Raises:
+        OptionError: batches that can't be shared out evenly, or an augmentation that these images can't have.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__()
+        self.source, self.recipe, self.rank, self.world_size = source, recipe, rank, world_size
+        shares = world_size * recipe.accumulate
+        parts = f"{world_size} processes x accumulate {recipe.accumulate}"
+        if recipe.batch_size % shares:
+            raise OptionError(f"batch_size: expected a multiple of {shares} ({parts}), got {recipe.batch_size}")
+        if len(source.train) < shares:
+            raise OptionError(f"data: expected at least {shares} training images ({parts}), got {len(source.train)}")
+        size = recipe.image_size
+        fit, vary = fit_transform(size, recipe.crop_pct), None
+        train_fit = fit
+        if recipe.augment == "shift":
+            vary = shift_transform(size)
+        elif recipe.augment == "imagenet":
+            if isinstance(source.train, TensorImages):
+                raise OptionError("augment: expected none or shift for small grey images in memory, got imagenet")
+            train_fit, vary = _same, ImageNetTransform(size, recipe.auto_augment, source.mean)
+        blank = torch.zeros(source.channels, size, size, dtype=torch.uint8)
+        options: dict[str, Any] = {"seed": recipe.seed, "strict": recipe.strict, "blank": blank}
+        self.train_set = self._set(source.train, train_fit, vary, training=True, **options)
+        self.val_set = self._set(source.val, fit, None, training=False, **options)
+        self.normalise = normalise(source.mean, source.std)
+        self.mixup = None
+        if recipe.mixup or recipe.cutmix:
+            self.mixup = Mixup(
+                recipe.mixup,
+                recipe.cutmix,
+                label_smoothing=recipe.label_smoothing,
+                num_classes=len(source.classes),
+            )
+
+    def _set(self, images: Images | ShardImages, fit: Transform, vary: Transform | None, **options: Any) -> Dataset:
+        if not isinstance(images, ShardImages):
+            return LabelledImages(images, fit, vary, **options)
+        options |= {
+            "batch_size": self.recipe.batch_size,
+            "accumulate": self.recipe.accumulate,
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
+        return ShardStream(images, fit, vary, classes=len(self.source.classes), **options)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of the optimizer."""
+        batches = len(self.train_set) if isinstance(self.train_set, ShardStream) else len(self._order(start=0))
+        return batches // self.recipe.accumulate
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Bytes to normalised floats, for the whole batch at once, then mixup in training."""
+        images, labels, names, unreadable = batch
+        images = self.normalise(images)
+        if self.recipe.precision == "64-true":
+            images = images.double()
+        if self.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.mixup is not None and self.trainer is not None and self.trainer.training and len(images) % 2 == 0:
+            # What is drawn follows from the step and the batch, as everything does: see order.py.
+            seed_everything(self.recipe.seed, self.trainer.global_step, zlib.crc32("".join(names).encode()))
+            images, labels = self.mixup(images, labels)
+        return Batch(images, labels, names, unreadable)
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches. A last batch too small to normalise over is left out."""
-        return self._loader(self.train_set, shuffle=True)
+        """Shuffled batches, from where training has got to on."""
+        done = 0 if self.trainer is None else self.trainer.global_step * self.recipe.accumulate
+        if isinstance(self.train_set, ShardStream):
+            return self._stream_loader(self.train_set, done)
+        return self._loader(self.train_set, self._order(start=done))
 
     def val_dataloader(self) -> DataLoader:
         """Batches in order, every image once."""
-        return self._loader(self.val_set, shuffle=False)
+        if isinstance(self.val_set, ShardStream):
+            return self._stream_loader(self.val_set, 0)
+        images = len(self.val_set)  # type: ignore[arg-type]
+        batch_size = self.recipe.batch_size // self.recipe.accumulate
+        return self._loader(self.val_set, BatchOrder(images, batch_size, self.rank, self.world_size))
 
-    def _loader(self, dataset: Dataset, shuffle: bool) -> DataLoader:
-        images = len(dataset)  # type: ignore[arg-type]
-        return DataLoader(
+    def _order(self, start: int) -> BatchOrder:
+        recipe = self.recipe
+        options: dict[str, Any] = {"accumulate": recipe.accumulate, "seed": recipe.seed, "start": start}
+        images = len(self.source.train)
+        return BatchOrder(images, recipe.batch_size, self.rank, self.world_size, shuffle=True, **options)
+
+    def _loader(self, dataset: Dataset, order: BatchOrder) -> DataLoader:
+        workers = self.recipe.workers
+        return ResumableLoader(
             dataset,
-            self.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle and images > self.batch_size,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
+            batch_sampler=order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
         )
+
+    def _stream_loader(self, stream: ShardStream, start: int) -> DataLoader:
+        stream.position = start
+        return ResumableLoader(
+            stream,
+            batch_size=None,  # the stream makes batches, for it alone knows which worker has which
+            num_workers=self.recipe.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class ResumableLoader(DataLoader):
+    """Tells Lightning that it can go on in the middle of an epoch: it starts from the step that training is at."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the place follows from the step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def _same(image: Any) -> Any:
+    return image

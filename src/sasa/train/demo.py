@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import lightning
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .batch import collate
 from .data import ImageData
 from .export import load_model
 from .fit import Result, fit, prepare_folder, train
-from .module import Classifier
+from .order import seed_everything
+from .recipe import Recipe
 from .sources import Source, open_source
 
 ATTENTION, CONVOLUTION, LINEAR = "sasa_resnet14", "resnet14", "linear classifier"
@@ -43,12 +44,12 @@ def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 
     console = Console()
     source = open_source(data)
     console.print("[bold]1/3[/] a linear classifier, for comparison")
-    results = [_linear(source, out / "linear", epochs, seed)]
+    # Without augmentation: it pays only with more epochs than a demonstration has.
+    recipe = Recipe(data=data, epochs=epochs, seed=seed, augment="none")
+    results = [_linear(source, out / "linear", recipe)]
     for step, (model, what) in enumerate(((CONVOLUTION, "3x3 convolution"), (ATTENTION, "local self-attention")), 2):
         console.print(f"[bold]{step}/3[/] {model}: a residual network of {what}")
-        # Without augmentation, as the linear classifier: it pays only with more epochs than a demonstration has.
-        options = {"data": data, "out": out / model, "epochs": epochs, "seed": seed}
-        results.append(train(model, augment=False, overwrite=True, **options))
+        results.append(train(replace(recipe, model=model), out / model, overwrite=True))
 
     (out / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
     logs = {result.model: out / result.model / "metrics.csv" for result in results[1:]}
@@ -56,9 +57,9 @@ def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 
     plot_curves(logs, title).savefig(out / "curves.png", dpi=130)
 
     network, facts = load_model(out / ATTENTION / "model.safetensors")
-    batches = ImageData(source, 1, facts["image_size"], augment=False)
-    image, label = batches.val_set[0]
-    image = batches.normalise(image)
+    batches = ImageData(source, recipe)
+    batch = collate([batches.val_set[0]])
+    image, label = batches.normalise(batch.images)[0], int(batch.labels[0])
     with torch.no_grad():
         guess = facts["classes"][int(network(image[None]).argmax())]
     pixel = _edge_pixel(image)
@@ -85,15 +86,13 @@ def table(results: list[Result]) -> Table:
     return rows
 
 
-def _linear(source: Source, out: Path, epochs: int, seed: int) -> Result:
+def _linear(source: Source, out: Path, recipe: Recipe) -> Result:
     """A linear classifier of the pixels."""
     prepare_folder(out, overwrite=True)
-    lightning.seed_everything(seed, workers=True, verbose=False)
-    batches = ImageData(source, augment=False)
-    image, _ = batches.val_set[0]
-    network = nn.Sequential(nn.Flatten(), nn.Linear(image.numel(), len(source.classes)))
-    classifier = Classifier(network, len(source.classes), learning_rate=1e-3)
-    return fit(LINEAR, classifier, batches, source, out, epochs, image.shape[-1])
+    seed_everything(recipe.seed)
+    pixels = source.channels * recipe.image_size**2
+    network = nn.Sequential(nn.Flatten(), nn.Linear(pixels, len(source.classes)))
+    return fit(replace(recipe, learning_rate=1e-3, model=LINEAR), network, source, out)
 
 
 def _edge_pixel(image: torch.Tensor) -> tuple[int, int]:

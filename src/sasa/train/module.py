@@ -1,68 +1,130 @@
-"""What Lightning trains: a network, its loss, its accuracy, its optimizer."""
+"""What Lightning trains: a network, its loss, its accuracy, its optimizer and schedule."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+
+from .batch import IGNORED, Batch
+from .order import seed_everything
+from .recipe import Recipe
 
 
 class Classifier(lightning.LightningModule):
-    """Cross-entropy with label smoothing; AdamW with a learning rate that rises, then falls as a cosine.
+    """Cross-entropy with label smoothing; an optimizer and a schedule of timm, stepped every batch.
 
-    Logs ``train_loss``, ``val_loss`` and ``val_top1`` (the share of validation images whose first guess is right).
+    Logs ``train_loss``; ``val_loss``, ``val_top1`` and ``val_top5``, the shares of validation images whose class is the
+    first guess, or among the first five: exact over any number of processes, for padding isn't counted.
 
     Args:
         network: (B, C, H, W) to (B, num_classes) logits.
         num_classes: classes.
-        learning_rate: the highest, reached after a fifth of the steps.
-        weight_decay: of AdamW, on matrices alone: biases, norms and embeddings have none.
-        label_smoothing: of the training loss.
+        recipe: how to train.
+        steps: of the whole training, for the schedule.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        num_classes: int,
-        learning_rate: float = 5e-3,
-        weight_decay: float = 0.05,
-        label_smoothing: float = 0.1,
-    ) -> None:
+    def __init__(self, network: nn.Module, num_classes: int, recipe: Recipe, steps: int) -> None:
         super().__init__()
-        self.network = network
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        self.top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.network, self.recipe, self.steps = network, recipe, steps
+        self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing, ignore_index=IGNORED)
+        self.soft_loss = SoftTargetCrossEntropy()
+        options: dict[str, Any] = {"average": "micro", "ignore_index": IGNORED}
+        self.top1 = MulticlassAccuracy(num_classes, **options)
+        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), **options)
+        # So that a loss that is no number stays one. The strategy "disable", meant for it, forgets the weights
+        # (torchmetrics 1.9).
+        self.val_loss = MeanMetric(nan_strategy=math.nan)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of the classes."""
         return self.network(images)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Random draws that follow from the step: a run that is continued draws what it would have drawn."""
+        step = self.global_step * self.recipe.accumulate + batch_idx % self.recipe.accumulate
+        seed_everything(self.recipe.seed, step, self.global_rank, gpu=self.device.type != "cpu")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
-        images, labels = batch
-        loss = self.loss(self(images), labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        logits = self(batch.images)
+        soft = batch.labels.is_floating_point()
+        loss = self.soft_loss(logits, batch.labels) if soft else self.loss(logits, batch.labels)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch.images), **options)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """Add a batch to the accuracy."""
-        images, labels = batch
-        logits = self(images)
-        self.top1(logits, labels)
-        self.log("val_loss", nn.functional.cross_entropy(logits, labels), batch_size=len(images))
-        self.log("val_top1", self.top1, prog_bar=True)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the loss and accuracies."""
+        images, labels = batch.images, batch.labels
+        logits = self(images).float()
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
+        counted = (labels != IGNORED).sum()
+        total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        self.val_loss.update(total / counted.clamp(min=1), weight=counted)
+        names = {"val_loss": self.val_loss, "val_top1": self.top1, "val_top5": self.top5}
+        for name, metric in names.items():
+            self.log(name, metric, prog_bar=name == "val_top1", batch_size=len(images))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and its schedule, stepped every batch."""
+        """The optimizer; biases, norms and embeddings have no weight decay."""
+        recipe = self.recipe
         matrices = {id(m.weight) for m in self.network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
         decayed = [p for p in self.network.parameters() if id(p) in matrices]
         rest = [p for p in self.network.parameters() if id(p) not in matrices]
-        groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches), pct_start=0.2
+        groups: Any = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+        rate, steps = recipe.scaled_learning_rate, self.steps
+        optimizer = create_optimizer_v2(
+            groups, recipe.optimizer, lr=rate, weight_decay=recipe.weight_decay, momentum=recipe.momentum
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        warmup = min(recipe.warmup_epochs, recipe.epochs / 2) * steps / recipe.epochs
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            "cosine",
+            num_epochs=steps,  # an epoch of the schedule is a step
+            warmup_epochs=round(warmup),
+            warmup_lr=rate / (warmup + 1),
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Timm's schedules are functions of the number of updates."""
+        scheduler.step_update(num_updates=self.global_step)
+
+
+class ShardedClassifier(Classifier):
+    """The same, its parameters split over the processes block by block (FSDP2)."""
+
+    def configure_model(self) -> None:
+        """Split the network: each residual block by itself, then what is left."""
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if isinstance(self.network, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": _mixed_precision(self.recipe.precision)}
+        options["ignored_params"] = {p for p in self.network.parameters() if not p.numel()}  # can't be split
+        for block in self.network.modules():
+            if type(block).__name__ == "Bottleneck":
+                fully_shard(block, **options)
+        fully_shard(self.network, **options)
+
+
+def _mixed_precision(precision: str) -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if precision == "bf16-mixed":
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy()

@@ -1,91 +1,131 @@
-"""Where images come from: the package, IDX files, or folders of images. All give a :class:`Source`."""
+"""Where images come from: the package, IDX files, folders of images, Hugging Face datasets, WebDataset shards."""
 
 from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from rich.progress import track
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
 from torchvision.datasets import FashionMNIST, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import extract_archive
 
 from .errors import DataError
-
-Transform = Callable[[Any], Any]
-MakeDataset = Callable[[Transform, Transform], Dataset]
+from .hugging_face import is_hugging_face, open_hugging_face
+from .images import UnreadableImage, read_image
+from .shards import ShardImages, is_sharded, open_shards
 
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
+
+CHECKED_BEFOREHAND = 10_000
+"""Folders of more images than this are not read through before training: a bad image is found when its turn comes."""
+
+
+class Images(Protocol):
+    """Labelled images, taken one by one."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def read(self, index: int) -> Any:
+        """The image, as PIL's or as bytes (C, H, W); raises :class:`UnreadableImage`."""
+        ...
+
+    def label(self, index: int) -> int:
+        """Its class."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call it in messages: its file, if it has one."""
+        ...
 
 
 class Source(NamedTuple):
     """Images to train and validate on, before any transform.
 
     Attributes:
-        train: makes the training set, given two transforms of an image: one that always does the same, and one
-            that is drawn anew each time the image is taken.
-        val: makes the validation set, likewise.
+        train: training images.
+        val: validation images.
         classes: names, in the order of the labels.
         channels: 1 for grey, 3 for RGB.
         mean: of each channel of the training set, with pixels from 0 to 1.
         std: likewise.
-        skipped: unreadable images left out.
+        skipped: unreadable images left out so far.
     """
 
-    train: MakeDataset
-    val: MakeDataset
+    train: Images | ShardImages
+    val: Images | ShardImages
     classes: list[str]
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     skipped: int = 0
 
 
-class TensorImages(Dataset):
-    """Images in memory: (N, 1, H, W) bytes with N labels. ``fit`` is done once, on all of them together."""
+@dataclass(frozen=True)
+class TensorImages:
+    """Images in memory: (N, 1, H, W) bytes with N labels, called ``part`` and their number."""
 
-    def __init__(self, images: Tensor, labels: Tensor, fit: Transform, vary: Transform) -> None:
-        self.images, self.labels, self.vary = fit(images), labels, vary
+    images: Tensor
+    labels: Tensor
+    part: str
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.vary(self.images[index]), int(self.labels[index])
+    def read(self, index: int) -> Tensor:
+        """(1, H, W) bytes."""
+        return self.images[index]
+
+    def label(self, index: int) -> int:
+        """Its class."""
+        return int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Where it stands."""
+        return f"{self.part}/{index}"
 
 
-class FolderImages(Dataset):
-    """Images in files, with both transforms put on each when it is taken."""
+@dataclass(frozen=True)
+class FileImages:
+    """Images in files."""
 
-    def __init__(self, images: Dataset, fit: Transform, vary: Transform) -> None:
-        self.images, self.fit, self.vary = images, fit, vary
+    samples: list[tuple[str, int]]
 
     def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
+        return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[index]
-        return self.vary(self.fit(image)), label
+    def read(self, index: int) -> Any:
+        """The image in RGB, upright."""
+        return read_image(self.samples[index][0])
+
+    def label(self, index: int) -> int:
+        """The place of its folder among the classes."""
+        return self.samples[index][1]
+
+    def name(self, index: int) -> str:
+        """Its file."""
+        return self.samples[index][0]
 
 
 def open_source(folder: Path | None, strict: bool = False) -> Source:
-    """The packaged Fashion-MNIST subset for None, else the IDX files or image folders in ``folder``.
+    """The packaged Fashion-MNIST subset for None, else the images in ``folder``.
 
     Args:
-        folder: holds ``train-images-idx3-ubyte`` and its three companions (plain or .gz); or ``train`` and ``val``,
-            each with one folder of images a class; or one folder of images a class, of which every fifth image is
-            kept for validation.
+        folder: holds ``train-images-idx3-ubyte`` and its three companions (plain or .gz); or a Hugging Face dataset
+            saved to disk; or WebDataset shards; or ``train`` and ``val``, each with one folder of images a class; or
+            one folder of images a class, of which every fifth image is kept for validation.
         strict: refuse unreadable images instead of skipping them with a warning.
 
     Raises:
@@ -97,6 +137,11 @@ def open_source(folder: Path | None, strict: bool = False) -> Source:
         raise DataError(f"data: expected a folder, got {folder}")
     if any(folder.glob("train-images*idx3-ubyte*")):
         return _idx_files(folder)
+    if is_hugging_face(folder):
+        return Source(*open_hugging_face(folder))
+    if is_sharded(folder):
+        train, val, classes = open_shards(folder, strict)
+        return Source(train, val, classes, skipped=train.skipped + val.skipped)
     if (folder / "train").is_dir():
         return _split_folders(folder, strict)
     return _one_folder(folder, strict)
@@ -113,8 +158,8 @@ def _packaged() -> Source:
 def _in_memory(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: list[str]) -> Source:
     pixels = train[0].float() / 255
     return Source(
-        train=lambda fit, vary: TensorImages(*train, fit, vary),
-        val=lambda fit, vary: TensorImages(*val, fit, vary),
+        train=TensorImages(*train, "train"),
+        val=TensorImages(*val, "val"),
         classes=classes,
         channels=1,
         mean=(pixels.mean().item(),),
@@ -152,72 +197,63 @@ def _split_folders(folder: Path, strict: bool) -> Source:
     found = [folder / name for name in VALIDATION_NAMES if (folder / name).is_dir()]
     if not found:
         raise DataError(f"data: expected a folder val beside {folder / 'train'} ({', '.join(VALIDATION_NAMES)})")
-    train, skipped_train = _image_folder(folder / "train", strict)
-    val, skipped_val = _image_folder(found[0], strict)
-    missing = sorted(set(train.classes) - set(val.classes))
-    unknown = sorted(set(val.classes) - set(train.classes))
+    train, classes, skipped_train = _image_folder(folder / "train", strict)
+    val, val_classes, skipped_val = _image_folder(found[0], strict)
+    missing = sorted(set(classes) - set(val_classes))
+    unknown = sorted(set(val_classes) - set(classes))
     if missing or unknown:
         raise DataError(
             f"data: expected the same class folders in {folder / 'train'} and {found[0]}; "
             f"missing from {found[0].name}: {', '.join(missing) or 'none'}, "
             f"only in {found[0].name}: {', '.join(unknown) or 'none'}"
         )
-    return _folder_source(train, val, train.classes, skipped_train + skipped_val)
+    return Source(FileImages(train), FileImages(val), classes, skipped=skipped_train + skipped_val)
 
 
 def _one_folder(folder: Path, strict: bool) -> Source:
-    images, skipped = _image_folder(folder, strict)
-    by_class: dict[int, list[int]] = {}
-    for index, label in enumerate(images.targets):
-        by_class.setdefault(label, []).append(index)
-    lonely = [images.classes[label] for label, indices in by_class.items() if len(indices) < 2]
+    samples, classes, skipped = _image_folder(folder, strict)
+    by_class: dict[int, list[tuple[str, int]]] = {}
+    for sample in samples:
+        by_class.setdefault(sample[1], []).append(sample)
+    lonely = [classes[label] for label, found in by_class.items() if len(found) < 2]
     if lonely:
         raise DataError(f"data: expected two images or more a class, to train and to validate; one in {lonely}")
     # Every fifth image of a class, and at least one; files are in order of name, so the split is always the same.
-    val = sorted(index for indices in by_class.values() for index in indices[1::5])
-    train = sorted(set(range(len(images))) - set(val))
-    return _folder_source(Subset(images, train), Subset(images, val), images.classes, skipped)
+    val = {sample for found in by_class.values() for sample in found[1::5]}
+    train = [sample for sample in samples if sample not in val]
+    return Source(FileImages(train), FileImages([s for s in samples if s in val]), classes, skipped=skipped)
 
 
-def _folder_source(train: Dataset, val: Dataset, classes: list[str], skipped: int) -> Source:
-    return Source(
-        train=lambda fit, vary: FolderImages(train, fit, vary),
-        val=lambda fit, vary: FolderImages(val, fit, vary),
-        classes=classes,
-        channels=3,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        skipped=skipped,
-    )
-
-
-def _image_folder(folder: Path, strict: bool) -> tuple[ImageFolder, int]:
-    """The readable images below ``folder``, one folder a class, and how many were not readable."""
+def _image_folder(folder: Path, strict: bool) -> tuple[list[tuple[str, int]], list[str], int]:
+    """The readable images below ``folder``, one folder a class, the classes, and how many were not readable."""
     if not any(path.is_dir() for path in folder.iterdir()):
         raise DataError(f"data: expected one folder of images a class in {folder}, found no folders")
-    images = ImageFolder(str(folder), allow_empty=True)
-    if not images.samples:
+    found = ImageFolder(str(folder), allow_empty=True)
+    samples, classes = found.samples, found.classes
+    if not samples:
         raise DataError(f"data: no images below {folder} (looked for {', '.join(IMG_EXTENSIONS)})")
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(_why_unreadable, [path for path, _ in images.samples])
-        reasons = list(track(checks, f"Checking images in {folder.name}", len(images.samples), transient=True))
-    bad = [(path, reason) for (path, _), reason in zip(images.samples, reasons, strict=True) if reason]
+    bad: list[str] = []
+    count = len(samples)
+    if len(samples) <= CHECKED_BEFOREHAND:
+        with ThreadPoolExecutor() as pool:
+            checks = pool.map(_why_unreadable, [path for path, _ in samples])
+            title = f"Checking images in {folder.name}"
+            reasons = list(track(checks, title, len(samples), transient=True))
+        bad = [reason for reason in reasons if reason]
+        samples = [sample for sample, reason in zip(samples, reasons, strict=True) if not reason]
     if bad and strict:
-        listed = "; ".join(f"{path} ({reason})" for path, reason in bad[:10])
-        raise DataError(f"data: {len(bad)} of {len(reasons)} images can't be read: {listed}")
-    for path, reason in bad:
-        warnings.warn(f"skipped an image that can't be read: {path} ({reason})", stacklevel=2)
-    images.samples = images.imgs = [s for s, reason in zip(images.samples, reasons, strict=True) if not reason]
-    images.targets = [label for _, label in images.samples]
-    empty = sorted(set(range(len(images.classes))) - set(images.targets))
+        raise DataError(f"data: {len(bad)} of {count} images can't be read: {'; '.join(bad[:10])}")
+    for reason in bad:
+        warnings.warn(f"skipped an image that can't be read: {reason}", stacklevel=2)
+    empty = sorted(set(range(len(classes))) - {label for _, label in samples})
     if empty:
-        raise DataError(f"data: no readable images in {', '.join(str(folder / images.classes[i]) for i in empty)}")
-    return images, len(bad)
+        raise DataError(f"data: no readable images in {', '.join(str(folder / classes[i]) for i in empty)}")
+    return samples, classes, len(bad)
 
 
 def _why_unreadable(path: str) -> str | None:
     try:
-        default_loader(path)
-    except Exception as error:  # whatever a broken file makes the decoder raise
-        return f"{type(error).__name__}: {error}"
+        read_image(path)
+    except UnreadableImage as error:
+        return f"{path} ({error.reason})"
     return None

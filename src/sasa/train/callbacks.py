@@ -1,0 +1,271 @@
+"""What happens beside the training steps: checkpoints, signals, losses that are no numbers, speed."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from torch import Tensor
+
+from .batch import Batch
+from .checkpoints import checkpoint_path, checkpoints
+from .errors import OutputError, UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Of a scheduler that wants its machine back: SLURM, Kubernetes and torchrun send the first, or what they are told."""
+
+
+class Stopped(SystemExit):
+    """Training was asked to stop by a signal, and has saved where it is. Exit status 143, as of a process so ended."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class NonFiniteLoss(UserError, ArithmeticError):  # noqa: N818
+    """The loss is infinite or not a number: the message names the step, the batch's images and the last checkpoint."""
+
+
+class SaveAndStop(Checkpoint):
+    """Writes checkpoints every so many steps, before and after validation, and when a signal asks to stop.
+
+    Only between two steps, or after an epoch: there Lightning's loops can be continued exactly. A checkpoint one step
+    before the end of an epoch keeps a run that is killed in a long validation from losing more than that step.
+
+    Args:
+        out: the run's folder.
+        every: steps between checkpoints.
+        start: the checkpoint that this process goes on from.
+
+    Raises:
+        OutputError: the processes found different checkpoints to go on from.
+    """
+
+    def __init__(self, out: Path, every: int, start: Path | None = None) -> None:
+        self.out, self.every, self.start = out, every, start
+        self.signalled: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Listen for signals, in the place of Lightning's handlers.
+
+        Lightning's start a collective operation from within the handler, in the middle of whatever the process does,
+        which can leave the processes waiting for each other.
+        """
+        starts = trainer.strategy.broadcast(self.start)
+        if starts != self.start:
+            raise OutputError(f"out: expected all processes to see the same checkpoints, got {self.start} and {starts}")
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signalled = signal.Signals(number).name
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Save if it is time to, or if a process was signalled."""
+        accumulate = trainer.accumulate_grad_batches
+        if (batch_idx + 1) % accumulate:
+            return
+        left = (int(trainer.num_training_batches) - batch_idx - 1) // accumulate
+        stop = self._asked_to_stop(trainer)
+        if left and (stop or left == 1 or trainer.global_step % self.every == 0):
+            self._save(trainer)
+        if left and stop:
+            self._stop(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop at once if signalled: the checkpoint of the last step but one is there."""
+        if not trainer.sanity_checking and self.signalled and trainer.world_size == 1:
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save after the validation of an epoch; after the last, the weights themselves are about to be written."""
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            return
+        # The first process's progress bar has just summed the epoch's metrics over all processes, which the others do
+        # later; what is collective below has to come after that everywhere.
+        _ = trainer.progress_bar_metrics
+        self._save(trainer)
+        if self._asked_to_stop(trainer):
+            self._stop(trainer)
+
+    def _asked_to_stop(self, trainer: lightning.Trainer) -> bool:
+        """Whether any process was signalled. All have to answer alike, for all of them save."""
+        if trainer.world_size == 1:
+            return self.signalled is not None
+        asked = torch.tensor(float(self.signalled is not None), device=trainer.strategy.root_device)
+        return bool(trainer.strategy.reduce(asked, reduce_op="sum") > 0)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        trainer.save_checkpoint(checkpoint_path(self.out, trainer.global_step))
+
+    def _stop(self, trainer: lightning.Trainer) -> None:
+        saved = checkpoints(self.out)
+        where = (
+            f"the last checkpoint is {saved[0]}; --resume auto goes on from it" if saved else "there is no checkpoint"
+        )
+        raise Stopped(
+            f"stopped by {self.signalled or 'a signal to another process'} after step {trainer.global_step}; {where}"
+        )
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class FiniteLoss(Callback):
+    """Stops when a loss is infinite or not a number.
+
+    Losses stay on their device and are looked at together every few steps and before each checkpoint is written, so
+    that a GPU is not waited for at every step, and no checkpoint holds what a bad step made of the weights.
+
+    Args:
+        out: the run's folder, for the message.
+        every: steps between looks.
+    """
+
+    def __init__(self, out: Path, every: int) -> None:
+        self.out, self.every = out, every
+        self._pending: list[tuple[Tensor, int, list[str]]] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Note the loss."""
+        self._pending.append((outputs["loss"].detach(), trainer.global_step, batch.names))
+        if len(self._pending) >= self.every or trainer.strategy.root_device.type == "cpu":
+            self.look()
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Nothing bad may be saved."""
+        self.look()
+
+    def look(self) -> None:
+        """Raise for the first loss that is no number."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        losses = torch.stack([loss for loss, _, _ in pending]).tolist()
+        for loss, (_, step, names) in zip(losses, pending, strict=True):
+            if not math.isfinite(loss):
+                saved = checkpoints(self.out)
+                where = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint before it"
+                raise NonFiniteLoss(f"loss: expected a finite number, got {loss} at step {step}; {where}; "
+                                    f"the batch: {', '.join(names)}")  # fmt: skip
+
+
+class Watch(Callback):
+    """Logs images/s over all processes, the share of time that training waits for data, memory, and warns of images.
+
+    ``images_per_second``, ``data_wait`` (from 0 to 1), ``memory_gb`` (the most of this process: of the GPU where there
+    is one), ``learning_rate``; every few steps.
+
+    Args:
+        every: steps between lines.
+        batch_size: images a step, over all processes.
+    """
+
+    def __init__(self, every: int, batch_size: int) -> None:
+        self.every, self.batch_size = every, batch_size
+        self.unreadable: set[str] = set()
+        self.unreadable_val: set[str] = set()
+        self._since = self._ended = 0.0
+        self._waited, self._steps = 0.0, 0
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Validation isn't counted."""
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since = self._ended = time.perf_counter()
+        self._waited, self._steps = 0.0, 0
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """The batch is there: the wait is over."""
+        self._waited += time.perf_counter() - self._ended
+        self._note(batch, self.unreadable)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Log, if it is time to."""
+        self._ended = time.perf_counter()
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self._steps += 1
+        last = batch_idx + 1 == trainer.num_training_batches
+        if trainer.global_step % self.every and not last:
+            return
+        seconds = max(self._ended - self._since, 1e-9)
+        figures = {
+            "images_per_second": self._steps * self.batch_size / seconds,
+            "data_wait": self._waited / seconds,
+            "memory_gb": _memory(trainer.strategy.root_device) / 1e9,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step - 1)
+        self._restart()
+
+    def on_validation_batch_start(
+        self, trainer: lightning.Trainer, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Look for images that could not be read."""
+        self._note(batch, self.unreadable_val)
+
+    def _note(self, batch: Batch, found: set[str]) -> None:
+        for reason in filter(None, batch.unreadable):
+            if reason not in found:
+                found.add(reason)
+                warnings.warn(f"skipped an image that can't be read: {reason}", stacklevel=2)
+
+
+def _memory(device: torch.device) -> float:
+    """The most bytes that this process has held: on the GPU, or resident in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # kilobytes, on Linux

@@ -1,0 +1,132 @@
+"""How accurate a trained network is, on one process or many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+
+from .callbacks import Watch
+from .checkpoints import write_whole
+from .data import ImageData
+from .errors import DataError
+from .export import load_model
+from .fit import quiet
+from .launch import find_processes, strategy
+from .module import Classifier
+from .recipe import Precision, Recipe
+from .sources import open_source
+
+
+def evaluate(
+    weights: Path = Path("runs/train/model.safetensors"),
+    data: Path | None = None,
+    out: Path | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    strict: bool = False,
+    precision: Precision = "32-true",
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+) -> dict[str, Any]:
+    """Measure a trained network's accuracy on validation images, each counted once over all processes.
+
+    Args:
+        weights: model.safetensors of a run.
+        data: folder of images, as for sasa train; its validation part is taken. Left out: the packaged images.
+        out: JSON file to write the figures to.
+        batch_size: images a batch, over all processes together.
+        workers: processes that load images, for each process; 0 loads in it.
+        strict: refuse unreadable images instead of leaving them out with a warning.
+        precision: of the arithmetic.
+        accelerator: as Lightning's: auto, cpu, gpu.
+        devices: processes on this machine, as Lightning's; under torchrun and SLURM theirs count.
+        num_nodes: machines; likewise.
+
+    Returns:
+        ``top1``, ``top5`` and ``val_loss``, the number of ``images`` that were counted, and of those ``skipped``.
+
+    Raises:
+        DataError: data can't be read, or has other classes or channels than the network.
+        OptionError: an option out of range.
+    """
+    network, facts = trained(weights)
+    source = open_source(data, strict)
+    if list(facts["classes"]) != source.classes or facts["in_chans"] != source.channels:
+        raise DataError(
+            f"data: expected the {len(facts['classes'])} classes that the network was trained on "
+            f"({_few(facts['classes'])}; {facts['in_chans']} channels), got {len(source.classes)} "
+            f"({_few(source.classes)}; {source.channels} channels)"
+        )
+    # Normalised as in training, whatever the mean of these images.
+    source = source._replace(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
+    recipe = Recipe(
+        **{name: facts[name] for name in ("model", "model_options", "image_size", "crop_pct") if name in facts},
+        data=data,
+        batch_size=batch_size,
+        workers=workers,
+        strict=strict,
+        precision=precision,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+    )
+    recipe.check()
+    processes = find_processes(recipe)
+    batches = ImageData(source, recipe, processes.rank, processes.world_size)
+    watch = Watch(1, batch_size)
+    with quiet():
+        trainer = lightning.Trainer(
+            accelerator=processes.accelerator,
+            devices=processes.per_node,
+            num_nodes=processes.nodes,
+            strategy=strategy(recipe, processes),
+            precision=precision,
+            logger=False,
+            callbacks=[RichProgressBar(), watch],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        classifier = Classifier(network, len(source.classes), recipe, steps=1)
+        (metrics,) = trainer.validate(classifier, batches, verbose=False)
+    skipped = _sum(len(watch.unreadable_val), trainer)
+    figures = {name.removeprefix("val_") if "top" in name else name: value for name, value in metrics.items()}
+    figures |= {"images": len(source.val) - skipped, "skipped": source.skipped + skipped}
+    if processes.first:
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(out, (json.dumps(figures, indent=2) + "\n").encode())
+        line = f"top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}, loss {figures['val_loss']:.4f}"
+        Console().print(f"{facts['model']}: {line}, on {figures['images']:,} images", highlight=False)
+    return figures
+
+
+def trained(weights: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The network in a file, and its facts.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        return load_model(weights)
+    except (ValueError, OSError) as error:
+        raise DataError(
+            f"weights: expected model.safetensors of a run of sasa train, got {weights}: {error}"
+        ) from error
+
+
+def _few(classes: list[str]) -> str:
+    return ", ".join(classes[:4]) + (", …" if len(classes) > 4 else "")
+
+
+def _sum(number: int, trainer: lightning.Trainer) -> int:
+    """Over all processes, each of which sees other images."""
+    counted = torch.tensor(float(number), device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(counted, reduce_op="sum"))

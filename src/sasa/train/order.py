@@ -1,0 +1,91 @@
+"""Which image is in which batch: a pure function of the seed and the step, so that nothing has to be remembered.
+
+A run that was cut off, and a run on another number of processes, take the same images in the same order with the same
+random draws: the order of an epoch comes from (seed, epoch), the draws of an image's augmentation from (seed, epoch,
+index), those of a step (mixup, dropout) from (seed, step, process).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+PADDING = -1  # index of a place in the last batch that no image is left for
+
+
+def seed_everything(*numbers: int, gpu: bool = False) -> None:
+    """Set Python's, NumPy's and PyTorch's random generators to a state that follows from ``numbers`` alone.
+
+    ``gpu`` includes the accelerators' generators, which takes a hundred times as long as the others.
+    """
+    first, second, third = (int(n) for n in np.random.SeedSequence(numbers).generate_state(3))
+    random.seed(first)
+    np.random.seed(second)
+    torch.default_generator.manual_seed(third)
+    if gpu:
+        torch.manual_seed(third)
+
+
+class BatchOrder(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index), this process's share of each.
+
+    Shuffled, every step is whole: what is left over at the end of an epoch waits for another one. In order, the last
+    batch is filled up with :data:`PADDING`, so that every process has equally many.
+
+    Args:
+        images: how many there are.
+        batch_size: images a step over all processes; a multiple of ``world_size * accumulate``.
+        accumulate: batches that a step is computed in.
+        rank: this process, of ``world_size``.
+        world_size: processes.
+        shuffle: in another order each epoch; or as they are.
+        seed: of the order.
+        start: batches that were done before, over all epochs.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        accumulate: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        start: int = 0,
+    ) -> None:
+        self.images, self.rank, self.world_size = images, rank, world_size
+        self.shuffle, self.seed, self.position = shuffle, seed, start
+        # Fewer images than a step takes are one step, as large as can be shared out evenly.
+        step = batch_size if images >= batch_size or not shuffle else images - images % (world_size * accumulate)
+        self.batch_size, self.share = step // accumulate, step // accumulate // world_size
+        self.batches = images // step * accumulate if shuffle else -(-images // self.batch_size)
+
+    @property
+    def sampler(self) -> BatchOrder:
+        """Where Lightning looks for :meth:`set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch, unless within it already."""
+        if self.position // len(self) != epoch:
+            self.position = epoch * len(self)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, first = divmod(self.position, len(self))
+        order = np.arange(self.images)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+        for batch in range(first, len(self)):
+            begin = batch * self.batch_size + self.rank * self.share
+            own = order[begin : begin + self.share].tolist()
+            yield [(epoch, index) for index in own + [PADDING] * (self.share - len(own))]

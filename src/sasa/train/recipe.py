@@ -1,0 +1,193 @@
+"""Everything a training run is told, in one flat table; recipes are YAML files of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from timm.optim import list_optimizers
+
+from ..models import MODELS
+from .errors import OptionError
+
+Augmentation = Literal["none", "shift", "imagenet"]
+Strategy = Literal["auto", "ddp", "fsdp"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network, its images, and how it is trained.
+
+    Args:
+        model: name of a network: sasa_resnet14 (attention), resnet14 (its convolutional twin), or the paper's.
+        model_options: arguments of the network, as kernel_size or width.
+        data: folder of images: IDX files; train and val folders, or one folder, with one folder of images a class;
+            a Hugging Face dataset saved to disk; WebDataset shards. Left out: 2,000 + 500 Fashion-MNIST images from
+            the package.
+        image_size: side in pixels that images are brought to.
+        crop_pct: share of an image's shorter side that the central crop for validation keeps.
+        augment: none; shift (shifts and flips, for small images); imagenet (random resized crops and flips).
+        auto_augment: with imagenet, a policy of timm, as rand-m9-mstd0.5.
+        mixup: alpha of mixup; 0 is none.
+        cutmix: alpha of CutMix; 0 is none.
+        workers: processes that load images, for each training process; 0 loads in the training one.
+        strict: refuse unreadable images instead of leaving them out with a warning.
+        epochs: passes over the training images.
+        batch_size: images a step, over all processes together.
+        accumulate: parts that a batch is computed in, one after another, to save memory.
+        optimizer: of timm; sgd is Nesterov's momentum.
+        learning_rate: the highest; it rises linearly over the warm-up, then falls to 0 as a cosine.
+        base_batch_size: the batch that learning_rate and ema_decay are meant for; they are scaled to batch_size.
+            0 takes them as they are.
+        warmup_epochs: of the learning rate; at most half of the epochs are taken.
+        momentum: of optimizers that have one.
+        weight_decay: on the weights of convolutions, projections and the classifier.
+        label_smoothing: of the training loss.
+        clip_grad_norm: the largest norm of the gradient; 0 doesn't clip.
+        ema_decay: of an exponential moving average of the weights, which is validated and kept; 0 is none.
+        precision: of the arithmetic.
+        compile: put the network through torch.compile.
+        channels_last: memory format of the images and weights.
+        accelerator: as Lightning's: auto, cpu, gpu.
+        devices: processes on this machine, as Lightning's; under torchrun and SLURM theirs count.
+        num_nodes: machines; likewise.
+        strategy: ddp copies the network to every process, fsdp (PyTorch's fully_shard) splits it over them.
+        sync_batchnorm: normalise over the whole batch when there are several processes.
+        seed: of the parameters, the order and the augmentation.
+        checkpoint_steps: steps between checkpoints; there is one at the end of every epoch in any case.
+        log_steps: steps between lines of the log.
+        tensorboard: write TensorBoard's event files too.
+    """
+
+    model: str = "sasa_resnet14"
+    model_options: dict[str, Any] = field(default_factory=dict)
+
+    data: Path | None = None
+    image_size: int = 28
+    crop_pct: float = 1.0
+    augment: Augmentation = "shift"
+    auto_augment: str | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    workers: int = 0
+    strict: bool = False
+
+    epochs: int = 12
+    batch_size: int = 32
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float = 5e-3
+    base_batch_size: int = 0
+    warmup_epochs: float = 2.0
+    momentum: float = 0.9
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    clip_grad_norm: float = 0.0
+    ema_decay: float = 0.0
+
+    precision: Precision = "32-true"
+    compile: bool = False
+    channels_last: bool = True
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_nodes: int = 1
+    strategy: Strategy = "auto"
+    sync_batchnorm: bool = True
+
+    seed: int = 0
+    checkpoint_steps: int = 500
+    log_steps: int = 10
+    tensorboard: bool = True
+
+    def check(self) -> None:
+        """Make sure that every value can be meant.
+
+        Raises:
+            OptionError: one can't; the message names it, what was expected and what came.
+        """
+        if self.model not in MODELS:
+            raise OptionError(f"model: expected one of {', '.join(MODELS)}, got {self.model!r}")
+        if self.optimizer not in list_optimizers():
+            raise OptionError(f"optimizer: expected one of timm's, as sgd or adamw, got {self.optimizer!r}")
+        for name, minimum in LEAST.items():
+            if getattr(self, name) < minimum:
+                raise OptionError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise OptionError(f"learning_rate: expected more than 0, got {self.learning_rate}")
+        if not 0 < self.crop_pct <= 1:
+            raise OptionError(f"crop_pct: expected more than 0 and at most 1, got {self.crop_pct}")
+        for name in ("label_smoothing", "momentum", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise OptionError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise OptionError(f"accumulate: expected a divisor of batch_size {self.batch_size}, got {self.accumulate}")
+        if self.auto_augment and self.augment != "imagenet":
+            raise OptionError(f"auto_augment: expected augment imagenet with it, got augment {self.augment}")
+        if self.strategy == "fsdp" and self.ema_decay:
+            raise OptionError(
+                f"ema_decay: expected 0 with strategy fsdp, which splits the weights; got {self.ema_decay}"
+            )
+        if self.strategy == "fsdp" and self.compile:
+            raise OptionError("compile: expected false with strategy fsdp, got true")
+        if self.strategy == "fsdp" and self.precision not in ("32-true", "bf16-mixed"):
+            raise OptionError(f"precision: expected 32-true or bf16-mixed with strategy fsdp, got {self.precision}")
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        """The highest learning rate at this batch: proportional to it (Goyal et al., 2017, arXiv 1706.02677)."""
+        return self.learning_rate * (self.batch_size / self.base_batch_size if self.base_batch_size else 1)
+
+    @property
+    def scaled_ema_decay(self) -> float:
+        """The decay a step that forgets as many images as ``ema_decay`` does at the base batch (arXiv 2307.13813)."""
+        return self.ema_decay ** (self.batch_size / self.base_batch_size if self.base_batch_size else 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as in a YAML file."""
+        values = dataclasses.asdict(self)
+        return values | {"data": None if self.data is None else str(self.data)}
+
+
+LEAST: dict[str, float] = {
+    "epochs": 1,
+    "batch_size": 2,
+    "accumulate": 1,
+    "image_size": 1,
+    "workers": 0,
+    "base_batch_size": 0,
+    "warmup_epochs": 0,
+    "weight_decay": 0,
+    "clip_grad_norm": 0,
+    "mixup": 0,
+    "cutmix": 0,
+    "num_nodes": 1,
+    "seed": 0,
+    "checkpoint_steps": 1,
+    "log_steps": 1,
+}
+
+# What may differ between a run and its continuation: how fast it goes and what it tells, not what it computes.
+FREE_TO_CHANGE = frozenset(
+    [
+        "data",
+        "workers",
+        "strict",
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "checkpoint_steps",
+        "log_steps",
+        "tensorboard",
+    ]
+)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The package's recipes by name."""
+    folder = Path(str(resources.files("sasa.train") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -1,0 +1,222 @@
+"""Runs that are killed, stopped, short of disk or of a whole checkpoint, and go on to the very same weights."""
+
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import SMALL, Running, assert_equal_bits, recipe, small_images
+
+from sasa.train import OptionError, checkpoints
+from sasa.train.fit import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_images(tmp_path_factory.mktemp("data"))
+
+
+OPTIONS = {"ema_decay": 0.9, "workers": 0, "epochs": 4}
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run that nothing interrupted, and the seconds that it took."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    began = time.perf_counter()
+    Running(out.parent / "log", train, recipe(data, **OPTIONS), out).succeed()
+    return out, time.perf_counter() - began
+
+
+def killed_in_checkpoint(step, place):
+    """Kill this process while it writes the checkpoint of that step: half of the file, or all but the rename."""
+    write = checkpoints.write_whole
+
+    def killed(path, data):
+        if path.name == checkpoints.checkpoint_path(Path(), step).name:
+            beside = path.with_name(f".{path.name}.part")
+            beside.write_bytes(bytes(data)[: len(data) // 2 if place == "half" else None])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, data)
+
+    checkpoints.write_whole = killed
+
+
+def train_and_die(step, place, *arguments, **options):
+    killed_in_checkpoint(step, place)
+    train(*arguments, **options)
+
+
+def test_killed_at_ten_moments_it_ends_with_the_same_bits(data, whole, tmp_path):
+    reference, seconds = whole
+    out, log = tmp_path / "run", tmp_path / "log"
+    chance = random.Random(time.time_ns())
+    begin = Running(log, train_and_die, 6, "half", recipe(data, **OPTIONS), out, resume="auto")
+    assert begin.end() == -signal.SIGKILL
+    again = Running(log, train_and_die, 9, "whole", recipe(data, **OPTIONS), out, resume="auto")
+    assert again.end() == -signal.SIGKILL
+    for _ in range(8):
+        running = Running(log, train, recipe(data, **OPTIONS), out, resume="auto")
+        time.sleep(chance.uniform(0, seconds))
+        running.kill()
+        running.end()
+    Running(log, train, recipe(data, **OPTIONS), out, resume="auto").succeed()
+    assert_equal_bits(reference, out)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"accumulate": 2, "checkpoint_steps": 1}, {"workers": 2, "mixup": 0.2, "cutmix": 1.0}]
+)
+def test_stopped_by_sigterm_it_ends_with_the_same_bits(data, tmp_path, changes):
+    options = recipe(data, **changes)
+    whole = Running(tmp_path / "whole.log", train, options, tmp_path / "whole")
+    cut = Running(tmp_path / "log", stopped_at, 11, options, tmp_path / "run", resume="auto")
+    assert cut.end() == 128 + signal.SIGTERM
+    assert checkpoints.checkpoints(tmp_path / "run")[0].name == "step-000000011.ckpt"
+    assert (
+        "going on after step 11" in Running(tmp_path / "log", train, options, tmp_path / "run", resume="auto").succeed()
+    )
+    whole.succeed()
+    assert_equal_bits(tmp_path / "whole", tmp_path / "run")
+    assert comparable(tmp_path / "whole") == comparable(tmp_path / "run")
+
+
+def comparable(out):
+    """What doesn't depend on the machine in the log: validation and learning rates by step."""
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [
+        (row["step"], row["val_loss"], row["learning_rate"]) for row in rows if row["val_loss"] or row["learning_rate"]
+    ]
+
+
+def stopped_at(step, *arguments, **options):
+    """Train, and be sent SIGTERM in that step."""
+    from sasa.train.callbacks import Watch
+
+    begin = Watch.on_train_batch_start
+
+    def signalled(self, trainer, *rest):
+        begin(self, trainer, *rest)
+        if trainer.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Watch.on_train_batch_start = signalled
+    train(*arguments, **options)
+
+
+def test_a_truncated_newest_checkpoint_is_told_and_the_one_before_taken(data, whole, tmp_path):
+    Running(tmp_path / "log", stopped_at, 20, recipe(data, **OPTIONS), tmp_path / "run").end()
+    newest, before, *_ = checkpoints.checkpoints(tmp_path / "run")
+    newest.write_bytes(newest.read_bytes()[:-100])
+    printed = Running(tmp_path / "log", train, recipe(data, **OPTIONS), tmp_path / "run", resume="auto").succeed()
+    assert f"{newest} can't be used (its checksum is another: the file is cut off or damaged)" in printed
+    assert f"going on after step {checkpoints.step_of(before)}, from {before}" in printed
+    assert_equal_bits(whole[0], tmp_path / "run")
+
+
+def test_a_full_disk_ends_nothing(data, whole, tmp_path):
+    """A real one, where this user may mount one: too small for three checkpoints, then too small for a log."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        running = Running(tmp_path / "log", train, recipe(data, tensorboard=True, **OPTIONS), disk / "run")
+        running.end()
+        printed = running.log.read_text()
+        assert "no checkpoint written to" in printed and "training goes on, the last one is step-" in printed
+        kept = checkpoints.checkpoints(disk / "run")
+        assert kept and all(checkpoints.why_broken(path) is None for path in kept)
+        shutil.copytree(disk / "run", tmp_path / "run")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    Running(
+        tmp_path / "log", train, recipe(data, tensorboard=True, **OPTIONS), tmp_path / "run", resume="auto"
+    ).succeed()
+    assert_equal_bits(whole[0], tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_the_images_and_the_checkpoint(data, tmp_path):
+    out = tmp_path / "run"
+    Running(tmp_path / "log", infinite_at, 10, recipe(data, log_steps=4), out).end()
+    printed = (tmp_path / "log").read_text()
+    assert "NonFiniteLoss: loss: expected a finite number, got inf at step 10" in printed
+    assert f"the last good checkpoint is {checkpoints.checkpoint_path(out, 9)}; the batch: train/" in printed
+    assert checkpoints.checkpoints(out)[0] == checkpoints.checkpoint_path(out, 9)
+    Running(tmp_path / "log", train, recipe(data, log_steps=4), out, resume="auto").succeed()
+
+
+def infinite_at(step, *arguments, **options):
+    from sasa.train.module import Classifier
+
+    right = Classifier.training_step
+
+    def wrong(self, *rest):
+        return right(self, *rest) * (float("inf") if self.global_step == step - 1 else 1)
+
+    Classifier.training_step = wrong
+    train(*arguments, **options)
+
+
+def test_a_finished_run_is_left_as_it_is_and_another_recipe_refused(data, whole):
+    out, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert train(recipe(data, **OPTIONS), out, resume="auto").epochs == 4
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    with pytest.raises(OptionError, match=r"resume: expected the options .* begun with; batch_size: 8 then, 16 now"):
+        train(recipe(data, **(OPTIONS | {"batch_size": 16})), out, resume="auto")
+
+
+def test_torchrun_starts_again_after_a_worker_is_killed(data, tmp_path):
+    """Two processes; the second kills itself once, early in the second epoch."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+    ]
+    command += [str(program), "train", "--data", str(data), "--out", str(out)]
+    for name, value in (SMALL | {"epochs": 2}).items():
+        if name not in ("model_options", "tensorboard", "devices"):
+            command += [f"--{name}", str(value)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MARK": str(tmp_path / "mark")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "mark").exists()
+    assert "going on after step 9" in done.stderr and "top-1" in done.stdout
+    assert [row[0] for row in comparable(out) if row[1]] == ["7", "15"]
+
+
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from sasa.cli import main
+from sasa.train.callbacks import Watch
+
+begin = Watch.on_train_batch_start
+
+def killed(self, trainer, *rest):
+    begin(self, trainer, *rest)
+    mark = Path(os.environ["MARK"])
+    if trainer.global_step == 10 and trainer.global_rank == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Watch.on_train_batch_start = killed
+sys.exit(main())
+"""
