@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from .batch import IGNORED, Batch, Taken, collate
 from .errors import OptionError
 from .images import UnreadableImage
-from .order import PADDING, BatchOrder, seed_everything
+from .order import IMAGE, MIXUP, PADDING, BatchOrder, seed_everything
 from .recipe import Recipe
 from .shards import ShardImages
 from .sources import Images, Source, TensorImages
@@ -75,7 +75,7 @@ class LabelledImages(Dataset):
                 return Taken(self.blank, IGNORED, self.images.name(index), unreadable)
             image = self.fit(image)
             if self.vary is not None:
-                seed_everything(self.seed, epoch, index)
+                seed_everything(IMAGE, self.seed, epoch, index)
                 image = self.vary(image)
             return Taken(image, self.images.label(found), self.images.name(found), unreadable)
         raise UnreadableImage("data", "not one of the images can be read")
@@ -153,7 +153,7 @@ class ImageData(lightning.LightningDataModule):
             images = images.contiguous(memory_format=torch.channels_last)
         if self.mixup is not None and self.trainer is not None and self.trainer.training and len(images) % 2 == 0:
             # What is drawn follows from the step and the batch, as everything does: see order.py.
-            seed_everything(self.recipe.seed, self.trainer.global_step, zlib.crc32("".join(names).encode()))
+            seed_everything(MIXUP, self.recipe.seed, self.trainer.global_step, zlib.crc32("".join(names).encode()))
             images, labels = self.mixup(images, labels)
         return Batch(images, labels, names, unreadable)
 
@@ -201,6 +201,13 @@ class ImageData(lightning.LightningDataModule):
 
 class ResumableLoader(DataLoader):
     """Tells Lightning that it can go on in the middle of an epoch: it starts from the step that training is at."""
+
+    def __iter__(self) -> Any:
+        """One epoch. Shards go on to the next by themselves: Lightning tells the epoch to samplers alone."""
+        batches = super().__iter__()  # the workers have their copies of the stream now
+        if isinstance(self.dataset, ShardStream):
+            self.dataset.set_epoch(self.dataset.position // len(self.dataset) + 1)
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the place follows from the step."""

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from .batch import IGNORED, Batch
-from .order import seed_everything
+from .order import STEP, seed_everything
 from .recipe import Recipe
 
 
@@ -52,7 +52,7 @@ class Classifier(lightning.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Random draws that follow from the step: a run that is continued draws what it would have drawn."""
         step = self.global_step * self.recipe.accumulate + batch_idx % self.recipe.accumulate
-        seed_everything(self.recipe.seed, step, self.global_rank, gpu=self.device.type != "cpu")
+        seed_everything(STEP, self.recipe.seed, step, self.global_rank, gpu=self.device.type != "cpu")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+IMAGE, STEP, MIXUP = range(1, 4)  # what draws are for; the first number of their seeds, so that no two are alike
 PADDING = -1  # index of a place in the last batch that no image is left for
 
 
@@ -22,7 +23,7 @@ def seed_everything(*numbers: int, gpu: bool = False) -> None:
 
     ``gpu`` includes the accelerators' generators, which takes a hundred times as long as the others.
     """
-    first, second, third = (int(n) for n in np.random.SeedSequence(numbers).generate_state(3))
+    first, second, third = (int(n) for n in np.random.SeedSequence((len(numbers), *numbers)).generate_state(3))
     random.seed(first)
     np.random.seed(second)
     torch.default_generator.manual_seed(third)

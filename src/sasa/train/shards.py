@@ -6,9 +6,10 @@ import json
 import random
 import tarfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -62,10 +63,9 @@ class ShardImages:
             order = np.random.default_rng(seed).permutation(len(self.shards))
             shards = [int(order[shard]) for shard in shards]
         wds = require("webdataset", "data")
-        stream = wds.DataPipeline(
-            wds.SimpleShardList([self.shards[shard] for shard in shards]),
-            wds.tarfile_to_samples(handler=wds.handlers.ignore_and_continue),  # broken shards were told when opened
-        )
+        options = {"handler": wds.handlers.ignore_and_continue}  # broken shards were told when opened
+        files = wds.tariterators.tar_file_expander(_opened(self.shards[shard] for shard in shards), **options)
+        stream = wds.tariterators.group_by_keys(files, **options)
         whole = (sample for sample in map(_sample, stream) if sample.image is not None)
         samples = (sample for place, sample in enumerate(whole) if place % step == first)
         if seed is not None:
@@ -170,6 +170,13 @@ def _scan(shard: Path) -> tuple[int, int, str]:
     except (tarfile.TarError, OSError, EOFError) as error:
         return len(keys), highest, f"{type(error).__name__}: {error}"
     return len(keys), highest, ""
+
+
+def _opened(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The shards one after another, each closed when the next is asked for: the library leaves that to chance."""
+    for path in paths:
+        with Path(path).open("rb") as stream:
+            yield {"url": path, "stream": stream}
 
 
 def _label(text: bytes | None) -> int | None:

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .batch import IGNORED, Taken, collate
 from .images import UnreadableImage, read_image
-from .order import seed_everything
+from .order import IMAGE, seed_everything
 from .shards import Sample, ShardImages
 from .transforms import Transform
 
@@ -65,11 +65,6 @@ class ShardStream(IterableDataset):
             self.batches = max(1, len(images) // batch_size) * accumulate
         else:
             self.batches = max(-(-images.count(rank, world_size) // self.share) for rank in range(world_size))
-
-    @property
-    def sampler(self) -> ShardStream:
-        """Where Lightning looks for :meth:`set_epoch`."""
-        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch, unless within it already."""
@@ -136,7 +131,7 @@ class ShardStream(IterableDataset):
                 continue
             image = self.fit(image)
             if self.vary is not None:
-                seed_everything(self.seed, epoch, zlib.crc32(sample.name.encode()))
+                seed_everything(IMAGE, self.seed, epoch, zlib.crc32(sample.name.encode()))
                 image = self.vary(image)
             yield Taken(image, sample.label, sample.name, unreadable)
         while True:

@@ -1,0 +1,164 @@
+"""WebDataset shards: what is in them, and who takes what in which order."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from processes import Running, assert_equal_bits, recipe, together, weights
+
+from sasa.train import DataError, checkpoints, train
+from sasa.train.batch import IGNORED
+from sasa.train.data import ImageData
+from sasa.train.images import UnreadableImage
+from sasa.train.sources import open_source
+
+
+def picture(label, size=12):
+    """A JPEG whose brightness tells its class."""
+    pixels = np.random.default_rng(label).integers(0, 60, (size, size, 3)) + 60 * label
+    stream = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def write_shards(folder, train=(7, 7, 6, 8), val=(5, 4), bad=()):
+    """Shards as the library itself writes them; ``bad`` images are no images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for part, sizes in (("train", train), ("val", val)):
+        for shard, size in enumerate(sizes):
+            with webdataset.TarWriter(str(folder / f"{part}-{shard:04d}.tar")) as writer:
+                for _ in range(size):
+                    image = b"no image" if count in bad else picture(count % 3)
+                    writer.write({"__key__": f"{count:05d}", "jpg": image, "cls": str(count % 3).encode()})
+                    count += 1
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return write_shards(tmp_path / "shards")
+
+
+def batches(folder, part="train", rank=0, world_size=1, start=0, epoch=None, **changes):
+    data = ImageData(open_source(folder), recipe(folder, **({"batch_size": 4} | changes)), rank, world_size)
+    loader = data.val_dataloader() if part == "val" else data._stream_loader(data.train_set, start)
+    if epoch is not None:
+        loader.dataset.set_epoch(epoch)
+    return list(loader)
+
+
+def names(found):
+    return [[name.rpartition("/")[2] for name in batch.names] for batch in found]
+
+
+def test_shards_are_counted_and_their_labels_found(shards):
+    source = open_source(shards)
+    assert (len(source.train), len(source.val), source.classes) == (28, 9, ["0", "1", "2"])
+    (shards / "classes.txt").write_text("cat\ndog\nowl\n")
+    assert open_source(shards).classes == ["cat", "dog", "owl"]
+    index = [{"url": f"{part}-{n:04d}.tar", "nsamples": 4} for part in ("train", "val") for n in range(4)]
+    (shards / "index.json").write_text(json.dumps({"shardlist": index}))
+    assert len(open_source(shards).train) == 16  # believed, not counted
+    (shards / "classes.txt").write_text("cat\ndog\n")
+    (shards / "index.json").unlink()
+    with pytest.raises(DataError, match=r"data: expected labels below 2, the lines of .*classes.txt; found 2"):
+        open_source(shards)
+
+
+def test_folders_of_shards_and_what_is_missing(tmp_path):
+    write_shards(tmp_path / "flat")
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        for path in (tmp_path / "flat").glob(f"{part}-*.tar"):
+            path.rename(tmp_path / part / path.name)
+    assert len(open_source(tmp_path).train) == 28
+    for path in (tmp_path / "val").glob("*.tar"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"data: expected validation shards \(val\*.tar, .* in"):
+        open_source(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*suggested max number of worker")
+@pytest.mark.parametrize("readers", [(1, 0), (1, 2), (2, 0), (2, 3), (3, 2)], ids=str)
+def test_every_validation_image_comes_once_whoever_shares_them(shards, readers):
+    world_size, workers = readers
+    shares = [batches(shards, "val", rank, world_size, batch_size=6, workers=workers) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1  # equally many batches, for what is collective
+    found = [pair for share in shares for b in share for pair in zip(b.names, b.labels.tolist(), strict=True)]
+    real = sorted(name.rpartition("/")[2] for name, label in found if label != IGNORED)
+    assert real == [f"{n:05d}" for n in range(28, 37)]
+    assert all(int(n.rpartition("/")[2]) % 3 == label for n, label in found if label != IGNORED)
+
+
+@pytest.mark.parametrize("readers", [(1, 0), (2, 0), (1, 2), (2, 2)], ids=str)
+def test_training_shuffles_anew_each_epoch_and_shares_without_repeats(shards, readers):
+    world_size, workers = readers
+    epochs = []
+    for epoch in (0, 1):
+        shares = [batches(shards, "train", r, world_size, epoch=epoch, workers=workers) for r in range(world_size)]
+        assert {len(share) for share in shares} == {7}
+        epochs.append([name for share in shares for batch in names(share) for name in batch])
+    assert epochs[0] != epochs[1] != sorted(epochs[1])
+    if (world_size, workers) == (1, 0):
+        assert sorted(epochs[0]) == sorted(epochs[1]) == [f"{n:05d}" for n in range(28)]
+
+
+@pytest.mark.filterwarnings("ignore:.*suggested max number of worker")
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("start", [0, 1, 5, 7, 10])
+def test_going_on_in_the_middle_gives_what_would_have_come(shards, workers, start):
+    whole = batches(shards, start=0, workers=workers) + batches(shards, start=7, workers=workers)
+    rest = batches(shards, start=start, workers=workers)
+    expected = whole[start : 7 if start < 7 else 14]
+    assert names(rest) == names(expected)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(rest, expected, strict=True))
+
+
+def test_an_unreadable_image_gives_way_to_the_next_and_is_told(tmp_path):
+    folder = write_shards(tmp_path / "shards", bad=(3, 4, 30))
+    for workers in (0, 2):
+        found = batches(folder, workers=workers)
+        assert sum(bool(reason) for batch in found for reason in batch.unreadable) >= 2 - workers
+        assert all(IGNORED not in batch.labels for batch in found)
+        rest = batches(folder, start=3, workers=workers)
+        assert names(rest) == names(found[3:])
+        val = batches(folder, "val", workers=workers)
+        assert [int(label) for batch in val for label in batch.labels].count(IGNORED) == 1 + 3
+    with pytest.raises(UnreadableImage, match=r"0000[34]"):
+        batches(folder, strict=True)
+
+
+def test_a_cut_shard_is_read_as_far_as_it_goes(shards):
+    path = shards / "train-0001.tar"
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[-2]
+    path.write_bytes(path.read_bytes()[: member.offset_data + 10])
+    with pytest.warns(UserWarning, match=r"read only the first \d images of a broken shard: .*train-0001.tar \("):
+        source = open_source(shards)
+    assert source.skipped == 1 and 26 <= len(source.train) <= 27
+    with pytest.raises(DataError, match=r"data: expected a whole shard, got .*train-0001.tar"):
+        open_source(shards, strict=True)
+    with pytest.warns(UserWarning, match="broken shard"):
+        found = batches(shards)
+    assert len(found) == 6 and not any(reason for batch in found for reason in batch.unreadable)
+
+
+def test_training_on_shards_goes_on_to_the_same_bits_and_on_two_processes(shards, tmp_path):
+    options = recipe(shards, batch_size=4, workers=2, checkpoint_steps=2, epochs=2)
+    Running(tmp_path / "log", train, options, tmp_path / "whole").succeed()
+    Running(tmp_path / "log", train, options, tmp_path / "run").succeed()
+    assert_equal_bits(tmp_path / "whole", tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    for path in checkpoints.checkpoints(tmp_path / "run")[:2]:  # as if it had been killed before those
+        checkpoints.remove(path)
+    Running(tmp_path / "log", train, options, tmp_path / "run", resume="auto").succeed()
+    assert_equal_bits(tmp_path / "whole", tmp_path / "run")
+    for running in together(tmp_path / "log", 2, train, options, tmp_path / "two"):
+        running.succeed()
+    assert weights(tmp_path / "two")
