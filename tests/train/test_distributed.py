@@ -48,6 +48,13 @@ def test_two_processes_are_one_to_rounding_over_fifty_steps(data, alone, tmp_pat
     assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-6)
 
 
+def test_a_group_of_one_is_one_process(data, tmp_path):
+    few = FIFTY | {"epochs": 2}
+    Running(tmp_path / "log", train, recipe(data, **few), tmp_path / "alone").succeed()
+    Running(tmp_path / "log", train, recipe(data, strategy="ddp", **few), tmp_path / "run").succeed()
+    assert_close(tmp_path / "alone", tmp_path / "run", rtol=1e-12)
+
+
 def test_split_weights_are_whole_ones_to_rounding_and_go_on_from_a_checkpoint(data, tmp_path):
     """FSDP in float32, which is all it has, against one process in float64; stopped once between."""
     few = FIFTY | {"epochs": 2, "learning_rate": 1e-3}  # in float32 rounding grows fast

@@ -38,16 +38,16 @@ def options(images, **more):
 @pytest.mark.parametrize("model", ["sasa_resnet14", "resnet14"])
 def test_training_learns_and_writes_weights_log_and_result(images, tmp_path, model):
     out = tmp_path / "run"
-    result = train(options(images, model=model), out)
+    result = train(options(images, model=model, epochs=6), out)
     assert result.top1 == 1.0
-    assert (result.train_images, result.val_images, result.epochs, result.skipped_images) == (32, 8, 3, 0)
+    assert (result.train_images, result.val_images, result.epochs, result.skipped_images) == (32, 8, 6, 0)
     assert json.loads((out / "result.json").read_text())["top1"] == 1.0
     with (out / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["train_loss"]) for row in rows if row["train_loss"]]
-    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert len(losses) == 6 and losses[-1] < losses[0]
     newest = checkpoints.newest_whole(out)
-    assert torch.load(newest, weights_only=True)["global_step"] == checkpoints.step_of(newest) == 11
+    assert torch.load(newest, weights_only=True)["global_step"] == checkpoints.step_of(newest) == 23
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -70,6 +70,22 @@ def test_equal_seeds_give_equal_weights_and_others_do_not(images, tmp_path):
     first = weights("a", 1)
     assert torch.equal(first, weights("b", 1))
     assert not torch.equal(first, weights("c", 2))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16-mixed", "ema_decay": 0.5, "clip_grad_norm": 1.0, "accumulate": 2},
+        {"augment": "imagenet", "auto_augment": "rand-m3", "mixup": 0.2, "channels_last": False, "optimizer": "sgd"},
+        {"batch_size": 64},  # fewer images than that
+    ],
+    ids=["bf16", "imagenet", "few"],
+)
+def test_other_ways_to_train(images, tmp_path, changes):
+    result = train(options(images, model="resnet14", epochs=1, **changes), tmp_path / "run")
+    assert 0 <= result.top1 <= 1 and result.val_images == 8
+    network, _ = load_model(tmp_path / "run" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
 
 
 def test_flops_are_counted_from_the_equation():

@@ -1,0 +1,107 @@
+"""Recipes: those of the package, their options on the command line, and what is said of wrong ones."""
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+from image_files import write_images
+from processes import small_images
+
+from sasa.cli import main
+from sasa.train import OptionError, Recipe
+from sasa.train.recipe import shipped_recipes
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_whole(name):
+    options = yaml.safe_load(shipped_recipes()[name].read_text())
+    assert options.keys() <= {field.name for field in dataclasses.fields(Recipe)}
+    Recipe(**options).check()
+
+
+def test_the_twins_differ_in_the_network_alone():
+    attention, convolution = (
+        yaml.safe_load(shipped_recipes()[f"imagenet-{name}"].read_text()) for name in ("sasa-resnet50", "resnet50")
+    )
+    assert (attention.pop("model"), convolution.pop("model")) == ("sasa_resnet50", "sasa_resnet50_conv")
+    assert attention == convolution
+
+
+def test_the_paper_recipe_is_scaled_to_the_batch():
+    paper = Recipe(**yaml.safe_load(shipped_recipes()["imagenet-sasa-resnet50"].read_text()))
+    whole = dataclasses.replace(paper, batch_size=4096)
+    assert whole.scaled_learning_rate == pytest.approx(1.6) and whole.scaled_ema_decay == pytest.approx(0.9999)
+    assert paper.batch_size == 1024 and paper.scaled_learning_rate == pytest.approx(0.4)
+    assert paper.scaled_ema_decay**4 == pytest.approx(0.9999)  # four steps forget as many images as one of the paper's
+    unscaled = dataclasses.replace(paper, base_batch_size=0)
+    assert unscaled.scaled_learning_rate == 1.6 and unscaled.scaled_ema_decay == 0.9999
+
+
+def test_the_imagenet_recipe_trains_on_its_layout(tmp_path, capsys):
+    for part in ("train", "val"):
+        write_images(tmp_path / "images" / part)
+    options = ["--epochs=1", "--batch-size=4", "--image-size=32", "--workers=0", "--precision=32-true", "--log-steps=1"]
+    where = ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "run")]
+    assert main(["train", "--config", "imagenet-sasa-resnet50", *where, *options, "--no-tensorboard"]) == 0
+    assert "sasa_resnet50: top-1" in capsys.readouterr().out
+    written = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert written["ema_decay"] == 0.9999 and written["batch_size"] == 4 and not written["tensorboard"]
+    assert main(["eval", "--weights", str(tmp_path / "run" / "model.safetensors"), *where[:2]]) == 0
+
+
+def test_idx_files_train_with_their_recipe(tmp_path, capsys):
+    folder = small_images(tmp_path / "data", train=260, size=28)
+    options = ["--epochs", "1", "--workers", "0", "--model-options.width", "0.5", "--log-steps=1"]
+    assert (
+        main(["train", "--config=fashion-mnist", "--data", str(folder), "--out", str(tmp_path / "run"), *options]) == 0
+    )
+    assert "sasa_resnet14: top-1" in capsys.readouterr().out
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+    for column in ("images_per_second", "data_wait", "memory_gb", "learning_rate", "val_top5"):
+        assert column in header
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lerning-rate", "1"], r"lerning_rate: no such option (did you mean learning_rate?); expected one of accel"),
+        (["--augment", "shft"], "'none', 'shift', 'imagenet'"),
+        (["--epochs", "few"], "epochs"),
+        (["--config", "dmo"], "config: expected a YAML file or one of demo, fashion-mnist, imagenet-resnet50"),
+        (["--config", "KEY"], "has 'epoch' (did you mean epochs?); expected one of accelerator"),
+        (["--config", "VALUE"], "batch_size"),
+        (["--config", "LIST"], "config: expected options with values in"),
+        (["--config", "BROKEN"], "is not YAML"),
+    ],
+)
+def test_a_wrong_key_or_value_names_itself_and_what_is_allowed(options, message, tmp_path, capsys):
+    files = {"KEY": "epoch: 3\n", "VALUE": "batch_size: [1, 2]\n", "LIST": "- 1\n", "BROKEN": "a: [1\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    options = [str(tmp_path / word) if word in files else word for word in options]
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--out", str(tmp_path / "run"), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "sdg"}, "optimizer: expected one of timm's, as sgd or adamw, got 'sdg'"),
+        ({"crop_pct": 0.0}, "crop_pct: expected more than 0 and at most 1, got 0.0"),
+        ({"ema_decay": 1.0}, "ema_decay: expected at least 0 and below 1, got 1.0"),
+        ({"accumulate": 3}, "accumulate: expected a divisor of batch_size 32, got 3"),
+        ({"auto_augment": "rand-m9"}, "auto_augment: expected augment imagenet with it, got augment shift"),
+        ({"strategy": "fsdp", "ema_decay": 0.9}, "ema_decay: expected 0 with strategy fsdp"),
+        ({"strategy": "fsdp", "compile": True}, "compile: expected false with strategy fsdp"),
+        ({"strategy": "fsdp", "precision": "64-true"}, "precision: expected 32-true or bf16-mixed with strategy fsdp"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps: expected at least 1, got 0"),
+    ],
+)
+def test_what_can_not_be_meant(changes, message):
+    with pytest.raises(OptionError, match=message):
+        Recipe(**changes).check()
