@@ -54,6 +54,7 @@ def recipe(data: Path, **changes: Any) -> Recipe:
 
 def _main(log: str, environment: dict[str, str], target: Callable, arguments: tuple, options: dict) -> None:
     os.environ.update(environment)
+    os.setsid()
     file = Path(log).open("a")  # noqa: SIM115
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)

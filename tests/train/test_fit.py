@@ -156,6 +156,20 @@ def test_skipped_images_are_in_the_result(tmp_path):
     assert result.skipped_images == 1 and result.train_images + result.val_images == 9
 
 
+def test_images_that_turn_out_unreadable_are_told_and_left_out(tmp_path, monkeypatch):
+    """In folders too large to be read through beforehand."""
+    monkeypatch.setattr("sasa.train.sources.CHECKED_BEFOREHAND", 0)
+    write_images(tmp_path / "images")
+    (tmp_path / "images" / "cat" / "1.png").write_bytes(b"broken")  # of the validation part
+    (tmp_path / "images" / "dog" / "2.png").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match=r"skipped an image that can't be read: .*(cat.1|dog.2).png") as caught:
+        result = train(options(tmp_path / "images", model="resnet14", epochs=2, batch_size=4), tmp_path / "run")
+    assert len(caught) == 2  # each once
+    assert (result.train_images, result.val_images, result.skipped_images) == (8, 1, 2)
+    with pytest.raises(DataError, match=r"cat.1.png|dog.2.png"):
+        train(options(tmp_path / "images", model="resnet14", strict=True), tmp_path / "strict")
+
+
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [

@@ -97,7 +97,7 @@ def comparable(out):
 
 
 def stopped_at(step, *arguments, **options):
-    """Train, and be sent SIGTERM in that step."""
+    """Train, and be sent SIGTERM in that step, with all the processes that load images."""
     from sasa.train.callbacks import Watch
 
     begin = Watch.on_train_batch_start
@@ -105,7 +105,7 @@ def stopped_at(step, *arguments, **options):
     def signalled(self, trainer, *rest):
         begin(self, trainer, *rest)
         if trainer.global_step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.killpg(0, signal.SIGTERM)
 
     Watch.on_train_batch_start = signalled
     train(*arguments, **options)
@@ -149,7 +149,8 @@ def test_a_loss_that_is_no_number_stops_with_the_step_the_images_and_the_checkpo
     Running(tmp_path / "log", infinite_at, 10, recipe(data, log_steps=4), out).end()
     printed = (tmp_path / "log").read_text()
     assert "NonFiniteLoss: loss: expected a finite number, got inf at step 10" in printed
-    assert f"the last good checkpoint is {checkpoints.checkpoint_path(out, 9)}; the batch: train/" in printed
+    assert f"the last good checkpoint is {checkpoints.checkpoint_path(out, 9)}; the batch (8 images, in" in printed
+    assert len((out / "non-finite-step-10.txt").read_text().split()) == 8
     assert checkpoints.checkpoints(out)[0] == checkpoints.checkpoint_path(out, 9)
     Running(tmp_path / "log", train, recipe(data, log_steps=4), out, resume="auto").succeed()
 

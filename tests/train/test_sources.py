@@ -106,6 +106,22 @@ def test_folder_images_become_rgb_squares(tmp_path):
             assert {images[i].image.dtype for i in range(len(images))} == {torch.uint8}
 
 
+def test_a_hugging_face_dataset_becomes_batches(tmp_path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    write_images(tmp_path / "images")
+    rows = {"image": [str(path) for path in sorted(tmp_path.glob("images/*/*.png"))], "label": [0] * 5 + [1] * 5}
+    parts = {part: datasets.Dataset.from_dict(rows, features=features) for part in ("train", "validation")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved", num_proc=None)
+    source = open_source(tmp_path / "saved")
+    assert source.classes == ["cat", "dog"] and len(source.train) == 10
+    for workers in (0, 1):
+        data = ImageData(source, Recipe(image_size=16, batch_size=5, workers=workers))
+        (batch, _) = list(data.train_dataloader())
+        assert batch.images.shape == (5, 3, 16, 16) and set(batch.labels.tolist()) <= {0, 1}
+
+
 def test_label_folder_missing_from_validation(tmp_path):
     write_images(tmp_path / "train", classes=("cat", "dog", "owl"))
     write_images(tmp_path / "val", classes=("cat", "dog", "emu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import threading
@@ -16,11 +17,9 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
 from .batch import Batch
-from .checkpoints import checkpoint_path, checkpoints
+from .checkpoints import checkpoint_path, checkpoints, write_whole
 from .errors import OutputError, UserError
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Of a scheduler that wants its machine back: SLURM, Kubernetes and torchrun send the first, or what they are told."""
+from .launch import SIGNALS
 
 
 class Stopped(SystemExit):
@@ -185,8 +184,12 @@ class FiniteLoss(Callback):
             if not math.isfinite(loss):
                 saved = checkpoints(self.out)
                 where = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint before it"
-                raise NonFiniteLoss(f"loss: expected a finite number, got {loss} at step {step}; {where}; "
-                                    f"the batch: {', '.join(names)}")  # fmt: skip
+                listed = self.out / f"non-finite-step-{step}.txt"
+                with contextlib.suppress(OSError):
+                    write_whole(listed, ("\n".join(names) + "\n").encode())
+                few = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+                message = f"loss: expected a finite number, got {loss} at step {step}; {where}"
+                raise NonFiniteLoss(f"{message}; the batch ({len(names)} images, in {listed}): {few}")
 
 
 class Watch(Callback):

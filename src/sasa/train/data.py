@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import zlib
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from .batch import IGNORED, Batch, Taken, collate
 from .errors import OptionError
 from .images import UnreadableImage
+from .launch import SIGNALS
 from .order import IMAGE, MIXUP, PADDING, BatchOrder, seed_everything
 from .recipe import Recipe
 from .shards import ShardImages
@@ -187,6 +189,7 @@ class ImageData(lightning.LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
+            worker_init_fn=_outlive_signals,
         )
 
     def _stream_loader(self, stream: ShardStream, start: int) -> DataLoader:
@@ -196,6 +199,7 @@ class ImageData(lightning.LightningDataModule):
             batch_size=None,  # the stream makes batches, for it alone knows which worker has which
             num_workers=self.recipe.workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_outlive_signals,
         )
 
 
@@ -215,6 +219,12 @@ class ResumableLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to load."""
+
+
+def _outlive_signals(worker: int) -> None:
+    """Schedulers signal all processes of a job: those that load images must live until the training one has saved."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _same(image: Any) -> Any:

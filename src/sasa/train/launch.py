@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from torch import distributed
 
 from .errors import OptionError
 from .recipe import Recipe
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Of a scheduler that wants its machine back: SLURM, Kubernetes and torchrun send the first, or what they are told."""
 
 
 @dataclass(frozen=True)
