@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, RichProgressBar
 from torch import Tensor
 
 from .batch import Batch
@@ -35,6 +35,14 @@ class Stopped(SystemExit):
 
 class NonFiniteLoss(UserError, ArithmeticError):  # noqa: N818
     """The loss is infinite or not a number: the message names the step, the batch's images and the last checkpoint."""
+
+
+class Progress(RichProgressBar):
+    """Lightning's, without the end of the log folder's name."""
+
+    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+        """What it shows."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class SaveAndStop(Checkpoint):

@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, RichProgressBar, Timer
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Timer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from rich.console import Console
 from torch import nn
 
 from ..models import count_flops, create_model
-from .callbacks import FiniteLoss, SaveAndStop, Watch
+from .callbacks import FiniteLoss, Progress, SaveAndStop, Watch
 from .checkpoints import WholeCheckpoints, checkpoints, newest_whole, step_of, write_whole
 from .data import ImageData
 from .errors import OptionError, OutputError
@@ -223,7 +223,7 @@ def _trainer(
 ) -> lightning.Trainer:
     files = WholeCheckpoints()
     steps = 0 if checkpoint is None else step_of(checkpoint)
-    callbacks = [RichProgressBar(), FiniteLoss(out, recipe.log_steps), *callbacks]
+    callbacks = [Progress(), FiniteLoss(out, recipe.log_steps), *callbacks]
     if recipe.ema_decay:
         callbacks.append(EMAWeightAveraging(decay=recipe.scaled_ema_decay))
     plugins: list[Any] = [files]
