@@ -113,7 +113,10 @@ def test_killed_it_goes_on_where_it_stopped_on_another_number_of_processes(run, 
     assert first.end() == -signal.SIGKILL and not out.exists()
     pair = together(tmp_path / "two", 2, predict, images, out, weights, workers=2, **options)
     assert "going on: 4 images are done already" in "".join(running.succeed() for running in pair)
-    assert out.read_text() == (tmp_path / "whole.csv").read_text()
+    for found, expected in zip(rows(out), rows(tmp_path / "whole.csv"), strict=True):
+        for name in ("probability_1", "probability_2"):  # other batches round otherwise
+            assert float(found.pop(name) or 0) == pytest.approx(float(expected.pop(name) or 0), abs=1e-5)
+        assert found == expected
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from .data import ImageData
 from .errors import DataError
 from .export import load_model
 from .fit import quiet
-from .launch import find_processes, strategy
+from .launch import find_processes, make_trainer
 from .module import Classifier
 from .recipe import Precision, Recipe
 from .sources import open_source
@@ -82,17 +82,8 @@ def evaluate(
     batches = ImageData(source, recipe, processes.rank, processes.world_size)
     watch = Watch(1, batch_size)
     with quiet():
-        trainer = lightning.Trainer(
-            accelerator=processes.accelerator,
-            devices=processes.per_node,
-            num_nodes=processes.nodes,
-            strategy=strategy(recipe, processes),
-            precision=precision,
-            logger=False,
-            callbacks=[RichProgressBar(), watch],
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
+        trainer = make_trainer(
+            recipe, processes, logger=False, callbacks=[RichProgressBar(), watch], enable_checkpointing=False
         )
         classifier = Classifier(network, len(source.classes), recipe, steps=1)
         (metrics,) = trainer.validate(classifier, batches, verbose=False)

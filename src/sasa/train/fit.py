@@ -27,7 +27,7 @@ from .checkpoints import WholeCheckpoints, checkpoints, newest_whole, step_of, w
 from .data import ImageData
 from .errors import OptionError, OutputError
 from .export import save_weights
-from .launch import Processes, find_processes, restarts, strategy
+from .launch import Processes, find_processes, make_trainer, restarts
 from .logs import open_logs
 from .module import Classifier, ShardedClassifier
 from .order import seed_everything
@@ -230,21 +230,16 @@ def _trainer(
     if SLURMEnvironment.detect():
         # Lightning's way of going on under SLURM has checkpoints of its own; ours go on with --resume auto.
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    return lightning.Trainer(
+    return make_trainer(
+        recipe,
+        processes,
         max_epochs=recipe.epochs,
-        accelerator=processes.accelerator,
-        devices=processes.per_node,
-        num_nodes=processes.nodes,
-        strategy=strategy(recipe, processes),
-        precision=recipe.precision,
         accumulate_grad_batches=recipe.accumulate,
         gradient_clip_val=recipe.clip_grad_norm or None,
         logger=open_logs(out, steps, recipe.tensorboard, processes.first),
         callbacks=[*callbacks, SaveAndStop(out, recipe.checkpoint_steps, checkpoint)],
         plugins=plugins,
-        use_distributed_sampler=False,  # the batches are shared out already
         num_sanity_val_steps=0,
-        enable_model_summary=False,
         log_every_n_steps=1,
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -98,6 +99,20 @@ def strategy(recipe: Recipe, processes: Processes) -> Any:
 
     # Gradients are views of the buckets they are summed in: one copy less of them in memory.
     return DDPStrategy(gradient_as_bucket_view=True)
+
+
+def make_trainer(recipe: Recipe, processes: Processes, **options: Any) -> lightning.Trainer:
+    """Lightning's trainer on those processes; ``options`` are its other arguments."""
+    return lightning.Trainer(
+        accelerator=processes.accelerator,
+        devices=processes.per_node,
+        num_nodes=processes.nodes,
+        strategy=strategy(recipe, processes),
+        precision=recipe.precision,
+        use_distributed_sampler=False,  # the batches are shared out already
+        enable_model_summary=False,
+        **options,
+    )
 
 
 def join(processes: Processes, timeout: float = 600.0) -> None:

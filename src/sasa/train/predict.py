@@ -23,7 +23,7 @@ from .errors import DataError, OptionError, OutputError
 from .evaluate import trained
 from .fit import quiet
 from .images import UnreadableImage, read_image
-from .launch import Processes, find_processes, strategy
+from .launch import Processes, find_processes, make_trainer
 from .recipe import Precision, Recipe
 from .transforms import Transform, fit_transform, normalise
 
@@ -100,17 +100,8 @@ def predict(
     unread = UnreadImages(images, done, fit, shape, batch_size, processes)
     loader = DataLoader(unread, batch_size, num_workers=workers, collate_fn=collate)
     with quiet():
-        trainer = lightning.Trainer(
-            accelerator=processes.accelerator,
-            devices=processes.per_node,
-            num_nodes=processes.nodes,
-            strategy=strategy(recipe, processes),
-            precision=precision,
-            logger=False,
-            callbacks=[RichProgressBar(), writer],
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
+        trainer = make_trainer(
+            recipe, processes, logger=False, callbacks=[RichProgressBar(), writer], enable_checkpointing=False
         )
         predictor = Predictor(network, normalise(tuple(facts["mean"]), tuple(facts["std"])))
         trainer.predict(predictor, loader, return_predictions=False)
