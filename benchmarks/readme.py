@@ -14,7 +14,8 @@ from .scale import model as scale
 from .scale.tables import TABLES as SCALE
 from .tables import ROWS, markdown
 
-PAGES = [ROOT / "README.md", ROOT / "docs/kernels.md", ROOT / "docs/scale.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / page for page in ("kernels.md", "scale.md", "studies.md"))]
+STUDY = ROOT / "docs/studies/widths/table.md"
 
 
 def demo_table() -> str:
@@ -30,6 +31,8 @@ def table(mark: str) -> str:
     """The table that belongs between the mark ``<!-- … table -->`` and ``<!-- end -->``."""
     if mark == "demo":
         return demo_table()
+    if mark == "widths":
+        return STUDY.read_text().partition("\n\n")[2].strip()  # without its title
     if mark == "gpu":
         return section(Results(RESULTS).found)
     if mark == "limits":
