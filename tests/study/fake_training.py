@@ -1,7 +1,8 @@
 """Takes the place of ``sasa train`` in the tests of studies: counts steps, saves on SIGTERM, and writes a result.
 
 It notes in the study's folder what was started (``started``) and each step (``steps``), so that a test sees what ran.
-FAKE_SECONDS: of each of its four steps. FAKE_FAILS: ends without a result if this is in the run's name.
+FAKE_SECONDS: of each of its four steps. FAKE_HOLDS: after two steps waits for SIGTERM if this is in the run's name.
+FAKE_FAILS: ends without a result if this is in the run's name.
 """
 
 import json
@@ -35,6 +36,10 @@ for step in range(int(saved.read_text()) if saved.exists() else 0, 4):
     time.sleep(float(os.environ.get("FAKE_SECONDS", 0)))
     note("steps", f"{out.name} {step}")
     saved.write_text(str(step + 1))
+    end = time.monotonic() + 60
+    while step == 1 and os.environ.get("FAKE_HOLDS", "nothing") in out.name and not stopped:
+        time.sleep(0.01)
+        assert time.monotonic() < end
     if stopped:
         sys.stdout.write("stopped and saved\n")
         sys.exit(143)

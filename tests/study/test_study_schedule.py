@@ -198,14 +198,14 @@ def test_a_result_without_the_metric_is_a_failure(fake, write_plan, tmp_path):
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_killed_it_goes_on_and_computes_nothing_twice(parallel, fake, write_plan, tmp_path, capsys):
     out, plan = tmp_path / "out", write_plan()
-    running = Running(tmp_path / "log", pretend, plan, out, parallel, environment={"FAKE_SECONDS": "0.3"})
-    middle = {1: 5, 2: 3}[parallel]  # of the second training, or of the first two, however unevenly they go
-    wait_until(lambda: len(steps(out)) >= middle)
+    holding = {"FAKE_HOLDS": "width=1.0"}  # every second training
+    running = Running(tmp_path / "log", pretend, plan, out, parallel, environment=holding)
+    wait_until(lambda: len(steps(out)) == 6 * parallel)
     running.kill()
     running.end()
     assert states(out)["RUNNING"] == parallel
-    left = started(out)[-parallel:]
-    assert all(map(runs, left))  # they outlive their scheduler
+    left = [one for one in started(out) if runs(one)]  # they outlive their scheduler
+    assert len(left) == parallel
     results = study(plan, out, parallel)
     assert "left by a scheduler that was killed" in capsys.readouterr().err
     assert [cell["n"] for cell in results["cells"]] == [2] * 4
@@ -220,13 +220,13 @@ def test_killed_it_goes_on_and_computes_nothing_twice(parallel, fake, write_plan
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_it_lets_trainings_save(number, fake, write_plan, tmp_path):
     out, plan = tmp_path / "out", write_plan()
-    running = Running(tmp_path / "log", pretend, plan, out, 2, environment={"FAKE_SECONDS": "0.2"})
-    wait_until(lambda: len(steps(out)) >= 1)
+    running = Running(tmp_path / "log", pretend, plan, out, 2, environment={"FAKE_HOLDS": "seed=0"})
+    wait_until(lambda: len(steps(out)) == 4)
     running.kill(number)
     assert running.end() == 128 + number
     printed = (tmp_path / "log").read_text()
     assert f"{number.name}: waiting for what runs to save" in printed
-    assert len(started(out)) == 2 and len(steps(out)) < 8
+    assert len(started(out)) == 2 and len(steps(out)) == 4
     for one in started(out):
         assert (out / "runs" / f"{one['key']}.log").read_text() == "stopped and saved\n"
     assert (out / "results.json").exists()

@@ -119,21 +119,22 @@ class Processes:
         if self.signalled:
             raise Interrupted
 
-    def end_left_over(self, log: Path, process: int | None, say: Callable[[str], None]) -> None:
-        """Let a training that a killed scheduler has left behind save and end."""
-        if not log.exists():
-            return
-        with log.open("ab") as file:
-            if _locked(file):
-                return
-            say(f"{log.stem} still runs, left by a scheduler that was killed: it is told to save and end")
-            with contextlib.suppress(ProcessLookupError):
-                # Only a process that leads a group, as trainings do, can be the one.
-                if process is not None and os.getpgid(process) == process:
-                    os.kill(process, signal.SIGTERM)
-            while not _locked(file):
-                self.check()
-                time.sleep(0.1)
+    def end_left_over(self, found: dict[Path, int | None], say: Callable[[str], None]) -> None:
+        """Let trainings that a killed scheduler has left behind save and end: by their logs, the processes."""
+        with contextlib.ExitStack() as stack:
+            logs = {log: stack.enter_context(log.open("ab")) for log in found if log.exists()}
+            running = {log: file for log, file in logs.items() if not _locked(file)}
+            for log in running:
+                say(f"{log.stem} still runs, left by a scheduler that was killed: it is told to save and end")
+                process = found[log]
+                with contextlib.suppress(ProcessLookupError):
+                    # Only a process that leads a group, as trainings do, can be the one.
+                    if process is not None and os.getpgid(process) == process:
+                        os.kill(process, signal.SIGTERM)
+            for file in running.values():
+                while not _locked(file):
+                    self.check()
+                    time.sleep(0.1)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -91,15 +91,17 @@ class Scheduler:
     def _enqueue(self, study: Any, cells: list[Cell]) -> int:
         """Queue a trial for every training that is not finished; returns how many are in the queue."""
         states = optuna.trial.TrialState
+        trials = study.get_trials(deepcopy=False)
+        # Left so by a scheduler that was killed; they go on from their checkpoints as other trials.
+        left = [trial for trial in trials if trial.state == states.RUNNING]
+        logs = {self.runs / f"{one.user_attrs['key']}.log": one.user_attrs.get("process") for one in left}
+        self.processes.end_left_over(logs, tell)
+        for trial in left:
+            study.tell(trial.number, state=states.FAIL)
         finished, queued = set(), set()
-        for trial in study.get_trials(deepcopy=False):
+        for trial in trials:
             key = trial.user_attrs["key"]
-            if trial.state == states.RUNNING:
-                # Left so by a scheduler that was killed; it goes on from its checkpoints as another trial.
-                log = self.runs / f"{key}.log"
-                self.processes.end_left_over(log, trial.user_attrs.get("process"), tell)
-                study.tell(trial.number, state=states.FAIL)
-            elif trial.state == states.WAITING:
+            if trial.state == states.WAITING:
                 queued.add(key)
             elif trial.state == states.COMPLETE and read_result(self.out, key) is not None:
                 finished.add(key)
