@@ -18,8 +18,8 @@ demo: $(INSTALLED)
 # training and studies start processes of their own: each in a pytest that has run nothing else
 test: sanitize
 	$(BIN)/python -m pytest --ignore=tests/train --ignore=tests/study
-	$(BIN)/python -m pytest tests/train
-	$(BIN)/python -m pytest tests/study
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/study
 
 # the kernels alone, on a grid of problems: bad addresses, undefined behaviour, races between threads
 CORES := $(shell getconf _NPROCESSORS_ONLN)

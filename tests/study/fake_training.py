@@ -36,7 +36,7 @@ for step in range(int(saved.read_text()) if saved.exists() else 0, 4):
     time.sleep(float(os.environ.get("FAKE_SECONDS", 0)))
     note("steps", f"{out.name} {step}")
     saved.write_text(str(step + 1))
-    end = time.monotonic() + 60
+    end = time.monotonic() + 250
     while step == 1 and os.environ.get("FAKE_HOLDS", "nothing") in out.name and not stopped:
         time.sleep(0.01)
         assert time.monotonic() < end

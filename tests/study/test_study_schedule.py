@@ -39,7 +39,7 @@ def steps(out):
     return (out / "steps").read_text().splitlines() if (out / "steps").exists() else []
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=200):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -81,7 +81,7 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
-    def end(self, seconds: float = 120) -> int:
+    def end(self, seconds: float = 250) -> int:
         """Its exit status, once it has one."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -89,7 +89,7 @@ class Running:
             raise TimeoutError(f"still running after {seconds} s: {self.log.read_text()}")
         return self.process.exitcode
 
-    def succeed(self, seconds: float = 120) -> str:
+    def succeed(self, seconds: float = 250) -> str:
         """What it printed; an error unless it ended well."""
         status = self.end(seconds)
         printed = self.log.read_text()
