@@ -15,11 +15,10 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.cpp)
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
 
-# training and studies start processes of their own: each in a pytest that has run nothing else
+# in two processes, whose threads sleep while they wait for each other; training and studies start processes of their own
 test: sanitize
-	$(BIN)/python -m pytest --ignore=tests/train --ignore=tests/study
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/study
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore=tests/train --ignore=tests/study
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train tests/study
 
 # the kernels alone, on a grid of problems: bad addresses, undefined behaviour, races between threads
 CORES := $(shell getconf _NPROCESSORS_ONLN)

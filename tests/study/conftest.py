@@ -8,9 +8,9 @@ import yaml
 
 sys.path.append(str(Path(__file__).parent.parent / "train"))  # processes.py: killable processes, small images
 
-from sasa.study import processes
+from fakes import FAKE
 
-FAKE = [sys.executable, "-S", "-E", str(Path(__file__).parent / "fake_training.py")]
+from sasa.study import processes
 
 PLAN = {
     "title": "a study",

@@ -59,6 +59,8 @@ def _main(log: str, environment: dict[str, str], target: Callable, arguments: tu
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    # Not the server's own way, which this process has inherited: its workers would import everything again.
+    multiprocessing.set_start_method("fork", force=True)
     try:
         target(*arguments, **options)
     except SystemExit:
@@ -81,18 +83,21 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
+    def printed(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
     def end(self, seconds: float = 250) -> int:
         """Its exit status, once it has one."""
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.process.kill()
-            raise TimeoutError(f"still running after {seconds} s: {self.log.read_text()}")
+            raise TimeoutError(f"still running after {seconds} s: {self.printed()}")
         return self.process.exitcode
 
     def succeed(self, seconds: float = 250) -> str:
         """What it printed; an error unless it ended well."""
         status = self.end(seconds)
-        printed = self.log.read_text()
+        printed = self.printed()
         assert status == 0, f"exit status {status}:\n{printed}"
         return printed
 

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import math
+from typing import Any
 
 import pytest
 import yaml
 from image_files import write_images
 from processes import small_images
+from torch import nn
 
 from sasa.cli import main
 from sasa.train import OptionError, Recipe
+from sasa.train.module import Classifier
 from sasa.train.recipe import shipped_recipes
 
 
@@ -36,6 +40,22 @@ def test_the_paper_recipe_is_scaled_to_the_batch():
     assert paper.scaled_ema_decay**4 == pytest.approx(0.9999)  # four steps forget as many images as one of the paper's
     unscaled = dataclasses.replace(paper, base_batch_size=0)
     assert unscaled.scaled_learning_rate == 1.6 and unscaled.scaled_ema_decay == 0.9999
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (1, 3), (2, 2), (10, 10), (90, 450)])
+@pytest.mark.parametrize("warmup_epochs", [0.0, 2.0])
+def test_the_learning_rate_rises_linearly_then_falls_as_a_cosine(epochs, steps, warmup_epochs):
+    recipe = Recipe(epochs=epochs, warmup_epochs=warmup_epochs, learning_rate=0.5)
+    options: Any = Classifier(nn.Linear(2, 2), 2, recipe, steps).configure_optimizers()
+    schedule, group = options["lr_scheduler"]["scheduler"], options["optimizer"].param_groups[0]
+    rates = [group["lr"]]
+    for step in range(1, steps + 1):
+        schedule.step_update(num_updates=step)
+        rates.append(group["lr"])
+    warmup = round(min(warmup_epochs, epochs / 2) * steps / epochs)
+    rise = [0.5 * (step + 1) / (warmup + 1) for step in range(warmup)]
+    fall = [0.25 * (1 + math.cos(math.pi * step / (steps - warmup))) for step in range(steps - warmup + 1)]
+    assert rates == pytest.approx(rise + fall)
 
 
 def test_the_imagenet_recipe_trains_on_its_layout(tmp_path, capsys):

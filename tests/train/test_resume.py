@@ -71,13 +71,19 @@ def test_killed_at_ten_moments_it_ends_with_the_same_bits(data, whole, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"accumulate": 2, "checkpoint_steps": 1}, {"workers": 2, "mixup": 0.2, "cutmix": 1.0}]
+    ("number", "changes"),
+    [
+        (signal.SIGTERM, {"accumulate": 2, "checkpoint_steps": 1}),
+        (signal.SIGTERM, {"workers": 2, "mixup": 0.2, "cutmix": 1.0}),
+        (signal.SIGINT, {"workers": 2}),
+    ],
 )
-def test_stopped_by_sigterm_it_ends_with_the_same_bits(data, tmp_path, changes):
+def test_stopped_by_a_signal_it_ends_with_the_same_bits(data, tmp_path, number, changes):
     options = recipe(data, **changes)
     whole = Running(tmp_path / "whole.log", train, options, tmp_path / "whole")
-    cut = Running(tmp_path / "log", stopped_at, 11, options, tmp_path / "run", resume="auto")
-    assert cut.end() == 128 + signal.SIGTERM
+    cut = Running(tmp_path / "log", stopped_at, 11, options, tmp_path / "run", number=number, resume="auto")
+    assert cut.end() == 128 + number
+    assert f"stopped by {number.name} after step 11" in cut.log.read_text()
     assert checkpoints.checkpoints(tmp_path / "run")[0].name == "step-000000011.ckpt"
     assert (
         "going on after step 11" in Running(tmp_path / "log", train, options, tmp_path / "run", resume="auto").succeed()
@@ -96,19 +102,46 @@ def comparable(out):
     ]
 
 
-def stopped_at(step, *arguments, **options):
-    """Train, and be sent SIGTERM in that step, with all the processes that load images."""
-    from sasa.train.callbacks import Watch
+def stopped_at(step, *arguments, number=signal.SIGTERM, times=1, **options):
+    """Train, and be sent a signal in that step, with all the processes that load images."""
+    from sasa.train.callbacks import Stopped, Watch
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
     begin = Watch.on_train_batch_start
 
     def signalled(self, trainer, *rest):
         begin(self, trainer, *rest)
         if trainer.global_step == step - 1:
-            os.killpg(0, signal.SIGTERM)
+            for _ in range(times):
+                os.killpg(0, number)
 
     Watch.on_train_batch_start = signalled
-    train(*arguments, **options)
+    try:
+        train(*arguments, **options)
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        sys.stderr.flush()
+        raise
+
+
+def test_a_second_ctrl_c_ends_it_at_once(data, tmp_path):
+    """And what the terminal and torchrun send together counts once."""
+    out = tmp_path / "run"
+    twice = Running(tmp_path / "log", impatiently, 5, recipe(data, workers=2), out)
+    assert twice.end() == 1
+    assert "Ctrl-C again doesn't wait" in twice.log.read_text()
+    assert checkpoints.checkpoints(out)[0] == checkpoints.checkpoint_path(out, 3)
+    options = {"number": signal.SIGINT, "times": 2, "resume": "auto"}
+    once = Running(tmp_path / "log", stopped_at, 5, recipe(data, workers=2), out, **options)
+    assert once.end() == 128 + signal.SIGINT
+    assert checkpoints.checkpoints(out)[0] == checkpoints.checkpoint_path(out, 5)
+
+
+def impatiently(step, *arguments, **options):
+    from sasa.train import callbacks
+
+    callbacks.ONE_PRESS = -1.0
+    stopped_at(step, *arguments, number=signal.SIGINT, times=2, **options)
 
 
 def test_a_truncated_newest_checkpoint_is_told_and_the_one_before_taken(data, whole, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -23,10 +24,13 @@ from .launch import SIGNALS
 
 
 class Stopped(SystemExit):
-    """Training was asked to stop by a signal, and has saved where it is. Exit status 143, as of a process so ended."""
+    """Training was asked to stop by a signal, and has saved where it is. Exit status as of a process ended by it.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(128 + signal.SIGTERM)
+    143 for SIGTERM, SIGUSR1 and signals to other processes, 130 for Ctrl-C.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM))
         self.message = message
 
     def __str__(self) -> str:
@@ -45,11 +49,16 @@ class Progress(RichProgressBar):
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
+ONE_PRESS = 2.0
+"""Seconds within which SIGINT counts once: torchrun passes on a Ctrl-C that the terminal has sent to all already."""
+
+
 class SaveAndStop(Checkpoint):
     """Writes checkpoints every so many steps, before and after validation, and when a signal asks to stop.
 
     Only between two steps, or after an epoch: there Lightning's loops can be continued exactly. A checkpoint one step
     before the end of an epoch keeps a run that is killed in a long validation from losing more than that step.
+    A second Ctrl-C doesn't wait for the step.
 
     Args:
         out: the run's folder.
@@ -62,7 +71,9 @@ class SaveAndStop(Checkpoint):
 
     def __init__(self, out: Path, every: int, start: Path | None = None) -> None:
         self.out, self.every, self.start = out, every, start
-        self.signalled: str | None = None
+        self.signalled: signal.Signals | None = None
+        self._interrupted = math.inf  # when SIGINT came
+        self._says = False
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -74,12 +85,22 @@ class SaveAndStop(Checkpoint):
         starts = trainer.strategy.broadcast(self.start)
         if starts != self.start:
             raise OutputError(f"out: expected all processes to see the same checkpoints, got {self.start} and {starts}")
+        self._says = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+            for number in (*SIGNALS, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as shells leave it in the background
+                    self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        self.signalled = signal.Signals(number).name
+        self.signalled = self.signalled or signal.Signals(number)
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if now > self._interrupted + ONE_PRESS:
+                raise KeyboardInterrupt
+            if self._says and self._interrupted == math.inf:
+                # Not through rich, whose locks the interrupted code may hold.
+                os.write(2, b"\nstopping: the step is finished and saved first; Ctrl-C again doesn't wait\n")
+            self._interrupted = min(self._interrupted, now)
 
     def on_train_batch_end(
         self,
@@ -139,14 +160,14 @@ class SaveAndStop(Checkpoint):
         where = (
             f"the last checkpoint is {saved[0]}; --resume auto goes on from it" if saved else "there is no checkpoint"
         )
-        raise Stopped(
-            f"stopped by {self.signalled or 'a signal to another process'} after step {trainer.global_step}; {where}"
-        )
+        by = self.signalled.name if self.signalled else "a signal to another process"
+        message = f"stopped by {by} after step {trainer.global_step}; {where}"
+        raise Stopped(message, self.signalled or signal.SIGTERM)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Give the signals back."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 
 

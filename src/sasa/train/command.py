@@ -86,8 +86,12 @@ def _status(program: str, run: Callable[[], Any]) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(f"{program}: {stopped}", file=sys.stderr)
+        if _first():
+            print(f"{program}: {stopped}", file=sys.stderr)
         return int(stopped.code)  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

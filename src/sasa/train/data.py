@@ -222,8 +222,8 @@ class ResumableLoader(DataLoader):
 
 
 def _outlive_signals(worker: int) -> None:
-    """Schedulers signal all processes of a job: those that load images must live until the training one has saved."""
-    for number in SIGNALS:
+    """Schedulers and Ctrl-C signal all processes: those that load images must live until the training one has saved."""
+    for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -87,12 +87,13 @@ class Classifier(lightning.LightningModule):
         optimizer = create_optimizer_v2(
             groups, recipe.optimizer, lr=rate, weight_decay=recipe.weight_decay, momentum=recipe.momentum
         )
-        warmup = min(recipe.warmup_epochs, recipe.epochs / 2) * steps / recipe.epochs
+        warmup = round(min(recipe.warmup_epochs, recipe.epochs / 2) * steps / recipe.epochs)
         schedule, _ = create_scheduler_v2(
             optimizer,
             "cosine",
-            num_epochs=steps,  # an epoch of the schedule is a step
-            warmup_epochs=round(warmup),
+            num_epochs=steps - warmup,  # an epoch of the schedule is a step
+            warmup_epochs=warmup,
+            warmup_prefix=True,  # the cosine begins after the warm-up, at the highest rate
             warmup_lr=rate / (warmup + 1),
             step_on_epochs=False,
             updates_per_epoch=1,

@@ -80,7 +80,7 @@ class Recipe:
     batch_size: int = 32
     accumulate: int = 1
     optimizer: str = "adamw"
-    learning_rate: float = 5e-3
+    learning_rate: float = 2.5e-3
     base_batch_size: int = 0
     warmup_epochs: float = 2.0
     momentum: float = 0.9
