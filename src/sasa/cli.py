@@ -52,7 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in commands:
         print(f"sasa: error: expected one of {', '.join(commands)}, got {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
-    return commands[command](rest)
+    try:
+        return commands[command](rest)
+    except KeyboardInterrupt:
+        print(f"sasa {command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _info(arguments: list[str]) -> int:

@@ -124,7 +124,16 @@ def test_more_seeds_and_values_train_only_what_is_new(fake, write_plan, tmp_path
     assert len(results["cells"]) == 6
 
 
-@pytest.mark.parametrize("change", [{"options": {"epochs": 3}}, {"seeds": [1]}, {"metric": "val_loss"}, {"tune": TUNE}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"options": {"epochs": 3}},
+        {"options": {"epochs": 2, "strict": True}},
+        {"seeds": [1]},
+        {"metric": "val_loss"},
+        {"tune": TUNE},
+    ],
+)
 def test_another_study_in_the_folder_is_refused(change, fake, write_plan, tmp_path, capsys):
     out = tmp_path / "out"
     study(write_plan(), out)

@@ -15,6 +15,9 @@ from typing import Any, get_type_hints
 from ..train import Recipe, Result, UserError
 from ..train.recipe import FREE_TO_CHANGE
 
+MAY_DIFFER = FREE_TO_CHANGE - {"data", "strict"}
+"""Between trainings of one study: a run's own images may move, but no two runs are compared on different ones."""
+
 NUMBERS = tuple(name for name, hint in get_type_hints(Result).items() if hint in (int, float))
 """What ``result.json`` has that can be compared."""
 
@@ -165,7 +168,7 @@ def changes(before: Plan, now: Plan) -> list[str]:
     found = [
         f"recipe.{name}: {before.recipe[name]!r} then, {now.recipe[name]!r} now"
         for name in now.recipe
-        if name in before.recipe and name not in FREE_TO_CHANGE and before.recipe[name] != now.recipe[name]
+        if name in before.recipe and name not in MAY_DIFFER and before.recipe[name] != now.recipe[name]
     ]
     if before.tune != now.tune:
         found += [f"tune: {_tune(before)} then, {_tune(now)} now"]

@@ -58,7 +58,7 @@ def plot(results: dict[str, Any]) -> Figure:
     axes.grid(alpha=0.3)
     if cells:
         axes.legend(title=line, fontsize=8, title_fontsize=8)
-    axes.set_title(results["title"], fontsize=11, wrap=True)
+    axes.set_title(results["title"], fontsize=11, wrap=True, parse_math=False)
     seeds = len(plan["seeds"])
     if seeds > 1:
         figure.supxlabel(f"mean and standard deviation of {seeds} seeds; faint: each seed", fontsize=8, color="0.4")

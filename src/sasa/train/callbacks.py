@@ -215,7 +215,7 @@ class FiniteLoss(Callback):
                 where = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint before it"
                 listed = self.out / f"non-finite-step-{step}.txt"
                 with contextlib.suppress(OSError):
-                    write_whole(listed, ("\n".join(names) + "\n").encode())
+                    write_whole(listed, ("\n".join(names) + "\n").encode(errors="surrogateescape"))
                 few = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
                 message = f"loss: expected a finite number, got {loss} at step {step}; {where}"
                 raise NonFiniteLoss(f"{message}; the batch ({len(names)} images, in {listed}): {few}")

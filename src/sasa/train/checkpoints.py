@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
 import re
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
+from .errors import OutputError
+
 KEPT = 3
 """Checkpoints of a run that are kept: the last ones."""
+
+PATIENCE = 20.0
+"""Seconds that a training waits for another one in its folder to end."""
 
 FOLDER = "checkpoints"
 CHECKSUM = ".sha256"
@@ -90,6 +97,30 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def alone_in(out: Path, patience: float = PATIENCE) -> Iterator[None]:
+    """Within, no other training works in the folder; one that is about to end is waited for.
+
+    The lock vanishes with the process, however it ends, and is not inherited by those that load its images.
+
+    Raises:
+        OutputError: another one does, still after ``patience`` seconds.
+    """
+    with (out / ".lock").open("a") as file:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > end:
+                    raise OutputError(f"out: expected no other training at work in {out}, got one") from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        yield
 
 
 class WholeCheckpoints(TorchCheckpointIO):

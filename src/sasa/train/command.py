@@ -89,7 +89,9 @@ def _status(program: str, run: Callable[[], Any]) -> int:
         if _first():
             print(f"{program}: {stopped}", file=sys.stderr)
         return int(stopped.code)  # type: ignore[arg-type]
-    except KeyboardInterrupt:
+    except SystemExit as left:  # Lightning's way to end after Ctrl-C
+        if not isinstance(left.__context__, KeyboardInterrupt):
+            raise
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     return 0

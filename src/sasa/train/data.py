@@ -105,6 +105,14 @@ class ImageData(lightning.LightningDataModule):
             raise OptionError(f"batch_size: expected a multiple of {shares} ({parts}), got {recipe.batch_size}")
         if len(source.train) < shares:
             raise OptionError(f"data: expected at least {shares} training images ({parts}), got {len(source.train)}")
+        if recipe.mixup or recipe.cutmix:  # which pair the images of a process
+            step = recipe.batch_size
+            if not isinstance(source.train, ShardImages):
+                step = min(step, len(source.train) // shares * shares)
+            if step // shares % 2:
+                raise OptionError(
+                    f"batch_size: expected an even share of it with mixup or cutmix, got {step // shares} ({parts})"
+                )
         size = recipe.image_size
         fit, vary = fit_transform(size, recipe.crop_pct), None
         train_fit = fit
@@ -153,9 +161,14 @@ class ImageData(lightning.LightningDataModule):
             images = images.double()
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        if self.mixup is not None and self.trainer is not None and self.trainer.training and len(images) % 2 == 0:
+        if self.mixup is not None and self.trainer is not None and self.trainer.training:
             # What is drawn follows from the step and the batch, as everything does: see order.py.
-            seed_everything(MIXUP, self.recipe.seed, self.trainer.global_step, zlib.crc32("".join(names).encode()))
+            seed_everything(
+                MIXUP,
+                self.recipe.seed,
+                self.trainer.global_step,
+                zlib.crc32("".join(names).encode(errors="surrogateescape")),
+            )
             images, labels = self.mixup(images, labels)
         return Batch(images, labels, names, unreadable)
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .batch import collate
 from .data import ImageData
+from .errors import OutputError
 from .export import load_model
 from .fit import Result, fit, prepare_folder, train
 from .order import seed_everything
@@ -36,16 +36,20 @@ def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 
 
     Raises:
         DataError: data can't be trained on.
-        OutputError: out can't be written.
+        OptionError: epochs or seed out of range.
+        OutputError: out can't be written, or holds something else than a demonstration.
     """
     from ..viz import plot_attention, plot_curves
 
+    # Without augmentation: it pays only with more epochs than a demonstration has.
+    recipe = Recipe(data=data, epochs=epochs, seed=seed, augment="none")
+    recipe.check()
     prepare_folder(out, overwrite=True)
+    if not (out / "linear").is_dir() and any(out.iterdir()):
+        raise OutputError(f"out: expected an empty folder or an earlier demonstration, got {out}")
     console = Console()
     source = open_source(data)
     console.print("[bold]1/3[/] a linear classifier, for comparison")
-    # Without augmentation: it pays only with more epochs than a demonstration has.
-    recipe = Recipe(data=data, epochs=epochs, seed=seed, augment="none")
     results = [_linear(source, out / "linear", recipe)]
     for step, (model, what) in enumerate(((CONVOLUTION, "3x3 convolution"), (ATTENTION, "local self-attention")), 2):
         console.print(f"[bold]{step}/3[/] {model}: a residual network of {what}")
@@ -58,7 +62,7 @@ def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 
 
     network, facts = load_model(out / ATTENTION / "model.safetensors")
     batches = ImageData(source, recipe)
-    batch = collate([batches.val_set[0]])
+    batch = next(iter(batches.val_dataloader()))
     image, label = batches.normalise(batch.images)[0], int(batch.labels[0])
     with torch.no_grad():
         guess = facts["classes"][int(network(image[None]).argmax())]
@@ -92,7 +96,7 @@ def _linear(source: Source, out: Path, recipe: Recipe) -> Result:
     seed_everything(recipe.seed)
     pixels = source.channels * recipe.image_size**2
     network = nn.Sequential(nn.Flatten(), nn.Linear(pixels, len(source.classes)))
-    return fit(replace(recipe, learning_rate=1e-3, model=LINEAR), network, source, out)
+    return fit(replace(recipe, learning_rate=1e-3, model=LINEAR), network, source, out, overwrite=True)
 
 
 def _edge_pixel(image: torch.Tensor) -> tuple[int, int]:

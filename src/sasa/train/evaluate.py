@@ -14,7 +14,7 @@ from rich.console import Console
 from .callbacks import Watch
 from .checkpoints import write_whole
 from .data import ImageData
-from .errors import DataError
+from .errors import DataError, OutputError
 from .export import load_model
 from .fit import quiet
 from .launch import find_processes, make_trainer
@@ -55,7 +55,10 @@ def evaluate(
     Raises:
         DataError: data can't be read, or has other classes or channels than the network.
         OptionError: an option out of range.
+        OutputError: out is a folder.
     """
+    if out is not None and out.is_dir():
+        raise OutputError(f"out: expected a file, got the folder {out}")
     network, facts = trained(weights)
     source = open_source(data, strict)
     if list(facts["classes"]) != source.classes or facts["in_chans"] != source.channels:

@@ -23,7 +23,7 @@ from torch import nn
 
 from ..models import count_flops, create_model
 from .callbacks import FiniteLoss, Progress, SaveAndStop, Watch
-from .checkpoints import WholeCheckpoints, checkpoints, newest_whole, step_of, write_whole
+from .checkpoints import WholeCheckpoints, alone_in, checkpoints, newest_whole, step_of, write_whole
 from .data import ImageData
 from .errors import OptionError, OutputError
 from .export import save_weights
@@ -95,6 +95,8 @@ def train(
         Stopped: a signal asked to stop; the checkpoint is written.
     """
     recipe.check()
+    if resume == "auto" and overwrite:
+        raise OptionError("overwrite: expected it without resume auto, which goes on with the earlier run; got both")
     processes = find_processes(recipe)
     if restarts():  # torchrun has started all processes anew because one failed
         resume, overwrite = "auto", False
@@ -103,8 +105,13 @@ def train(
         return Result(**json.loads((out / "result.json").read_text()))
     if processes.first:
         prepare_folder(out, overwrite, resume == "auto")
+    with alone_in(out) if processes.first else contextlib.nullcontext():
+        return _train(recipe, out, resume == "auto", overwrite, processes)
+
+
+def _train(recipe: Recipe, out: Path, resume: bool, overwrite: bool, processes: Processes) -> Result:
     # Other processes don't look for what the first may be about to remove.
-    checkpoint = newest_whole(out, _tell if processes.first else lambda line: None) if resume == "auto" else None
+    checkpoint = newest_whole(out, _tell if processes.first else lambda line: None) if resume else None
     if checkpoint is not None:
         _check_same_run(out, recipe)
         if processes.first:
@@ -115,9 +122,7 @@ def train(
         network = create_model(recipe.model, len(source.classes), source.channels, **recipe.model_options)
     except (ValueError, TypeError) as error:
         raise OptionError(f"model_options: {error}") from error
-    if processes.first:
-        write_whole(out / "recipe.json", (json.dumps(recipe.as_dict(), indent=2) + "\n").encode())
-    return fit(recipe, network, source, out, checkpoint, processes)
+    return fit(recipe, network, source, out, checkpoint, processes, overwrite=overwrite)
 
 
 def fit(
@@ -127,10 +132,19 @@ def fit(
     out: Path,
     checkpoint: Path | None = None,
     processes: Processes | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Result:
-    """Train ``network`` on ``source``, from ``checkpoint`` on if given, and write the files of :func:`train`."""
+    """Train ``network`` on ``source``, from ``checkpoint`` on if given, and write the files of :func:`train`.
+
+    ``overwrite`` removes those of an earlier run, once it is sure that this one can begin.
+    """
     processes = processes or find_processes(recipe)
     batches = ImageData(source, recipe, processes.rank, processes.world_size)
+    if processes.first:
+        if overwrite:
+            _remove_run(out)
+        write_whole(out / "recipe.json", (json.dumps(recipe.as_dict(), indent=2) + "\n").encode())
     if recipe.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if processes.world_size > 1 and recipe.sync_batchnorm:
@@ -186,13 +200,14 @@ def prepare_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(f"out: can't write to {out}: {error.strerror}") from error
-    if resume or not any(out.iterdir()):
-        return
-    if not overwrite:
+    if not (resume or overwrite) and any(not path.name.startswith(".") for path in out.iterdir()):
         raise OutputError(
             f"out: {out} is not empty; choose another folder, or pass --resume auto to go on with the run in it, "
             "or --overwrite to replace it"
         )
+
+
+def _remove_run(out: Path) -> None:
     for name in FILES:
         (out / name).unlink(missing_ok=True)
     for folder in ("checkpoints", "tensorboard"):

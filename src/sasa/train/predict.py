@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import heapq
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .batch import Batch, Taken, collate
+from .checkpoints import write_whole
 from .errors import DataError, OptionError, OutputError
 from .evaluate import trained
 from .fit import quiet
@@ -91,6 +94,7 @@ def predict(
         raise OutputError(f"out: {out} exists already; remove it, or choose another name")
     processes = find_processes(recipe)
     parts = out.with_name(f"{out.name}.parts")
+    _check_same_rows(parts, weights, top_k, images)
     done = _done(parts)
     if done and processes.first:
         Console(stderr=True).print(f"going on: {len(done):,} images are done already", highlight=False)
@@ -220,6 +224,31 @@ class RowWriter(BasePredictionWriter):
             ):
                 guesses = [g for label, p in zip(labels, row, strict=True) for g in (self.classes[label], f"{p:.6f}")]
                 writer.writerow([name, *([""] * len(guesses) if reason else guesses), reason])
+
+
+def _check_same_rows(parts: Path, weights: Path, top_k: int, images: Path) -> None:
+    """Note whose rows these are, and go on with no others.
+
+    Raises:
+        OutputError: the rows there are of another network, folder or number of classes; or none can be written.
+    """
+    with weights.open("rb") as file:
+        now = {"weights": hashlib.file_digest(file, "sha256").hexdigest(), "top_k": top_k}
+    now["images"] = os.fsencode(images.resolve()).hex()
+    note = parts / "rows.json"
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        before = json.loads(note.read_text()) if note.exists() else now
+        write_whole(note, json.dumps(before).encode())
+    except ValueError as error:
+        raise OutputError(f"out: {note} can't be read: {error}") from error
+    except OSError as error:
+        raise OutputError(f"out: can't write to {parts}: {error.strerror}") from error
+    other = [name for name in now if before.get(name) != now[name]]
+    if other:
+        raise OutputError(
+            f"out: {parts} holds rows made with other {', '.join(other)}; remove it, or choose another name"
+        )
 
 
 def _done(parts: Path) -> set[str]:

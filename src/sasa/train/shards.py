@@ -20,6 +20,9 @@ from .errors import DataError
 
 IMAGE_KEYS = tuple(extension.lstrip(".") for extension in IMG_EXTENSIONS)
 LABEL_KEY = "cls"
+MOST_CLASSES = 100_000
+"""Without names: a label beyond is a mistake, as a date or a key."""
+
 SHUFFLED = 1000
 """Samples held back to be drawn from at random, within shards that are themselves in random order."""
 
@@ -83,8 +86,11 @@ class Sample:
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether the folder holds ``train*.tar`` or ``train/*.tar``."""
-    return bool(_shards(folder, "train"))
+    """Whether the folder holds ``train/*.tar``, or ``train*.tar`` and no folders of images in ``train``."""
+    if any(folder.glob("train/*.tar")):
+        return True
+    unpacked = (folder / "train").is_dir() and any(path.is_dir() for path in (folder / "train").iterdir())
+    return not unpacked and any(folder.glob("train*.tar"))
 
 
 def open_shards(folder: Path, strict: bool = False) -> tuple[ShardImages, ShardImages, list[str]]:
@@ -109,9 +115,13 @@ def open_shards(folder: Path, strict: bool = False) -> tuple[ShardImages, ShardI
         parts.append(images)
         highest = max(highest, label)
     file = folder / "classes.txt"
+    if highest >= MOST_CLASSES and not file.is_file():
+        raise DataError(f"data: expected labels below {MOST_CLASSES:,} in {folder}, found {highest}")
     classes = file.read_text().split("\n") if file.is_file() else [str(label) for label in range(highest + 1)]
     classes = [name.strip() for name in classes if name.strip()]
-    if highest >= len(classes) or not classes:
+    if not classes:
+        raise DataError(f"data: expected labels ({LABEL_KEY}) in the shards of {folder}, found none")
+    if highest >= len(classes):
         raise DataError(f"data: expected labels below {len(classes)}, the lines of {file}; found {highest}")
     return parts[0], parts[1], classes
 

@@ -135,6 +135,13 @@ def open_source(folder: Path | None, strict: bool = False) -> Source:
         return _packaged()
     if not folder.is_dir():
         raise DataError(f"data: expected a folder, got {folder}")
+    source = _open_folder(folder, strict)
+    if len(source.classes) < 2:
+        raise DataError(f"data: expected two classes or more in {folder}, found {', '.join(source.classes)} alone")
+    return source
+
+
+def _open_folder(folder: Path, strict: bool) -> Source:
     if any(folder.glob("train-images*idx3-ubyte*")):
         return _idx_files(folder)
     if is_hugging_face(folder):

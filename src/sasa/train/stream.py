@@ -131,7 +131,7 @@ class ShardStream(IterableDataset):
                 continue
             image = self.fit(image)
             if self.vary is not None:
-                seed_everything(IMAGE, self.seed, epoch, zlib.crc32(sample.name.encode()))
+                seed_everything(IMAGE, self.seed, epoch, zlib.crc32(sample.name.encode(errors="surrogateescape")))
                 image = self.vary(image)
             yield Taken(image, sample.label, sample.name, unreadable)
         while True:

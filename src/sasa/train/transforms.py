@@ -14,10 +14,21 @@ from torchvision.transforms import InterpolationMode, v2
 Transform = Callable[[Any], Tensor]
 
 
+LONGEST = 50
+"""Times its shorter side that an image may be long; the ends of longer ones, which no crop shows, are cut off first."""
+
+
 def fit_transform(image_size: int, crop_pct: float = 1.0) -> Transform:
     """The whole image, resized and its middle cut out: (C, image_size, image_size) bytes."""
     resize = v2.Resize(round(image_size / crop_pct), interpolation=InterpolationMode.BILINEAR, antialias=True)
-    return v2.Compose([v2.ToImage(), resize, v2.CenterCrop(image_size), v2.ToPureTensor()])
+    return v2.Compose([_shortened, v2.ToImage(), resize, v2.CenterCrop(image_size), v2.ToPureTensor()])
+
+
+def _shortened(image: Any) -> Any:
+    """Without the ends of a line of pixels: resized by its shorter side, it would fill the memory."""
+    size = v2.functional.get_size(image)
+    most = LONGEST * min(size)
+    return image if max(size) <= most else v2.functional.center_crop(image, [min(side, most) for side in size])
 
 
 def shift_transform(image_size: int) -> Transform:
