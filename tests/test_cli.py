@@ -89,3 +89,21 @@ def test_train_from_the_command_line_and_a_config_file(tmp_path, capsys):
 def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "sasa", "info"], capture_output=True, text=True, check=True)
     assert "implementations of the operator" in done.stdout
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, "as Lightning does"])
+def test_ctrl_c_is_told_in_a_line(how, monkeypatch, capsys):
+    from sasa.train import command
+
+    def interrupted(*arguments, **options):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if how is KeyboardInterrupt:
+                raise
+            sys.exit(1)
+
+    monkeypatch.setattr("sasa.train.demo.demo", interrupted)
+    monkeypatch.setattr(command, "_add", lambda *arguments, **options: None)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "sasa demo: interrupted\n"

@@ -1,8 +1,25 @@
-"""Small data sets."""
+"""Small data sets, and a finished run."""
 
 import pytest
 import torch
 from image_files import write_idx
+from processes import Running, recipe, small_images
+
+from sasa.train import train
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of IDX files."""
+    return small_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def run(data, tmp_path_factory):
+    """A finished run; to be read only."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    Running(out.parent / "log", train, recipe(data, model="resnet14", epochs=2), out).succeed()
+    return out
 
 
 @pytest.fixture(params=["", ".gz"], ids=["plain", "gzip"])

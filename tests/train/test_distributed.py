@@ -6,18 +6,13 @@ import signal
 
 import pytest
 import torch
-from processes import Running, recipe, small_images, together, weights
+from processes import Running, recipe, together, weights
 
 from sasa.train.fit import train
 
 # Fifty steps, in float64: what differs is the order of sums.
 FIFTY = {"epochs": 10, "batch_size": 12, "precision": "64-true", "optimizer": "sgd", "learning_rate": 0.05}
 FIFTY |= {"log_steps": 1, "checkpoint_steps": 100}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_images(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

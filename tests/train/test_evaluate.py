@@ -8,25 +8,13 @@ import signal
 import pytest
 import torch
 from image_files import write_images
-from processes import Running, recipe, small_images, together
+from processes import Running, together
 from torchvision.utils import save_image
 
 from sasa.cli import main
-from sasa.train import DataError, OptionError, OutputError, load_model, train
+from sasa.train import DataError, OptionError, OutputError, load_model
 from sasa.train.evaluate import evaluate
 from sasa.train.predict import RowWriter, predict, walk
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "run"
-    Running(out.parent / "log", train, recipe(data, model="resnet14", epochs=2), out).succeed()
-    return out
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from image_files import write_images
 from PIL import Image
-from processes import Running, recipe, small_images
+from processes import Running, recipe
 
 from sasa.cli import main
 from sasa.train import DataError, OptionError, OutputError, checkpoints, train
@@ -20,18 +20,6 @@ from sasa.train.demo import demo
 from sasa.train.predict import predict
 from sasa.train.sources import open_source
 from sasa.train.transforms import LONGEST, fit_transform
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "run"
-    Running(out.parent / "log", train, recipe(data, model="resnet14", epochs=1), out).succeed()
-    return out
 
 
 def files(folder):

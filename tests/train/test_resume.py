@@ -11,16 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import SMALL, Running, assert_equal_bits, recipe, small_images
+from processes import SMALL, Running, assert_equal_bits, recipe
 
 from sasa.train import OptionError, checkpoints
 from sasa.train.fit import train
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_images(tmp_path_factory.mktemp("data"))
-
 
 OPTIONS = {"ema_decay": 0.9, "workers": 0, "epochs": 4}
 

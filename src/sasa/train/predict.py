@@ -94,7 +94,7 @@ def predict(
         raise OutputError(f"out: {out} exists already; remove it, or choose another name")
     processes = find_processes(recipe)
     parts = out.with_name(f"{out.name}.parts")
-    _check_same_rows(parts, weights, top_k, images)
+    _check_same_rows(parts, weights, top_k, images, processes.first)
     done = _done(parts)
     if done and processes.first:
         Console(stderr=True).print(f"going on: {len(done):,} images are done already", highlight=False)
@@ -226,7 +226,7 @@ class RowWriter(BasePredictionWriter):
                 writer.writerow([name, *([""] * len(guesses) if reason else guesses), reason])
 
 
-def _check_same_rows(parts: Path, weights: Path, top_k: int, images: Path) -> None:
+def _check_same_rows(parts: Path, weights: Path, top_k: int, images: Path, first: bool) -> None:
     """Note whose rows these are, and go on with no others.
 
     Raises:
@@ -234,12 +234,13 @@ def _check_same_rows(parts: Path, weights: Path, top_k: int, images: Path) -> No
     """
     with weights.open("rb") as file:
         now = {"weights": hashlib.file_digest(file, "sha256").hexdigest(), "top_k": top_k}
-    now["images"] = os.fsencode(images.resolve()).hex()
+    now["images"] = str(images.resolve())
     note = parts / "rows.json"
     try:
         parts.mkdir(parents=True, exist_ok=True)
+        if first and not note.exists():  # one process alone: several would take each other's half-written file
+            write_whole(note, json.dumps(now).encode())
         before = json.loads(note.read_text()) if note.exists() else now
-        write_whole(note, json.dumps(before).encode())
     except ValueError as error:
         raise OutputError(f"out: {note} can't be read: {error}") from error
     except OSError as error:
