@@ -22,7 +22,7 @@ def embedding_rows(channels: int, num_heads: int, position_split: str) -> int:
 
 
 def embeddings_by_head(row: Tensor, col: Tensor, num_heads: int, position_split: str) -> tuple[Tensor, Tensor]:
-    """The two halves of r placed on the heads' channels, zeros elsewhere.
+    """The two halves of r by head.
 
     r is the concatenation of a row half and a column half; the splits differ in where the halves fall once the
     channels are divided among N heads of width D.
@@ -36,11 +36,14 @@ def embeddings_by_head(row: Tensor, col: Tensor, num_heads: int, position_split:
             ``"last_head"``: as ``"across_heads"``, but every head is given the last head's r.
 
     Returns:
-        (N, D, kh) and (N, D, kw), as :func:`sasa.local_attention` takes them.
+        (N, Dr, kh) of every head's first Dr channels and (N, Dc, kw) of its last Dc. Split across heads, both cover all
+        channels and are zero in the heads of the other half.
     """
     if position_split == "per_head":
-        row, col = (half.unflatten(0, (num_heads, half.shape[0] // num_heads)) for half in (row, col))
-        return F.pad(row, (0, 0, 0, col.shape[1])), F.pad(col, (0, 0, row.shape[1], 0))
+        return (
+            row.unflatten(0, (num_heads, row.shape[0] // num_heads)),
+            col.unflatten(0, (num_heads, col.shape[0] // num_heads)),
+        )
     by_head = (
         F.pad(row, (0, 0, 0, col.shape[0])).unflatten(0, (num_heads, -1)),
         F.pad(col, (0, 0, row.shape[0], 0)).unflatten(0, (num_heads, -1)),
@@ -57,12 +60,12 @@ def sinusoidal_encoding(x: Tensor) -> Tensor:
     grow geometrically from 2π to 10000·2π pixels.
 
     Args:
-        x: (B, C, H, W).
+        x: (B, C, H, W) or (C, H, W).
 
     Returns:
         (C, H, W) in the dtype and on the device of ``x``.
     """
-    channels, height, width = x.shape[1:]
+    channels, height, width = x.shape[-3:]
 
     def axis(half: int, size: int) -> Tensor:
         waves = (half + 1) // 2

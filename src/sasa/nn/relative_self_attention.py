@@ -6,24 +6,30 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch import Tensor, fx, nn
 
 from .._extras import require
-from ..ops import checks, cpu
-from ..ops.implementations import choose, names
-from ..ops.local_attention import autocast, local_attention, local_attention_weights
-from ..ops.projected import like_query, projected_attention
+from ..ops import checks
+from ..ops.attend import attend, attend_weights, split_heads
 from ..ops.window import BORDERS
+from .convolution_like import ConvolutionLike, runs_alone
 from .notebook import read_notebook_weights
 from .position import POSITION_SPLITS, POSITIONS, embedding_rows, embeddings_by_head, sinusoidal_encoding
 
 if TYPE_CHECKING:
     from torchinfo import ModelStatistics
 
+fx.wrap("attend")  # torch.fx.symbolic_trace records a call and does not look inside
 
-class RelativeSelfAttention(nn.Module):
+
+@fx.wrap
+def prepare(x: Tensor, in_channels: int, weight: Tensor | None, position: str) -> Tensor:
+    """The input with what ``position`` adds to it; raises if it doesn't fit the layer."""
+    checks.layer_input(x, in_channels, weight)
+    return x + sinusoidal_encoding(x) if position == "absolute" else x
+
+
+class RelativeSelfAttention(ConvolutionLike):
     r"""Local self-attention with relative row and column embeddings, a drop-in for ``nn.Conv2d``.
 
     .. math::
@@ -54,20 +60,23 @@ class RelativeSelfAttention(nn.Module):
             attention in the place of a convolution of that stride. Every pixel attends, other than with ``stride``.
         implementation: None for the fastest, or a name: see :func:`sasa.local_attention`.
         recompute: whether to keep only the input for the backward, as a convolution does, and project queries, keys
-            and values again there, for a fraction of the memory. None does so where it is faster too: with the CPU
-            kernels, in float32, for heads in multiples of 8.
+            and values again there, for a fraction of the memory. None does so where the implementation says that it is
+            faster too: the CPU kernels, in float32, for numbers of heads that fill vectors.
         device: where to create the parameters.
         dtype: of the parameters.
 
     Shape:
-        - Input: (B, in_channels, H, W), contiguous or channels_last.
-        - Output: (B, out_channels, H', W') in the same memory format; H' = floor((H - 1) / stride) + 1 unless the
-          border is ``"valid"``, then divided by ``pool`` and rounded up (``nn.AvgPool2d(pool, ceil_mode=True)``).
+        - Input: (B, in_channels, H, W), contiguous or channels_last; or (in_channels, H, W).
+        - Output: (B, out_channels, H', W') in the same memory format, or (out_channels, H', W').
+          H' = floor((H - 1) / stride) + 1 unless the border is ``"valid"``, then divided by ``pool`` and rounded up
+          (``nn.AvgPool2d(pool, ceil_mode=True)``).
 
     Attributes:
         qkv: the three projections as one 1x1 convolution of 3·out_channels outputs: queries, keys, values.
         row_embedding: row half of r, (channels of the half, kh); None unless position is ``"relative"``.
         col_embedding: column half of r, (channels of the half, kw); likewise.
+        weight, bias, padding, padding_mode, groups, transposed, output_padding: what code around a network reads of a
+            convolution: weight and bias are those of ``qkv``, the others say that the output is as large.
 
     Raises:
         ValueError: an argument out of range, or an input that doesn't fit, naming it.
@@ -104,28 +113,33 @@ class RelativeSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "num_heads": num_heads, "pool": pool}
-        for name, size in sizes.items():
-            checks.positive(name, size)
+        self.in_channels, self.out_channels, self.num_heads, self.pool = (
+            checks.positive(name, size) for name, size in sizes.items()
+        )
         if out_channels % num_heads:
             raise ValueError(f"out_channels: expected a multiple of num_heads = {num_heads}, got {out_channels}")
         checks.choice("border", border, BORDERS)
         checks.choice("position", position, POSITIONS)
         checks.choice("position_split", position_split, POSITION_SPLITS)
-        checks.choice("implementation", implementation, (None, *names()))
-        self.in_channels = in_channels
-        self.out_channels = out_channels
+        checks.implementation(implementation)
+        checks.choice("recompute", recompute, (None, True, False))
         self.kernel_size = checks.pair("kernel_size", kernel_size)
-        self.num_heads = num_heads
         self.stride = checks.pair("stride", stride)
         self.dilation = checks.pair("dilation", dilation)
         self.border = border
         self.position = position
         self.position_split = position_split
         self.scale = checks.number("scale", scale)
-        self.pool = pool
         self.implementation = implementation
         self.recompute = recompute
+        checks.parameters(
+            3 * in_channels * out_channels + out_channels * max(self.kernel_size) * (position == "relative"),
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel_size=self.kernel_size,
+        )
 
+        bias = checks.flag("bias", bias)
         self.qkv = nn.Conv2d(in_channels, 3 * out_channels, 1, bias=bias, device=device, dtype=dtype)
         if position == "relative":
             rows = embedding_rows(out_channels, num_heads, position_split)
@@ -164,86 +178,46 @@ class RelativeSelfAttention(nn.Module):
                 nn.init.normal_(embedding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend: (B, in_channels, H, W) to (B, out_channels, H', W')."""
-        if self._keeps_nothing(x):
-            return self._projected_attention(x)
-        query, key, value = self._project(x)
-        y = local_attention(query, key, value, implementation=self.implementation, **self._options()).flatten(1, 2)
-        return y if self.pool == 1 else F.avg_pool2d(y, self.pool, ceil_mode=True)
+        """Attend: (B, in_channels, H, W) to (B, out_channels, H', W'); without the batch, likewise."""
+        qkv, weight, bias = self.qkv, None, None
+        if runs_alone(qkv):
+            weight, bias = qkv.weight, qkv.bias
+        if weight is None or self.position == "absolute":
+            x = prepare(x, self.in_channels, weight, self.position)
+        if weight is None:
+            x = qkv(x)  # hooks, and whatever took the convolution's place, are honoured
+        sizes = self.kernel_size, self.stride, self.dilation, self.border
+        options = self.scale, self.pool, self.implementation, self.recompute
+        return attend(x, weight, bias, *self._embeddings(), self.num_heads, *sizes, *options)
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """What each pixel attends to, before any pooling: (B, num_heads, kh·kw, H', W'), taps row by row, summing to 1
         over the taps.
         """
-        query, key, _ = self._project(x)
-        return local_attention_weights(query, key, **self._options())
+        weight = self.qkv.weight if runs_alone(self.qkv) else None
+        qkv = self.qkv(prepare(x, self.in_channels, weight, self.position))
+        sizes = self.kernel_size, self.stride, self.dilation, self.border
+        query, key, _ = split_heads(qkv if x.dim() == 4 else qkv.unsqueeze(0), self.num_heads)
+        weights = attend_weights(query, key, *self._embeddings(), *sizes, self.scale)
+        return weights if x.dim() == 4 else weights.squeeze(0)
 
-    def _keeps_nothing(self, x: Tensor) -> bool:
-        """Whether to compute the layer as one operator, without queries, keys and values in memory: as ``recompute``
-        says, and on the CPU where no backward will want them. Hooks on ``qkv`` and what took its place are honoured.
-        """
-        qkv = self.qkv
-        if type(qkv) is not nn.Conv2d or qkv._forward_hooks or qkv._forward_pre_hooks or is_parametrized(qkv):
-            return False
-        tracked = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if tracked and self.recompute is None:
-            return not torch.compiler.is_compiling() and self._is_faster_recomputed(x)
-        return bool(self.recompute) if tracked else x.device.type == "cpu"
+    def _embeddings(self) -> tuple[Tensor | None, Tensor | None]:
+        """The halves of r by head."""
+        row, col = self.row_embedding, self.col_embedding
+        if row is None or col is None:
+            return None, None
+        return embeddings_by_head(row, col, self.num_heads, self.position_split)
 
-    def _is_faster_recomputed(self, x: Tensor) -> bool:
-        return (
-            x.device.type == "cpu"
-            and x.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
-            and self.num_heads % 8 == 0
-            and self.implementation in (None, "cpu")
-            and cpu.why_missing() is None
-        )
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Of a convolution with this window whose output is as large: nothing for the border ``"valid"``."""
+        if self.border == "valid":
+            return 0, 0
+        height, width = ((k - 1) * d // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        return height, width
 
-    def _projected_attention(self, x: Tensor) -> Tensor:
-        x = self._checked(x)
-        options = self._options()
-        tensors = x, self.qkv.weight, self.qkv.bias, options["row_embedding"], options["col_embedding"]
-        x, weight, bias, row, col = autocast(*tensors)
-        height, width = ((k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
-        if min(x.shape[2:]) < 1 or (self.border == "valid" and (x.shape[2] < height or x.shape[3] < width)):
-            query, key, value = self._project(x)
-            return local_attention(query, key, value, **options)  # raises the error that says what is wrong
-        if self.implementation is not None and not torch.compiler.is_compiling():
-            choose(self.implementation, like_query(x, weight, self.num_heads))
-        sizes = self.num_heads, self.kernel_size, self.stride, self.dilation
-        return projected_attention(
-            x, weight.flatten(1), bias, row, col, *sizes, self.border, self.scale, self.implementation, self.pool
-        )
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, each (B, N, D, H, W): views of one product."""
-        qkv = self.qkv(self._checked(x))
-        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-            # PyTorch's float64 convolution doesn't keep the format.
-            qkv = qkv.contiguous(memory_format=torch.channels_last)
-        return qkv.unflatten(1, (3 * self.num_heads, -1)).chunk(3, dim=1)
-
-    def _checked(self, x: Tensor) -> Tensor:
-        """The input with what is added to it; raises ValueError if it doesn't fit the layer."""
-        checks.layer_input(x, self.in_channels, self.qkv.weight)
-        if self.position == "absolute":
-            x = x + sinusoidal_encoding(x)
-        return x
-
-    def _options(self) -> dict:
-        row = col = None
-        if self.row_embedding is not None and self.col_embedding is not None:
-            row, col = embeddings_by_head(self.row_embedding, self.col_embedding, self.num_heads, self.position_split)
-        return {
-            "kernel_size": self.kernel_size,
-            "row_embedding": row,
-            "col_embedding": col,
-            "stride": self.stride,
-            "dilation": self.dilation,
-            "border": self.border,
-            "scale": self.scale,
-        }
+    def _projection(self) -> nn.Module:
+        return self.qkv
 
     def summary(self, x: Tensor) -> ModelStatistics:
         """Print a table of the layer's parts, output shapes and parameters for the input ``x`` (torchinfo).

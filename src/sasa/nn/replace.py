@@ -5,45 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from .in_place_of_convolution import AttentionInPlace, AveragePool, Crop
 from .relative_self_attention import RelativeSelfAttention
 
 STRIDE_MODES = ("pool", "strided")
-
-
-class Crop(nn.Module):
-    """Cuts off the pixels that a convolution with little padding doesn't compute.
-
-    Args:
-        top: rows to cut off above.
-        bottom: rows below.
-        left: columns on the left.
-        right: columns on the right.
-
-    Shape:
-        (B, C, H, W) to (B, C, H - top - bottom, W - left - right), a view.
-
-    Raises:
-        ValueError: an image with no pixels left.
-    """
-
-    def __init__(self, top: int, bottom: int, left: int, right: int) -> None:
-        super().__init__()
-        self.top, self.bottom, self.left, self.right = top, bottom, left, right
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Cut."""
-        least = self.top + self.bottom + 1, self.left + self.right + 1
-        if x.shape[2] < least[0] or x.shape[3] < least[1]:
-            raise ValueError(f"x: expected at least {least[0]} x {least[1]} pixels, got {x.shape[2]} x {x.shape[3]}")
-        return x[:, :, self.top : x.shape[2] - self.bottom, self.left : x.shape[3] - self.right]
-
-    def extra_repr(self) -> str:
-        """Arguments as given to the constructor."""
-        return f"top={self.top}, bottom={self.bottom}, left={self.left}, right={self.right}"
 
 
 class Axis(NamedTuple):
@@ -156,8 +125,8 @@ def replacement(
         (top, left), (bottom, right) = [c // 2 for c in cut], [c - c // 2 for c in cut]
         parts["crop"] = Crop(top, bottom, left, right)
     if pooled and not by_layer:
-        parts["pool"] = nn.AvgPool2d(strides, ceil_mode=not whole)
-    layer = attention if len(parts) == 1 else nn.Sequential(parts)
+        parts["pool"] = nn.AvgPool2d(strides) if whole else AveragePool(strides)
+    layer = attention if len(parts) == 1 else AttentionInPlace(parts, conv)
     return layer.train(conv.training)
 
 
@@ -176,7 +145,7 @@ def in_words(layer: nn.Module) -> str:
     for part in layer if isinstance(layer, nn.Sequential) else ():
         if isinstance(part, Crop):
             text += f", {part.top + part.bottom} rows and {part.left + part.right} columns cut off"
-        if isinstance(part, nn.AvgPool2d):
+        if isinstance(part, (nn.AvgPool2d, AveragePool)):
             text += ", average pool {}x{}".format(*part.kernel_size)  # type: ignore[misc]
     return text
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..ops import checks
-from ..ops.implementations import choose, names
-from ..ops.local_attention import autocast
-from ..ops.projected import like_query, projected_attention
+from ..ops.attend import attend
+from .convolution_like import ConvolutionLike
 
 # Bytes of one part of the batch where no gradient is wanted: outputs that are pooled before they leave the cache.
 PART_BYTES = 2**24
 
 
-class AttentionStem(nn.Module):
+class AttentionStem(ConvolutionLike):
     r"""Attention that takes the place of a network's first convolution and the max pool behind it.
 
     Pixels of an image have little content of their own, so what a pixel gives depends on its place (a, b) in the block:
@@ -74,16 +73,15 @@ class AttentionStem(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "num_heads": num_heads}
-        for name, size in (sizes | {"block_size": block_size, "mixtures": mixtures}).items():
-            checks.positive(name, size)
+        sizes |= {"block_size": block_size, "mixtures": mixtures}
+        self.in_channels, self.out_channels, self.num_heads, self.block_size, self.mixtures = (
+            checks.positive(name, size) for name, size in sizes.items()
+        )
         if out_channels % num_heads:
             raise ValueError(f"out_channels: expected a multiple of num_heads = {num_heads}, got {out_channels}")
-        checks.choice("implementation", implementation, (None, *names()))
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.num_heads = num_heads
-        self.block_size = block_size
-        self.mixtures = mixtures
+        checks.implementation(implementation)
+        del sizes["num_heads"]
+        checks.parameters(out_channels * ((2 + mixtures) * in_channels + 2 * block_size + mixtures), **sizes)
         self.implementation = implementation
         options = {"device": device, "dtype": dtype}
         self.qk = nn.Conv2d(in_channels, 2 * out_channels, 1, bias=False, **options)
@@ -108,20 +106,44 @@ class AttentionStem(nn.Module):
         nn.init.normal_(self.mixture_embedding, std=self.out_channels**-0.5)
         self.norm.reset_parameters()
 
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """Of a convolution that would see what the stem sees: a block."""
+        return self.block_size, self.block_size
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """How many times smaller the output is."""
+        return self.block_size, self.block_size
+
+    padding = (0, 0)
+    dilation = (1, 1)
+
+    def _projection(self) -> nn.Module:
+        return self.value
+
     def mixture_weights(self) -> Tensor:
         """p(a, b, m): (block_size, block_size, mixtures), summing to 1 over the mixtures."""
-        place = self.row_embedding[:, :, None] + self.col_embedding[:, None, :]
-        return torch.einsum("cab,cm->abm", place, self.mixture_embedding).softmax(-1)
+        return mixture_weights(self.row_embedding, self.col_embedding, self.mixture_embedding)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend and pool: (B, in_channels, H, W) to (B, out_channels, ceil(H / block_size), ceil(W / block_size))."""
+        if isinstance(x, fx.Proxy):  # torch.fx.symbolic_trace: the shape is unknown, the mode may change
+            y = attend_in_blocks(x, *self._tensors(), None, *self._options())
+            return max_of_blocks(self.norm(y), self.block_size)
         checks.layer_input(x, self.in_channels, self.qk.weight)
-        if min(x.shape[2:]) < 1:
-            raise ValueError(f"x: expected at least one pixel, got shape {tuple(x.shape)}")
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         if self._wants_parts(x):
             images = max(1, PART_BYTES // (self.out_channels * x.shape[2] * x.shape[3] * x.element_size()))
             return torch.cat([self._pooled(part) for part in x.split(images)])
         return self._pooled(x)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.qk.weight, self.value.weight, self.row_embedding, self.col_embedding, self.mixture_embedding
+
+    def _options(self) -> tuple:
+        return self.num_heads, self.block_size, self.implementation
 
     def _wants_parts(self, x: Tensor) -> bool:
         """Whether the images may be taken one after the other, which saves memory and time without gradients."""
@@ -129,39 +151,28 @@ class AttentionStem(nn.Module):
 
     def _pooled(self, x: Tensor) -> Tensor:
         """Attention, batch norm and max pool."""
-        size = self.block_size
-        heights, widths = self._cuts(x.shape[2]), self._cuts(x.shape[3])
         factor, offset = self._normalisation()
+        heights, widths = cuts(x.shape[2], self.block_size), cuts(x.shape[3], self.block_size)
         if len(heights) == len(widths) == 1 and not torch.compiler.is_compiling():
-            # Whole blocks need not be put together to an image, which would be written and read once more.
+            # Equal blocks need not be put together to an image, which would be written and read once more.
             (rows, height), (cols, width) = heights[0], widths[0]
-            y = self._attend(self._blocks(x, heights[0], widths[0]), factor)
+            y = attend_in_equal_blocks(blocks_of(x, *heights, *widths), *self._tensors(), factor, *self._options())
             y = F.max_pool2d(y if offset is not None else self.norm(y), (height, width))
             y = y.view(len(x), rows, cols, self.out_channels).permute(0, 3, 1, 2)
         else:
-            rows, top = [], 0
-            for height in heights:
-                row, left = [], 0
-                for width in widths:
-                    region = x.narrow(2, top, height[0] * height[1]).narrow(3, left, width[0] * width[1])
-                    y = self._attend(self._blocks(region, height, width), factor)
-                    y = y.permute(0, 2, 3, 1).unflatten(0, (-1, height[0], width[0]))
-                    row.append(y.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2))
-                    left += width[0] * width[1]
-                rows.append(torch.cat(row, 2))
-                top += height[0] * height[1]
-            y = torch.cat(rows, 1).permute(0, 3, 1, 2)
-            y = F.max_pool2d(y if offset is not None else self.norm(y), size, size, ceil_mode=True)
+            y = attend_in_blocks(x, *self._tensors(), factor, *self._options())
+            y = max_of_blocks(y if offset is not None else self.norm(y), self.block_size)
         return y if offset is None else y + offset
 
     def _normalisation(self) -> tuple[Tensor | None, Tensor | None]:
-        """Batch norm as a factor on the values and an offset of the output, each where it is no
-        more: without gradients, in evaluation. The weights of attention sum to 1, and the largest of sums is the sum
-        with the largest. (None, None) where it has to be computed.
+        """Batch norm as a factor on the values and an offset of the output where it is no more than that: in
+        evaluation, without gradients. The weights of attention sum to 1, and the largest of sums is the sum with the
+        largest. (None, None) where it has to be computed.
         """
         norm = self.norm
-        hooked = norm._forward_hooks or norm._forward_pre_hooks
-        if self.training or norm.training or torch.is_grad_enabled() or type(norm) is not nn.BatchNorm2d or hooked:
+        hooked = norm._forward_hooks or norm._forward_pre_hooks or nn.modules.module._has_any_global_hook()
+        plain = type(norm) is nn.BatchNorm2d and "forward" not in norm.__dict__ and not hooked
+        if self.training or norm.training or torch.is_grad_enabled() or not plain:
             return None, None
         if norm.running_mean is None or norm.running_var is None or norm.weight is None:
             return None, None
@@ -169,40 +180,94 @@ class AttentionStem(nn.Module):
         offset = norm.bias - norm.running_mean * factor
         return factor[:, None], offset[:, None, None]
 
-    def _cuts(self, pixels: int) -> list[tuple[int, int]]:
-        """An axis as a number of whole blocks and one that the image's edge cuts: (blocks, pixels of a block) each."""
-        size, whole = self.block_size, pixels // self.block_size
-        # One of a few numbers, so that compiled code is specialised on it and on nothing else.
-        over = next(n for n in range(size) if pixels % size == n)
-        return ([(whole, size)] if whole else []) + ([(1, over)] if over else [])
-
-    def _blocks(self, x: Tensor, height: tuple[int, int], width: tuple[int, int]) -> Tensor:
-        """(B, C, H, W) as (blocks, height, width, C) of equal blocks, row by row of each image."""
-        return x.unflatten(2, height).unflatten(4, width).permute(0, 2, 4, 3, 5, 1).flatten(0, 2)
-
-    def _attend(self, blocks: Tensor, factor: Tensor | None) -> Tensor:
-        """Attention inside each block, its values times ``factor``: (blocks, out_channels, height, width).
-
-        By the layer's operator, of images as small as a block, whose windows reach over all of it from every pixel and
-        whose borders are masked. Its input is the image weighed by p, M·C numbers a pixel, where weighing the values
-        would take M maps of the output's size: v = sum over m of W^m (p_m x), and as the p_m sum to 1, W_Q x is the sum
-        of W_Q (p_m x).
-        """
-        height, width, channels = blocks.shape[1:]
-        place = self.mixture_weights()[:height, :width].to(blocks.dtype).flatten(0, 1)  # (pixels of a block, M)
-        weigh = torch.einsum("pm,cd->pcmd", place, torch.eye(channels, dtype=place.dtype, device=place.device))
-        x = torch.bmm(blocks.flatten(1, 2).transpose(0, 1), weigh.flatten(2))  # pixel by pixel of the block
-        x = x.unflatten(0, (height, width)).permute(2, 3, 0, 1)
-        value = self.value.weight.view(self.mixtures, self.out_channels, channels)
-        value = (value if factor is None else value * factor).transpose(0, 1).flatten(1)
-        x, weight = autocast(x, torch.cat((self.qk.weight.flatten(1).repeat(1, self.mixtures), value)))
-        if self.implementation is not None and not torch.compiler.is_compiling():
-            choose(self.implementation, like_query(x, weight, self.num_heads))
-        reach = 2 * self.block_size - 1
-        sizes = self.num_heads, (reach, reach), (1, 1), (1, 1)
-        return projected_attention(x, weight, None, None, None, *sizes, "mask", 1.0, self.implementation)
-
     def extra_repr(self) -> str:
         """Arguments as given to the constructor."""
         text = f"{self.in_channels}, {self.out_channels}, num_heads={self.num_heads}, block_size={self.block_size}"
         return f"{text}, mixtures={self.mixtures}"
+
+
+def mixture_weights(row: Tensor, col: Tensor, mixture: Tensor) -> Tensor:
+    """p(a, b, m) of embeddings (C, a), (C, b) and (C, m)."""
+    place = row[:, :, None] + col[:, None, :]
+    return torch.einsum("cab,cm->abm", place, mixture).softmax(-1)
+
+
+def cuts(pixels: int, size: int) -> list[tuple[int, int]]:
+    """An axis as a number of whole blocks and one that the image's edge cuts: (blocks, pixels of a block) each."""
+    whole = pixels // size
+    # One of a few numbers, so that compiled code is specialised on it and on nothing else.
+    rest = next(n for n in range(size) if pixels % size == n)
+    return ([(whole, size)] if whole else []) + ([(1, rest)] if rest else [])
+
+
+def blocks_of(x: Tensor, height: tuple[int, int], width: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) as (blocks, height, width, C) of equal blocks, row by row of each image."""
+    return x.unflatten(2, height).unflatten(4, width).permute(0, 2, 4, 3, 5, 1).flatten(0, 2)
+
+
+@fx.wrap
+def max_of_blocks(y: Tensor, size: int) -> Tensor:
+    """Maximum of each block and channel."""
+    if not torch.compiler.is_compiling():
+        size = min(size, max(y.shape[2:]))  # blocks larger than the image are cut to it
+    return F.max_pool2d(y, size, size, ceil_mode=True)
+
+
+@fx.wrap
+def attend_in_blocks(
+    x: Tensor,
+    qk: Tensor,
+    value: Tensor,
+    row: Tensor,
+    col: Tensor,
+    mixture: Tensor,
+    factor: Tensor | None,
+    num_heads: int,
+    size: int,
+    implementation: str | None,
+) -> Tensor:
+    """Attention inside the blocks of an image, (B, C, H, W) to (B, out_channels, H, W); its values times ``factor``."""
+    rows, top = [], 0
+    for height in cuts(x.shape[2], size):
+        parts, left = [], 0
+        for width in cuts(x.shape[3], size):
+            region = x.narrow(2, top, height[0] * height[1]).narrow(3, left, width[0] * width[1])
+            blocks = blocks_of(region, height, width)
+            y = attend_in_equal_blocks(blocks, qk, value, row, col, mixture, factor, num_heads, size, implementation)
+            y = y.permute(0, 2, 3, 1).unflatten(0, (-1, height[0], width[0]))
+            parts.append(y.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2))
+            left += width[0] * width[1]
+        rows.append(torch.cat(parts, 2))
+        top += height[0] * height[1]
+    return torch.cat(rows, 1).permute(0, 3, 1, 2)
+
+
+def attend_in_equal_blocks(
+    blocks: Tensor,
+    qk: Tensor,
+    value: Tensor,
+    row: Tensor,
+    col: Tensor,
+    mixture: Tensor,
+    factor: Tensor | None,
+    num_heads: int,
+    size: int,
+    implementation: str | None,
+) -> Tensor:
+    """Attention inside each of equal blocks: (blocks, height, width, C) to (blocks, out_channels, height, width).
+
+    As a layer's, of images as small as a block, whose windows reach over all of it from every pixel and whose borders
+    are masked. Its input is the image weighed by p, M·C numbers a pixel, where weighing the values would take M maps of
+    the output's size: v = sum over m of W^m (p_m x), and as the p_m sum to 1, W_Q x is the sum of W_Q (p_m x).
+    """
+    height, width, channels = blocks.shape[1:]
+    mixtures = mixture.shape[1]
+    place = mixture_weights(row[:, :height], col[:, :width], mixture).to(blocks.dtype).flatten(0, 1)
+    weigh = torch.einsum("pm,cd->pcmd", place, torch.eye(channels, dtype=place.dtype, device=place.device))
+    x = torch.bmm(blocks.flatten(1, 2).transpose(0, 1), weigh.flatten(2))  # pixel by pixel of the block
+    x = x.unflatten(0, (height, width)).permute(2, 3, 0, 1)
+    value = value.view(mixtures, -1, channels)
+    value = (value if factor is None else value * factor).transpose(0, 1).flatten(1)
+    weight = torch.cat((qk.flatten(1).repeat(1, mixtures), value))[:, :, None, None]
+    reach = 2 * size - 1
+    return attend(x, weight, None, None, None, num_heads, (reach, reach), border="mask", implementation=implementation)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import numbers
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .window import BORDERS
+from .implementations import names
+from .window import BORDERS, MOST_TAPS, Pair, cropped, reach
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_PARAMETERS = 2**30  # of a layer: 4 GiB in float32
+_LONGEST = 2**31  # pixels along a side that no image has
 
 
 def pair(name: str, value: int | Sequence[int], minimum: int = 1) -> tuple[int, int]:
@@ -23,36 +27,69 @@ def pair(name: str, value: int | Sequence[int], minimum: int = 1) -> tuple[int, 
     if type(value) is int and value >= minimum:
         return value, value
     expected = f"{name}: expected an int or a (height, width) pair of ints, each at least {minimum}, got {value!r}"
-    values = [value, value] if isinstance(value, int) else value
-    if not isinstance(values, (list, tuple, torch.Size)) or any(type(v) is not int for v in values):
+    values = [value, value] if _is_int(value) else value
+    if not isinstance(values, (list, tuple)) or not all(_is_int(v) for v in values):
         raise TypeError(expected)
     if len(values) != 2 or any(v < minimum for v in values):
         raise ValueError(expected)
-    return values[0], values[1]
+    return int(values[0]), int(values[1])
 
 
-def choice(name: str, value: object, allowed: Sequence[object]) -> None:
+def _is_int(value: object) -> bool:
+    """Whether this is an int, or one of NumPy's; a bool is none."""
+    return type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+
+
+def choice(name: str, value: object, allowed: Sequence[str | bool | None]) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
+    if not (value is None or isinstance(value, (str, bool))) or value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def positive(name: str, value: int) -> None:
-    """Raise TypeError unless ``value`` is an int, ValueError unless it is at least 1."""
-    if type(value) is not int:
+def implementation(name: str | None) -> None:
+    """Raise ValueError unless an implementation has this name, or none is asked for."""
+    if name is not None and (not isinstance(name, str) or name not in names()):
+        raise ValueError(f"implementation: expected None or one of {', '.join(map(repr, names()))}, got {name!r}")
+
+
+def flag(name: str, value: bool) -> bool:
+    """``value``; raises TypeError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def positive(name: str, value: int) -> int:
+    """``value`` as an int; raises TypeError unless it is one, ValueError unless it is at least 1."""
+    if not _is_int(value):
         raise TypeError(f"{name}: expected an int of at least 1, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
+    return int(value)
 
 
 def number(name: str, value: float) -> float:
     """``value`` as a float; raises TypeError unless it is a number, ValueError unless it is finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # A comparison, unlike math.isfinite and float(), also takes a number that torch.compile traces as a symbol.
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        raise ValueError(f"{name}: expected a finite number, got {value if isinstance(value, float) else repr(value)}")
     return value * 1.0
+
+
+def scale_of(scale: float, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the factor on the logits is finite in the dtype that they are computed in."""
+    most = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    if not -most <= scale <= most:
+        raise ValueError(f"scale: expected at most {most:.4g} in magnitude for tensors of {dtype}, got {scale}")
+
+
+def parameters(count: int, **arguments: object) -> None:
+    """Raise ValueError if ``arguments`` ask for more parameters than could be meant."""
+    if count > MOST_PARAMETERS:
+        given = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        raise ValueError(f"{', '.join(arguments)}: expected at most {MOST_PARAMETERS} parameters in all, got {given}")
 
 
 def same_kind(**tensors: Tensor | None) -> None:
@@ -78,11 +115,8 @@ def shapes(
     row_embedding: Tensor | None,
     col_embedding: Tensor | None,
     kernel_size: tuple[int, int],
-    dilation: tuple[int, int],
-    border: str,
 ) -> None:
-    """Raise ValueError unless the shapes fit each other and the window fits a ``"valid"`` border."""
-    choice("border", border, BORDERS)
+    """Raise ValueError unless the shapes fit each other."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor is not None and tensor.dim() != 5:
             raise ValueError(
@@ -113,19 +147,71 @@ def shapes(
                 f"{name}: expected shape (heads, head width, kernel {side}) = ({heads}, {width}, {taps}) "
                 f"to match query and kernel_size, got {tuple(embedding.shape)}"
             )
+
+
+def window_sizes(
+    size: tuple[int, int], kernel_size: Pair, stride: Pair, dilation: Pair, border: str
+) -> tuple[Pair, Pair, Pair, tuple[slice, slice]]:
+    """Kernel size, stride and dilation no larger than an image needs them, and the taps of rows and columns that are
+    left of the window.
+
+    Results are exactly those of the sizes given: steps beyond the image mean the same as steps as long as it, and taps
+    that a ``"mask"`` border hides from every pixel don't count.
+
+    Raises:
+        ValueError: the image holds no window (``"valid"``), or the window has more taps than is computed.
+    """
+    choice("border", border, BORDERS)
+    taps = slice(0, kernel_size[0]), slice(0, kernel_size[1])
+    if torch.compiler.is_compiling():  # no guards on symbolic sizes: the operators check again when they run
+        if max(kernel_size) >= _LONGEST:
+            raise ValueError(f"kernel_size: expected fewer than {_LONGEST} taps, got {kernel_size}")
+        stride, dilation = (tuple(min(step, _LONGEST - 1) for step in steps) for steps in (stride, dilation))
+        return kernel_size, stride, dilation, taps
     if border == "valid":
-        reach = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
-        if height_ < reach[0] or width_ < reach[1]:
+        spans = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+        if max(spans) >= _LONGEST:
             raise ValueError(
-                f"query: expected an image of at least {reach[0]}x{reach[1]} pixels, the window with its dilation, "
-                f"for border='valid', got {height_}x{width_}"
+                f"kernel_size, dilation: expected a window shorter than {_LONGEST} pixels, "
+                f"got kernel_size={kernel_size}, dilation={dilation}"
             )
+        if size[0] < spans[0] or size[1] < spans[1]:
+            raise ValueError(
+                f"query: expected an image of at least {spans[0]}x{spans[1]} pixels, the window with its dilation, "
+                f"for border='valid', got {size[0]}x{size[1]}"
+            )
+    stride = min(stride[0], size[0]), min(stride[1], size[1])
+    dilation = min(dilation[0], size[0]), min(dilation[1], size[1])
+    if border == "mask":
+        taps = cropped(kernel_size[0], size[0], dilation[0]), cropped(kernel_size[1], size[1], dilation[1])
+        kernel_size = taps[0].stop - taps[0].start, taps[1].stop - taps[1].start
+    if border == "zero":
+        most_taps(size, kernel_size, dilation)
+    return kernel_size, stride, dilation, taps
 
 
-def layer_input(x: Tensor, in_channels: int, weight: Tensor) -> None:
-    """Raise ValueError unless ``x`` is (B, in_channels, H, W), on the device and in the dtype of a layer's weight."""
-    if x.dim() != 4 or x.shape[1] != in_channels:
+def most_taps(size: tuple[int, int], kernel_size: Pair, dilation: Pair) -> None:
+    """Raise ValueError if a window has more taps beyond the image than are computed."""
+    most = tuple(max(MOST_TAPS, 2 * reach(n, d) + 2) for n, d in zip(size, dilation, strict=True))
+    if kernel_size[0] > most[0] or kernel_size[1] > most[1]:
+        raise ValueError(
+            f"kernel_size: expected at most {most[0]} x {most[1]} taps for an image of {size[0]} x {size[1]} pixels, "
+            f"got {kernel_size[0]} x {kernel_size[1]}"
+        )
+
+
+def layer_input(x: Tensor, in_channels: int, weight: Tensor | None) -> None:
+    """Raise unless ``x`` is (B, in_channels, H, W) or (in_channels, H, W) with at least one pixel, on the device and in
+    the dtype of a layer's weight, if that is given.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if x.dim() not in (3, 4) or x.shape[-3] != in_channels:
         raise ValueError(f"x: expected shape (batch, in_channels={in_channels}, height, width), got {tuple(x.shape)}")
+    if x.shape[-1] < 1 or x.shape[-2] < 1:
+        raise ValueError(f"x: expected at least one pixel, got shape {tuple(x.shape)}")
+    if weight is None:
+        return
     if x.device != weight.device:
         raise ValueError(f"x: expected device {weight.device} as the parameters are on, got {x.device}")
     if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):

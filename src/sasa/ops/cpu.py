@@ -1,161 +1,49 @@
-"""The C++ kernels (``csrc/``): finds the library, loads it, and calls it with the addresses of tensors.
-
-The library knows nothing of PyTorch: it is built once by CMake when the package is installed, and holds the same
-kernels for several instruction sets. Where it could not be built the package works all the same, on the reference.
-"""
+"""The compiled kernels: calls the C++ library (``csrc/local_attention.h``) with the addresses of CPU tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import memory_format
-from .cpu_structures import (
-    INTERFACE_VERSION,
-    UNSUPPORTED,
-    CAxis,
-    CEmbedding,
-    CGradients,
-    CLinear,
-    CProblem,
-    CProjection,
-    CTensor,
+from . import memory_format, projected
+from .cpu_library import (
+    capabilities,
+    capability,
+    capability_index,
+    library,
+    load,
+    set_capability,
+    why_missing,
 )
+from .cpu_structures import UNSUPPORTED, CAxis, CEmbedding, CGradients, CLinear, CProblem, CProjection, CTensor
+from .eager import sum_dtype
+from .pooling import average_pool
 from .window import BORDERS, Axis, Window
 
-CAPABILITY_VARIABLE = "SASA_CPU_CAPABILITY"
+__all__ = ["CpuLibraryWarning", "backward", "capabilities", "capability", "forward", "set_capability", "why_missing"]
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of sasa_dtype
-_FILES = ("libsasa_cpu.so", "libsasa_cpu.dylib")
+_HUGE_PAGES_FROM = 2**22  # bytes
 
 
 class CpuLibraryWarning(UserWarning):
-    """The compiled CPU kernels are missing: local attention on the CPU runs on the slow reference."""
-
-
-def _places() -> Iterator[Path]:
-    """Where the library may lie: beside this file, or where an editable installation puts what it builds."""
-    package = sys.modules[__package__ or "sasa.ops"]
-    for folder in dict.fromkeys([str(Path(__file__).parent), *package.__path__]):
-        for name in _FILES:
-            yield Path(folder) / name
-
-
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and why there is none."""
-    found = [path for path in _places() if path.is_file()]
-    if not found:
-        return None, (
-            "the compiled kernels are missing: sasa was installed without a C++ compiler; "
-            "install one and run pip install --force-reinstall --no-deps --no-cache-dir sasa-torch"
-        )
-    try:
-        library = ctypes.CDLL(str(found[0]))
-        version = library.sasa_interface_version()
-    except (OSError, AttributeError) as error:
-        return None, f"the compiled kernels can't be loaded: {error}"
-    if version != INTERFACE_VERSION:
-        return None, (
-            f"the compiled kernels are of another version of sasa (interface {version}, expected "
-            f"{INTERFACE_VERSION}): install sasa anew"
-        )
-    library.sasa_capability_name.restype = ctypes.c_char_p
-    library.sasa_set_parallel.argtypes = (ctypes.c_void_p,)
-    library.sasa_set_parallel.restype = None
-    library.sasa_use_huge_pages.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    library.sasa_use_huge_pages.restype = None
-    library.sasa_can_project.argtypes = (ctypes.POINTER(CProblem),)
-    library.sasa_can_pool.argtypes = (ctypes.POINTER(CProblem),)
-    library.sasa_forward.argtypes = (ctypes.POINTER(CProblem), ctypes.POINTER(CTensor))
-    library.sasa_backward.argtypes = (ctypes.POINTER(CProblem), ctypes.POINTER(CGradients))
-    library.sasa_linear_gradients.argtypes = (ctypes.POINTER(CLinear),)
-    library.sasa_set_parallel(_openmp_of_torch())
-    return library, ""
-
-
-def _openmp_of_torch() -> int | None:
-    """Address of ``GOMP_parallel`` in the OpenMP runtime that PyTorch runs on, so that both share one pool of threads.
-
-    None where PyTorch has another kind of runtime: the library then starts threads of its own for each call.
-    """
-    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        # Looking a name up in PyTorch's library also searches the libraries it was linked with.
-        runtime = ctypes.CDLL(str(torch_library) if torch_library.is_file() else None)
-        return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
-    except (OSError, AttributeError):
-        return None
-
-
-def why_missing() -> str | None:
-    """Why the compiled kernels can't be used; None if they can."""
-    library, reason = _load()
-    return None if library is not None else reason
-
-
-@functools.cache
-def _names_of(library: ctypes.CDLL | None) -> tuple[str, ...]:
-    if library is None:
-        return ()
-    return tuple(library.sasa_capability_name(index).decode() for index in range(library.sasa_capability_count()))
-
-
-def _capabilities() -> tuple[str, ...]:
-    return _names_of(_load()[0])
-
-
-def capabilities() -> list[str]:
-    """Instruction sets that the library has and this processor understands, slowest first; empty without a library."""
-    return list(_capabilities())
-
-
-_chosen: str | None = None
-
-
-def capability() -> str | None:
-    """The instruction set in use: the fastest, or what ``SASA_CPU_CAPABILITY`` names; None without a library.
-
-    Raises:
-        ValueError: the variable names something else.
-    """
-    global _chosen
-    if _chosen is None and _capabilities():
-        set_capability(os.environ.get(CAPABILITY_VARIABLE) or capabilities()[-1], CAPABILITY_VARIABLE)
-    return _chosen
-
-
-def set_capability(name: str, argument: str = "name") -> None:
-    """Use another instruction set from now on.
-
-    Args:
-        name: one of :func:`capabilities`.
-        argument: what to call it in an error.
-
-    Raises:
-        ValueError: not one of them.
-    """
-    global _chosen
-    if name not in capabilities():
-        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, capabilities()))}, got {name!r}")
-    _chosen = name
+    """The compiled CPU kernels are missing: local attention on the CPU runs in plain PyTorch, which is slow."""
 
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"{reason}. Local attention on the CPU runs on the slow reference.", CpuLibraryWarning, stacklevel=2)
+    warnings.warn(
+        f"{reason}. Local attention on the CPU runs in plain PyTorch, slowly.", CpuLibraryWarning, stacklevel=2
+    )
 
 
-def unsupported(query: Tensor, value: Tensor | None = None) -> str | None:
-    """Why the kernels can't compute this query; None when they can. Values may be as wide as they like."""
+def unsupported(query: Tensor, value: Tensor) -> str | None:
+    """Why the kernels can't compute this query; None when they can. Values may have any width."""
     if query.device.type != "cpu":
         return f"it computes on the CPU, the query is on {query.device}"
     if query.dtype not in _DTYPES:
@@ -166,49 +54,16 @@ def unsupported(query: Tensor, value: Tensor | None = None) -> str | None:
     return reason
 
 
-def in_huge_pages(fresh: Tensor) -> Tensor:
-    """``fresh``, a new dense tensor, backed by huge pages where the system has them: half of the time of writing a
-    large tensor for the first time is page faults.
-    """
-    size = fresh.numel() * fresh.element_size()
-    library, _ = _load()
-    if size >= 2**22 and library is not None and fresh.device.type == "cpu":
-        library.sasa_use_huge_pages(fresh.data_ptr(), size)
-    return fresh
-
-
-class Projection(NamedTuple):
-    """A layer's input and its projections to queries, keys and values, one 1x1 convolution.
-
-    Attributes:
-        input: (B, C, H, W).
-        weight: (3·N·D, C): queries, keys, values.
-        bias: (3·N·D) or None.
-    """
-
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row: Tensor | None,
-    col: Tensor | None,
-    window: Window,
-    border: str,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, row: Tensor | None, col: Tensor | None, window: Window, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (B, N, Dv, h, w) in the memory format of ``query``, and log-sum-exp of the logits (B, N, h, w)."""
     height, width = window.rows.outputs, window.cols.outputs
     output = in_huge_pages(memory_format.empty(query, value.shape[2], height, width))
-    lse = _empty_lse(query, *query.shape[:2], height, width)
+    lse = query.new_empty((*query.shape[:2], height, width), dtype=sum_dtype(query))
     if query.shape[0] > 0:
-        problem = _problem(query.shape[:3], value.shape[2], row, col, lse, window, border, scale)
-        _set_inputs(problem, query, key, value)
-        _check(_library().sasa_forward(problem, _tensor(output)))
+        problem = _local_problem(query, key, value, row, col, lse, window, scale)
+        _check(library().sasa_forward(problem, _tensor(output)))
     return output, lse
 
 
@@ -219,90 +74,125 @@ def backward(
     value: Tensor,
     row: Tensor | None,
     col: Tensor | None,
-    output: Tensor | None,
     lse: Tensor,
     window: Window,
-    border: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value in their memory formats, and of row and col. The output is not needed."""
+    """Gradients of query, key and value in their memory formats, and of row and col."""
     dense = [in_huge_pages(memory_format.empty(x, *x.shape[2:])) for x in (query, key, value)]
     lse = lse.contiguous()
-    problem = _problem(query.shape[:3], value.shape[2], row, col, lse, window, border, scale)
-    _set_inputs(problem, query, key, value)
+    problem = _local_problem(query, key, value, row, col, lse, window, scale)
     return dense[0], dense[1], dense[2], *_backward_into(dense, problem, grad_output, row, col, window)
 
 
-def can_project(projection: Projection, num_heads: int) -> bool:
-    """Whether :func:`forward_projected` takes so many heads: they must fill vectors."""
-    if unsupported(projection.input) is not None:
-        return False
-    channels = projection.weight.shape[0] // 3 // num_heads
-    problem = CProblem(
-        dtype=_DTYPES.index(projection.input.dtype),
-        capability=_capabilities().index(capability() or ""),
-        heads=num_heads,
-        channels=channels,
-        value_channels=channels,
+def can_project(x: Tensor, weight: Tensor, num_heads: int, window: Window, pool: int) -> bool:
+    """Whether :func:`forward_projected` and its backward compute a layer: its heads must fill vectors."""
+    return _can_project(x.dtype, num_heads, weight.shape[0] // 3 // num_heads, capability_index())
+
+
+def prefers_projected(x: Tensor, weight: Tensor, num_heads: int) -> bool:
+    """Whether projecting again in the backward is faster than keeping queries, keys and values."""
+    return _prefers_projected(x.dtype, num_heads, weight.shape[0] // 3 // num_heads, capability_index())
+
+
+@functools.lru_cache(maxsize=1024)
+def _can_project(dtype: torch.dtype, heads: int, channels: int, capability: int) -> bool:
+    return bool(library().sasa_can_project(_layer(dtype, heads, channels, capability)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _prefers_projected(dtype: torch.dtype, heads: int, channels: int, capability: int) -> bool:
+    return bool(library().sasa_prefers_projected(_layer(dtype, heads, channels, capability)))
+
+
+def _layer(dtype: torch.dtype, heads: int, channels: int, capability: int) -> CProblem:
+    return CProblem(
+        dtype=_DTYPES.index(dtype), capability=capability, heads=heads, channels=channels, value_channels=channels
     )
-    return bool(_library().sasa_can_project(problem))
 
 
-def can_pool(window: Window, pool: int) -> bool:
-    """Whether :func:`forward_projected` pools the outputs of such windows."""
+@functools.lru_cache(maxsize=1024)
+def _pooled_inside(window: Window, pool: int) -> int:
+    """The part of ``pool`` that the kernels take while the output is in the cache: 2, or 1 for none."""
     problem = CProblem(rows=_axis(window.rows), cols=_axis(window.cols))
-    return pool == 1 or (pool == 2 and bool(_library().sasa_can_pool(problem)))
+    return 2 if pool == 2 and library().sasa_can_pool(problem) else 1
 
 
 def forward_projected(
-    projection: Projection,
-    num_heads: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
+    num_heads: int,
     window: Window,
-    border: str,
     scale: float,
-    pool: int = 1,
+    pool: int,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`forward`, of queries, keys and values that are projected tile by tile and never exist in memory. The
-    output is pooled, if :func:`can_pool`; the log-sum-exp is not.
+    """Output (B, N·D, H', W') of queries, keys and values that are projected tile by tile and never exist in memory,
+    averaged over ``pool`` x ``pool`` windows, and the log-sum-exp (B, N, h, w).
     """
-    shape = _projected_shape(projection, num_heads)
+    channels = weight.shape[0] // 3 // num_heads
     height, width = window.rows.outputs, window.cols.outputs
-    like = projection.input[:, None]  # (B, 1, C, H, W): only its memory format counts
-    output = memory_format.empty(
-        like.expand(-1, num_heads, -1, -1, -1), shape[2], -(-height // pool), -(-width // pool)
-    )
-    in_huge_pages(output)
-    lse = _empty_lse(projection.input, *shape[:2], height, width)
-    if shape[0] > 0:
-        problem = _problem(shape, shape[2], row, col, lse, window, border, scale, pool)
-        keep = _set_projection(problem, projection)
-        _check(_library().sasa_forward(problem, _tensor(output)))
+    inside = _pooled_inside(window, pool)
+    like = x[:, None].expand(-1, num_heads, -1, -1, -1)  # only its memory format counts
+    output = in_huge_pages(memory_format.empty(like, channels, -(-height // inside), -(-width // inside)))
+    lse = x.new_empty((x.shape[0], num_heads, height, width), dtype=sum_dtype(x))
+    if x.shape[0] > 0:
+        problem = _problem((*lse.shape[:2], channels), channels, x.dtype, row, col, lse, window, scale, inside)
+        keep = _set_projection(problem, x, weight, bias)
+        _check(library().sasa_forward(problem, _tensor(output)))
         del keep
-    return output, lse
+    return average_pool(output.flatten(1, 2), pool // inside), lse
 
 
 def backward_projected(
     grad_output: Tensor,
-    projection: Projection,
-    dense: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
     lse: Tensor,
+    num_heads: int,
     window: Window,
-    border: str,
     scale: float,
-    pool: int = 1,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Writes the gradients of the projected query, key and value into ``dense``; returns those of row and col."""
-    shape = dense[0].shape[:3]
-    lse = lse.contiguous()
-    problem = _problem(shape, shape[2], row, col, lse, window, border, scale, pool)
-    keep = _set_projection(problem, projection)
-    grads = _backward_into(dense, problem, grad_output, row, col, window)
-    del keep
-    return grads
+    pool: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight, bias, row and col. Those of the projections exist for a few images at a time."""
+    totals = projected.Totals(weight, bias, row, col)
+    grad_input = in_huge_pages(torch.empty_like(x))
+    inside = _pooled_inside(window, pool)
+    g = projected.before_pool(grad_output, window, pool // inside).unflatten(1, (num_heads, -1))
+    memory = x.new_empty(0)
+    for part in projected.parts(x, weight):
+        images, some_lse = x[part], lse[part].contiguous()
+        pixels = projected.pixels_of(images)
+        if memory.shape != (pixels.shape[0], weight.shape[0]):
+            memory = in_huge_pages(x.new_empty((pixels.shape[0], weight.shape[0])))
+        dense = projected.heads_of(memory, images.shape, num_heads)
+        shape = dense[0].shape[:3]
+        problem = _problem(shape, shape[2], x.dtype, row, col, some_lse, window, scale, inside)
+        keep = _set_projection(problem, images, weight, bias)
+        totals.add_embeddings(_backward_into(dense, problem, g[part], row, col, window))
+        del keep
+        _projection_gradients(memory, pixels, weight, grad_input[part], totals)
+    return grad_input, *totals.in_dtype_of(weight)
+
+
+def _projection_gradients(
+    grad: Tensor, pixels: Tensor, weight: Tensor, grad_images: Tensor, totals: projected.Totals
+) -> None:
+    """Gradients of the projections: writes that of the input, adds to those of weight and bias."""
+    images = grad_images.permute(0, 2, 3, 1)
+    if images.is_contiguous():
+        grad_pixels = images.view(-1, weight.shape[1])
+        if linear_gradients(grad, pixels, weight, grad_pixels, totals.weight, totals.bias):
+            return
+        torch.mm(grad, weight, out=grad_pixels)
+    else:
+        images.copy_((grad @ weight).view(images.shape))
+    totals.add_projection(grad, pixels)
 
 
 def linear_gradients(
@@ -316,7 +206,7 @@ def linear_gradients(
         return False
     problem = CLinear(
         threads=torch.get_num_threads(),
-        capability=_capabilities().index(capability() or ""),
+        capability=capability_index(),
         pixels=pixels.shape[0],
         outputs=weight.shape[0],
         inputs=weight.shape[1],
@@ -327,19 +217,23 @@ def linear_gradients(
         grad_weight=grad_weight.data_ptr(),
         grad_bias=None if grad_bias is None else grad_bias.data_ptr(),
     )
-    status = _library().sasa_linear_gradients(problem)
+    status = library().sasa_linear_gradients(problem)
     if status == UNSUPPORTED:
         return False
     _check(status)
     return True
 
 
-def _projected_shape(projection: Projection, num_heads: int) -> tuple[int, int, int]:
-    return projection.input.shape[0], num_heads, projection.weight.shape[0] // 3 // num_heads
-
-
-def _empty_lse(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+def in_huge_pages(fresh: Tensor) -> Tensor:
+    """``fresh``, a new dense tensor, backed by huge pages where the system has them: half of the time of writing a
+    large tensor for the first time is page faults.
+    """
+    size = fresh.numel() * fresh.element_size()
+    if size >= _HUGE_PAGES_FROM:
+        found, _ = load()
+        if found is not None and fresh.device.type == "cpu":
+            found.sasa_use_huge_pages(fresh.data_ptr(), size)
+    return fresh
 
 
 def _backward_into(
@@ -350,69 +244,100 @@ def _backward_into(
     col: Tensor | None,
     window: Window,
 ) -> tuple[Tensor | None, Tensor | None]:
-    embeddings = [None if x is None else x.new_zeros(x.shape) for x in (row, col)]
+    """Writes the gradients of query, key and value into ``dense``; returns those of row and col."""
+    grad_row, grad_col = (None if x is None else x.new_zeros(x.shape) for x in (row, col))
     if (window.rows.outputs, window.cols.outputs) != (window.rows.size, window.cols.size):
         dense[0].zero_()  # pixels that no window is centred on
     if problem.batch > 0:
-        gradients = CGradients(_tensor(grad_output), *map(_tensor, dense), *map(_embedding, embeddings))
-        _check(_library().sasa_backward(problem, gradients))
-    return embeddings[0], embeddings[1]
+        channels = problem.channels
+        embeddings = _embedding(grad_row, 0), _embedding(grad_col, channels)
+        gradients = CGradients(_tensor(grad_output), *map(_tensor, dense), *embeddings)
+        _check(library().sasa_backward(problem, gradients))
+    return grad_row, grad_col
 
 
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
-    return library
+def _local_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    lse: Tensor,
+    window: Window,
+    scale: float,
+) -> CProblem:
+    problem = _problem(query.shape[:3], value.shape[2], query.dtype, row, col, lse, window, scale, 1)
+    problem.query, problem.key, problem.value = _tensor(query), _tensor(key), _tensor(value)
+    return problem
 
 
 def _problem(
     shape: Sequence[int],
     value_channels: int,
+    dtype: torch.dtype,
     row: Tensor | None,
     col: Tensor | None,
     lse: Tensor,
     window: Window,
-    border: str,
     scale: float,
-    pool: int = 1,
+    pool: int,
 ) -> CProblem:
     """A problem of shape (B, N, D) without its inputs."""
-    return CProblem(
-        border=BORDERS.index(border),
-        threads=torch.get_num_threads(),
-        capability=_capabilities().index(capability() or ""),
-        scale=scale,
-        batch=shape[0],
-        heads=shape[1],
-        channels=shape[2],
-        value_channels=value_channels,
-        rows=_axis(window.rows),
-        cols=_axis(window.cols),
-        row=_embedding(row),
-        col=_embedding(col),
-        lse=lse.data_ptr(),
-        pool=pool,
+    sizes = _sizes(
+        tuple(shape), value_channels, dtype, window, scale, pool, torch.get_num_threads(), capability_index()
+    )
+    problem = CProblem.from_buffer_copy(sizes)
+    if row is not None:
+        problem.row = _embedding(row, 0)
+    if col is not None:
+        problem.col = _embedding(col, shape[2])
+    problem.lse = lse.data_ptr()
+    return problem
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes(
+    shape: tuple[int, ...],
+    value_channels: int,
+    dtype: torch.dtype,
+    window: Window,
+    scale: float,
+    pool: int,
+    threads: int,
+    capability: int,
+) -> bytes:
+    """A problem's sizes, kept from call to call: filling the structure takes longer than a small problem."""
+    return bytes(
+        CProblem(
+            dtype=_DTYPES.index(dtype),
+            border=BORDERS.index(window.border),
+            threads=threads,
+            capability=capability,
+            scale=scale,
+            batch=shape[0],
+            heads=shape[1],
+            channels=shape[2],
+            value_channels=value_channels,
+            rows=_axis(window.rows),
+            cols=_axis(window.cols),
+            pool=pool,
+        )
     )
 
 
-def _set_inputs(problem: CProblem, query: Tensor, key: Tensor, value: Tensor) -> None:
-    problem.dtype = _DTYPES.index(query.dtype)
-    problem.query, problem.key, problem.value = _tensor(query), _tensor(key), _tensor(value)
-
-
-def _set_projection(problem: CProblem, projection: Projection) -> tuple[CProjection, Tensor | None]:
+def _set_projection(
+    problem: CProblem, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[CProjection, Tensor | None]:
     """Points the problem at the projection; what is returned must live as long as the call."""
-    x, weight, bias = projection
     bias = None if bias is None else bias.contiguous()
+    batch, *strides = x.stride()
     structure = CProjection(
-        input=_tensor(x[:, None]),
+        input=CTensor(x.data_ptr(), (batch, 0, *strides)),
         in_channels=x.shape[1],
         weight=weight.data_ptr(),
         weight_stride=weight.stride(),
         bias=None if bias is None else bias.data_ptr(),
     )
-    problem.dtype = _DTYPES.index(x.dtype)
     problem.projection = ctypes.pointer(structure)
     return structure, bias
 
@@ -421,8 +346,12 @@ def _tensor(x: Tensor) -> CTensor:
     return CTensor(x.data_ptr(), x.stride())
 
 
-def _embedding(x: Tensor | None) -> CEmbedding:
-    return CEmbedding(None) if x is None else CEmbedding(x.data_ptr(), x.stride())
+def _embedding(x: Tensor | None, end: int) -> CEmbedding:
+    """An embedding of a head's first channels (``end`` 0), or of the last of ``end`` channels."""
+    if x is None:
+        return CEmbedding()
+    count = x.shape[1]
+    return CEmbedding(x.data_ptr(), end - count if end else 0, count, x.stride())
 
 
 def _axis(axis: Axis) -> CAxis:

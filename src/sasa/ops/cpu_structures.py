@@ -1,10 +1,10 @@
-"""The structures of the C++ library's interface, ``csrc/local_attention.h``, as ctypes sees them: field by field."""
+"""The structures of the C++ library's interface, ``csrc/local_attention.h``, declared for ctypes field by field."""
 
 from __future__ import annotations
 
 import ctypes
 
-INTERFACE_VERSION = 4  # SASA_INTERFACE_VERSION of the header: raised with every change of these structures
+INTERFACE_VERSION = 5  # SASA_INTERFACE_VERSION of the header
 UNSUPPORTED = 3  # of sasa_status
 
 
@@ -15,9 +15,15 @@ class CTensor(ctypes.Structure):
 
 
 class CEmbedding(ctypes.Structure):
-    """sasa_embedding: the same of (N, D, taps); no address for none."""
+    """sasa_embedding: address and strides of (N, channels, taps), where ``channels`` of each head's D are covered, from
+    ``first`` on; no address for no embedding.
+    """
 
-    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("first", "channels")),
+        ("stride", ctypes.c_int64 * 3),
+    )
 
 
 class CAxis(ctypes.Structure):
@@ -71,3 +77,7 @@ class CLinear(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("pixels", "outputs", "inputs")),
         *((name, ctypes.c_void_p) for name in ("grad", "input", "weight", "grad_input", "grad_weight", "grad_bias")),
     )
+
+
+# In the order of sasa_structure_size of the header.
+STRUCTURES = (CTensor, CEmbedding, CAxis, CProjection, CProblem, CGradients, CLinear)

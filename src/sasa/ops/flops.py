@@ -45,7 +45,7 @@ def forward_flops(
 
 
 def backward_flops(
-    grad_output, query, key, value, row, col, output, lse, kernel_size, stride, dilation, border, *args, **kwargs
+    grad_output, query, key, value, row, col, lse, kernel_size, stride, dilation, border, *args, **kwargs
 ) -> int:
     """FLOPs of the backward: twice the forward's, for two gradients of each product, plus the logits once more."""
     batch, heads, width = query[:3]
@@ -63,7 +63,7 @@ def projected_forward_flops(x, weight, bias, row, col, num_heads, *options, **kw
 def projected_backward_flops(grad_output, x, weight, bias, row, col, lse, num_heads, *options, **kwargs) -> int:
     """FLOPs of the layer's backward: the projections once more and their two gradients, then the attention's."""
     query = _query(x, weight, num_heads)
-    return 3 * _projection(x, weight) + backward_flops(None, query, query, query, row, col, None, lse, *options)
+    return 3 * _projection(x, weight) + backward_flops(None, query, query, query, row, col, lse, *options)
 
 
 def _query(x: Sequence[int], weight: Sequence[int], num_heads: int) -> tuple[int, ...]:

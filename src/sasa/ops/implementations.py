@@ -1,7 +1,7 @@
-"""The implementations of the operator and the choice between them.
+"""The implementations of the operators and the choice between them.
 
 Each takes the same arguments and computes the same equation. A kernel is added by appending an
-:class:`Implementation` to :data:`IMPLEMENTATIONS`; no caller changes.
+:class:`Implementation` to :data:`IMPLEMENTATIONS`; it states itself what it can do, and no caller changes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,26 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import cpu, reference, triton
+from . import cpu, eager, triton
+
+
+class Projected(NamedTuple):
+    """Attention of a layer's projections as one step: queries, keys and values need not exist in memory.
+
+    Attributes:
+        supports: given a layer's input, weight, number of heads, window and pool, whether it computes them.
+        preferred: given the same input, weight and number of heads, whether projecting again in the backward is faster
+            than keeping queries, keys and values.
+        forward: of input, weight, bias, row, col, number of heads, window, scale and pool: the output
+            (B, N·D, H', W') and the log-sum-exp (B, N, h, w).
+        backward: of the output's gradient, input, weight, bias, row, col, log-sum-exp, number of heads, window, scale
+            and pool: gradients of input, weight, bias, row and col.
+    """
+
+    supports: Callable[..., bool]
+    preferred: Callable[[Tensor, Tensor, int], bool]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]
 
 
 class Implementation(NamedTuple):
@@ -20,16 +39,25 @@ class Implementation(NamedTuple):
     Attributes:
         name: what users pass as ``implementation=``.
         summary: what it is and what it supports, for ``sasa info``.
-        forward: as :func:`sasa.ops.reference.forward`.
-        backward: as :func:`sasa.ops.reference.backward`.
+        forward: as :func:`sasa.ops.eager.forward`; None for the equation itself, which needs no operator: PyTorch
+            differentiates and traces it.
+        backward: as :func:`sasa.ops.eager.backward`; likewise.
         unsupported: given query and value, why they can't be computed this way; None when they can.
+        automatic: given a query that is supported, whether it may be chosen unless another is asked for by name.
+        projected: what it can do with a layer's projections; None for nothing.
     """
 
     name: str
     summary: str
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]
+    forward: Callable[..., tuple[Tensor, Tensor]] | None
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]] | None
     unsupported: Callable[[Tensor, Tensor], str | None]
+    automatic: Callable[[Tensor], bool]
+    projected: Projected | None = None
+
+
+def _always(query: Tensor) -> bool:
+    return True
 
 
 def _supports_everything(query: Tensor, value: Tensor) -> str | None:
@@ -37,13 +65,15 @@ def _supports_everything(query: Tensor, value: Tensor) -> str | None:
 
 
 # Fastest first: None takes the first that supports the call.
-IMPLEMENTATIONS: list[Implementation] = [
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation(
         "cpu",
         "compiled kernels; CPU tensors, float16 to float64, any window",
         cpu.forward,
         cpu.backward,
         cpu.unsupported,
+        _always,
+        Projected(cpu.can_project, cpu.prefers_projected, cpu.forward_projected, cpu.backward_projected),
     ),
     Implementation(
         "triton",
@@ -51,43 +81,57 @@ IMPLEMENTATIONS: list[Implementation] = [
         triton.forward,
         triton.backward,
         triton.unsupported,
+        triton.automatic,
+    ),
+    Implementation(
+        "eager",
+        "plain PyTorch in chunks; any device, float16 to float64, any window",
+        eager.forward,
+        eager.backward,
+        _supports_everything,
+        _always,
     ),
     Implementation(
         "reference",
-        "plain PyTorch; any device, float16 to float64, any window",
-        reference.forward,
-        reference.backward,
+        "the equation in plain PyTorch operations, differentiated by PyTorch, exported without sasa's operators; slow",
+        None,
+        None,
         _supports_everything,
+        _always,
     ),
-]
+)
+_BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 
 
 def names() -> list[str]:
     """Names of the implementations, fastest first."""
-    return [implementation.name for implementation in IMPLEMENTATIONS]
+    return list(_BY_NAME)
 
 
-def choose(name: str | None, query: Tensor, value: Tensor | None = None) -> Implementation:
+def is_the_equation(name: str | None) -> bool:
+    """Whether ``name`` asks for the equation itself, which is called without an operator."""
+    return name is not None and _BY_NAME[name].forward is None
+
+
+def choose(name: str | None, query: Tensor, value: Tensor) -> Implementation:
     """The implementation called ``name``, or the fastest that supports the call when ``name`` is None.
 
     Args:
         name: of an implementation, or None.
         query: (B, N, D, H, W).
-        value: (B, N, Dv, H, W); as wide as the query where not given.
+        value: (B, N, Dv, H, W).
 
     Raises:
-        ValueError: no implementation has that name, or it doesn't support the call. There is no silent substitute.
+        ValueError: no implementation has that name, or it doesn't support the call. It is never replaced by another.
     """
-    reasons = []
+    if name is not None:
+        if name not in _BY_NAME:
+            raise ValueError(f"implementation: expected None or one of {', '.join(map(repr, names()))}, got {name!r}")
+        reason = _BY_NAME[name].unsupported(query, value)
+        if reason is not None:
+            raise ValueError(f"implementation: {name} does not support this call: {reason}")
+        return _BY_NAME[name]
     for implementation in IMPLEMENTATIONS:
-        if name is not None and name != implementation.name:
-            continue
-        if name is None and query.device.type == "cpu" and implementation.name == "triton":
-            continue  # its interpreter is for tests: only when asked for
-        reason = implementation.unsupported(query, query if value is None else value)
-        if reason is None:
+        if implementation.unsupported(query, value) is None and implementation.automatic(query):
             return implementation
-        reasons.append(f"{implementation.name} does not support this call: {reason}")
-    if not reasons:
-        reasons.append(f"expected None or one of {', '.join(map(repr, names()))}, got {name!r}")
-    raise ValueError(f"implementation: {'; '.join(reasons)}")
+    raise ValueError("implementation: none supports this call")  # cannot happen: eager supports every call

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from . import checks, reference, registration  # noqa: F401  (registration defines torch.ops.sasa)
-from .implementations import choose
-from .window import window
+from . import checks
+from .attend import attend_heads, attend_weights
+from .precision import autocast
+from .window import BORDERS
 
 Pair = int | Sequence[int]
 
@@ -58,8 +58,9 @@ def local_attention(
             with their position term; ``"mask"``: nothing, those taps take no part; ``"valid"``: only windows that lie
             inside are computed.
         scale: factor on the logits; 1 in the paper.
-        implementation: ``None`` takes the fastest that supports the call. A name (see ``sasa info``) is taken at its
-            word: if it can't compute the call, that is an error.
+        implementation: ``None`` takes the fastest that supports the call. One asked for by name (see ``sasa info``) is
+            never replaced by another: if it can't compute the call, an error is raised. ``"reference"`` is the equation
+            itself, in PyTorch's own operations.
 
     Returns:
         (B, N, Dv, H', W') in the memory format of ``query``. H' = floor((H - 1) / stride) + 1 for ``"zero"`` and
@@ -70,8 +71,9 @@ def local_attention(
         TypeError: an argument of the wrong Python type.
 
     Note:
-        Under autocast all tensors are cast to its dtype. Half precision accumulates in float32. First and second
-        derivatives exist for every tensor.
+        Under autocast all tensors are cast to its dtype. Half precision accumulates in float32. Derivatives of every
+        order exist for every tensor, and the transforms of torch.func; those beyond the first in reverse mode are
+        computed by the equation, in PyTorch's own operations. The output may be changed in place.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 8, 16, 28, 28)  # batch 2, 8 heads of width 16
@@ -81,15 +83,12 @@ def local_attention(
     """
     sizes = checks.pair("kernel_size", kernel_size), checks.pair("stride", stride), checks.pair("dilation", dilation)
     scale = checks.number("scale", scale)
+    checks.choice("border", border, BORDERS)
+    checks.implementation(implementation)
     query, key, value, row_embedding, col_embedding = autocast(query, key, value, row_embedding, col_embedding)
     checks.same_kind(query=query, key=key, value=value, row_embedding=row_embedding, col_embedding=col_embedding)
-    checks.shapes(query, key, value, row_embedding, col_embedding, sizes[0], sizes[2], border)
-    if implementation is not None and not torch.compiler.is_compiling():
-        choose(implementation, query, value)  # an error here names the argument; traced code gets it when it runs
-    output, _ = torch.ops.sasa.local_attention(
-        query, key, value, row_embedding, col_embedding, *sizes, border, scale, implementation
-    )
-    return output
+    checks.shapes(query, key, value, row_embedding, col_embedding, sizes[0])
+    return attend_heads(query, key, value, row_embedding, col_embedding, *sizes, border, scale, implementation)
 
 
 def local_attention_weights(
@@ -128,22 +127,9 @@ def local_attention_weights(
     """
     sizes = checks.pair("kernel_size", kernel_size), checks.pair("stride", stride), checks.pair("dilation", dilation)
     scale = checks.number("scale", scale)
+    checks.choice("border", border, BORDERS)
     checks.choice("implementation", implementation, (None, "reference"))
     query, key, row_embedding, col_embedding = autocast(query, key, row_embedding, col_embedding)
     checks.same_kind(query=query, key=key, row_embedding=row_embedding, col_embedding=col_embedding)
-    checks.shapes(query, key, None, row_embedding, col_embedding, sizes[0], sizes[2], border)
-    geometry = window(query.shape[3], query.shape[4], *sizes, border)
-    with reference.without_autocast(query):
-        return reference.weights(query, key, row_embedding, col_embedding, geometry, border, scale)
-
-
-def autocast(*tensors: Tensor | None) -> list:
-    """The tensors as autocast wants them: in its dtype, except float64 and what is no tensor (the checks tell)."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
-    ]
+    checks.shapes(query, key, None, row_embedding, col_embedding, sizes[0])
+    return attend_weights(query, key, row_embedding, col_embedding, *sizes, border, scale)

@@ -1,17 +1,23 @@
 """Geometry of the window: which neighbours each query sees, and how many queries there are.
 
 Along one axis a window of ``k`` taps, ``dilation`` pixels apart, reaches ``(k - 1) // 2`` taps before its centre and
-``k // 2`` after: an even window reaches one further after than before.
+``k // 2`` after: an even window reaches one tap further after than before.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BORDERS = ("zero", "mask", "valid")
+Pair = tuple[int, int]
+
+# Taps along an axis that a window may always have. Behind a "zero" border every tap takes part in the softmax, also
+# those that no image reaches, so that a longer window would need memory that grows with the window, not the image.
+MOST_TAPS = 255
 
 
 class Axis(NamedTuple):
@@ -55,16 +61,29 @@ class Axis(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The window over both axes of an image."""
+    """The window over both axes of an image, and what lies beyond the image's border.
+
+    Attributes:
+        rows: geometry of the rows.
+        cols: geometry of the columns.
+        border: ``"zero"``, ``"mask"`` or ``"valid"``: see :func:`sasa.local_attention`.
+    """
 
     rows: Axis
     cols: Axis
+    border: str
 
     @property
     def taps(self) -> list[tuple[slice, slice]]:
         """The padded pixels under each of the kh·kw taps, row by row: the order of the attention weights."""
         columns = [self.cols.tap(dx) for dx in range(self.cols.kernel)]
         return [(self.rows.tap(dy), column) for dy in range(self.rows.kernel) for column in columns]
+
+    @property
+    def sizes(self) -> tuple[Pair, Pair, Pair]:
+        """Kernel size, stride and dilation, as the operators take them."""
+        rows, cols = self.rows, self.cols
+        return (rows.kernel, cols.kernel), (rows.stride, cols.stride), (rows.dilation, cols.dilation)
 
 
 def axis(size: int, kernel: int, stride: int, dilation: int, border: str) -> Axis:
@@ -73,22 +92,44 @@ def axis(size: int, kernel: int, stride: int, dilation: int, border: str) -> Axi
     H' = floor((H - 1) / stride) + 1 for ``"zero"`` and ``"mask"``, and
     floor((H - (kh - 1)·dilation - 1) / stride) + 1 for ``"valid"``, whose first window starts at the corner.
     """
+    if isinstance(size, int) and not torch.compiler.is_compiling():  # no guards on symbolic sizes
+        # Steps longer than the image all mean the same: one window, and taps beyond the image but for the centre.
+        stride, dilation = min(stride, size), min(dilation, size)
     if border == "valid":
         return Axis(size, kernel, stride, dilation, 0, 0, (size - (kernel - 1) * dilation - 1) // stride + 1)
     before, after = (kernel - 1) // 2 * dilation, kernel // 2 * dilation
     return Axis(size, kernel, stride, dilation, before, after, (size - 1) // stride + 1)
 
 
-def window(
-    height: int,
-    width: int,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    border: str,
-) -> Window:
+def window(height: int, width: int, kernel_size: Pair, stride: Pair, dilation: Pair, border: str) -> Window:
     """Geometry of the window over a height x width image."""
     return Window(
         axis(height, kernel_size[0], stride[0], dilation[0], border),
         axis(width, kernel_size[1], stride[1], dilation[1], border),
+        border,
     )
+
+
+_cached_window = functools.lru_cache(maxsize=1024)(window)
+
+
+def window_of(x: Tensor, kernel_size, stride, dilation, border: str) -> Window:
+    """Geometry of the window over the last two dimensions of ``x``, from arguments of the operators."""
+    height, width = x.shape[-2:]
+    pairs = [(pair[0], pair[-1]) for pair in (kernel_size, stride, dilation)]
+    if torch.compiler.is_compiling() or not isinstance(height, int) or not isinstance(width, int):
+        return window(height, width, pairs[0], pairs[1], pairs[2], border)
+    return _cached_window(height, width, *pairs, border)
+
+
+def reach(size: int, dilation: int) -> int:
+    """Taps on one side of a window's centre that can lie inside the image."""
+    return (size - 1) // dilation
+
+
+def cropped(kernel: int, size: int, dilation: int) -> slice:
+    """The taps of an axis that can lie inside the image from some pixel; the window keeps its centre."""
+    most = reach(size, dilation)
+    if kernel // 2 <= most:
+        return slice(0, kernel)
+    return slice((kernel - 1) // 2 - most, (kernel - 1) // 2 + most + 1)

@@ -56,6 +56,11 @@ def unsupported(query: Tensor, value: Tensor) -> str | None:
     return reason
 
 
+def automatic(query: Tensor) -> bool:
+    """Whether to choose the kernels unasked: not in the interpreter, which is for tests."""
+    return query.device.type != "cpu"
+
+
 def _is_interpreted() -> bool:
     from . import launch
 

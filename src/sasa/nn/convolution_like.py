@@ -1,0 +1,55 @@
+"""What code around a network reads of its convolutions, answered by what takes their place."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class ConvolutionLike(nn.Module):
+    """Attributes of ``nn.Conv2d`` that follow from attention being what it is.
+
+    Subclasses have ``in_channels``, ``out_channels``, ``kernel_size``, ``stride``, ``padding`` and ``dilation``.
+    """
+
+    padding_mode = "zeros"
+    groups = 1
+    transposed = False
+    output_padding = (0, 0)
+
+    def _projection(self) -> nn.Module:
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The projections' weight, for its dtype and device; not the kernel of a convolution."""
+        projection = self._projection()
+        found = getattr(projection, "weight", None)  # what wraps a convolution may have none
+        return found if isinstance(found, Tensor) else next(projection.parameters())
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The projections' bias; None if they have none."""
+        return getattr(self._projection(), "bias", None)
+
+    def __prepare_scriptable__(self) -> nn.Module:  # what torch.jit.script looks for
+        raise NotImplementedError(
+            f"{type(self).__name__}: TorchScript is not supported; use torch.export.export or torch.compile"
+        )
+
+
+def runs_alone(module: nn.Module) -> bool:
+    """Whether a module is a plain 1x1 convolution, and calling it runs that and nothing else: no hooks, no other
+    forward, nothing around it. Its weight and bias then say all.
+    """
+    return (
+        type(module) is nn.Conv2d  # parametrized modules have a class of their own
+        and "forward" not in module.__dict__  # as accelerate replaces it
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or nn.modules.module._has_any_global_hook()
+        )
+        and (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    )

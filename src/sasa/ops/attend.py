@@ -1,0 +1,158 @@
+"""The way from arguments that were checked to an implementation: :func:`attend`, which layers call, and its core.
+
+attend ── project ── attend_heads ── autograd.apply ── operator ── implementation
+└── both at once, where the implementation projects: autograd.apply ── operator ── implementation
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, equation
+from .autograd import apply, is_transformed, is_transformed_forward, needs_gradient
+from .implementations import choose, is_the_equation
+from .memory_format import in_format_of
+from .operators import LOCAL, PROJECTED, like_query, split_heads
+from .pooling import average_pool
+from .precision import autocast, without_autocast
+from .window import Pair, window_of
+
+
+def attend(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row: Tensor | None,
+    col: Tensor | None,
+    num_heads: int,
+    kernel_size: Pair,
+    stride: Pair = (1, 1),
+    dilation: Pair = (1, 1),
+    border: str = "zero",
+    scale: float = 1.0,
+    pool: int = 1,
+    implementation: str | None = None,
+    recompute: bool | None = None,
+) -> Tensor:
+    """Local attention of the projections of ``x``: q, k, v = W x + b per pixel.
+
+    Args:
+        x: (B, C, H, W) or (C, H, W); without a weight C = 3·N·D, the projections themselves: queries, keys, values.
+        weight: (3·N·D, C, 1, 1), or None.
+        bias: (3·N·D) or None.
+        row: (N, Dr, kh), added to the keys' first Dr channels by row of the window; or None.
+        col: (N, Dc, kw), added to the keys' last Dc channels by column; or None.
+        num_heads: N.
+        kernel_size: (kh, kw); this and the rest as in :class:`sasa.RelativeSelfAttention`.
+        stride: (height, width).
+        dilation: (height, width).
+        border: ``"zero"``, ``"mask"`` or ``"valid"``.
+        scale: factor on the logits.
+        pool: size and stride of an average pooling of the output; 1 for none.
+        implementation: a name or None.
+        recompute: whether to keep only ``x`` for the backward and to project again there; None where that is faster.
+
+    Returns:
+        (B, N·D, H', W'), or (N·D, H', W'), in the memory format of ``x``.
+
+    Raises:
+        ValueError: ``x`` doesn't fit the rest, or the implementation doesn't support the call.
+        TypeError: ``x`` is no tensor.
+    """
+    checks.layer_input(x, weight.shape[1] if weight is not None else x.shape[-3], weight)
+    x, weight, bias, row, col = autocast(x, weight, bias, row, col)
+    options = kernel_size, stride, dilation, border, scale, implementation
+    if x.dim() == 3:
+        x = x.unsqueeze(0)
+        return attend(x, weight, bias, row, col, num_heads, *options[:5], pool, implementation, recompute).squeeze(0)
+    if weight is not None and _projects_inside((x, weight, bias, row, col), num_heads, implementation, recompute):
+        checks.scale_of(scale, x.dtype)
+        *sizes, (rows, cols) = checks.window_sizes(x.shape[2:], kernel_size, stride, dilation, border)
+        row, col = _taps(row, rows), _taps(col, cols)
+        return apply(
+            PROJECTED,
+            (num_heads, *sizes, border, scale, implementation, pool),
+            x, weight.flatten(1), bias, row, col,
+        )  # fmt: skip
+    qkv = x if weight is None else _project(x, weight, bias)
+    y = attend_heads(*split_heads(qkv, num_heads), row, col, *options).flatten(1, 2)
+    return average_pool(y, pool)
+
+
+def attend_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    kernel_size: Pair,
+    stride: Pair,
+    dilation: Pair,
+    border: str,
+    scale: float,
+    implementation: str | None,
+) -> Tensor:
+    """Local attention of queries, keys and values, (B, N, D, H, W) to (B, N, Dv, H', W'); row and col as above."""
+    checks.scale_of(scale, query.dtype)
+    *sizes, (rows, cols) = checks.window_sizes(query.shape[3:], kernel_size, stride, dilation, border)
+    row, col = _taps(row, rows), _taps(col, cols)
+    if is_the_equation(implementation):
+        with without_autocast(query):
+            y = equation.attention(query, key, value, row, col, window_of(query, *sizes, border), scale)
+        return in_format_of(query, y)
+    return apply(LOCAL, (*sizes, border, scale, implementation), query, key, value, row, col)
+
+
+def attend_weights(
+    query: Tensor,
+    key: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    kernel_size: Pair,
+    stride: Pair,
+    dilation: Pair,
+    border: str,
+    scale: float,
+) -> Tensor:
+    """Attention weights (B, N, kh·kw, H', W') of queries and keys (B, N, D, H, W)."""
+    query, key, row, col = autocast(query, key, row, col)
+    checks.scale_of(scale, query.dtype)
+    fitted, *steps, _ = checks.window_sizes(query.shape[3:], kernel_size, stride, dilation, border)
+    if fitted != kernel_size:  # every tap has its weight, also one that is always hidden
+        checks.most_taps(query.shape[3:], kernel_size, steps[1])
+    with without_autocast(query):
+        return equation.weights(query, key, row, col, window_of(query, kernel_size, *steps, border), scale)
+
+
+def _projects_inside(
+    tensors: tuple[Tensor | None, ...], num_heads: int, implementation: str | None, recompute: bool | None
+) -> bool:
+    """Whether projections and attention are one step, so that queries, keys and values are not kept."""
+    x, weight = tensors[:2]
+    if is_the_equation(implementation) or is_transformed() or is_transformed_forward():
+        return False  # PyTorch's own convolution has every derivative
+    if not needs_gradient(*tensors):
+        return x.device.type == "cpu"  # nothing is kept: a few images at a time take less memory
+    if recompute is not None or torch.compiler.is_compiling():
+        return bool(recompute)
+    like = like_query(x, weight, num_heads)
+    projected = choose(implementation, like, like).projected
+    return projected is not None and projected.preferred(x, weight, num_heads)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Queries, keys and values of every pixel, (B, 3·N·D, H, W), in the memory format of ``x``."""
+    with without_autocast(x):
+        qkv = F.conv2d(x, weight, bias)
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return qkv.contiguous(memory_format=torch.channels_last)  # PyTorch's float64 convolution doesn't keep it
+    return qkv
+
+
+def _taps(embedding: Tensor | None, taps: slice) -> Tensor | None:
+    """The taps of an embedding that are left of the window."""
+    if embedding is None or (taps.start == 0 and taps.stop == embedding.shape[-1]):
+        return embedding
+    return embedding[..., taps]

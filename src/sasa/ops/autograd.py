@@ -1,0 +1,130 @@
+"""How PyTorch differentiates the operators: one ``autograd.Function`` over a forward and a backward operator.
+
+The operators themselves carry no derivatives, so that torch.func can transform what calls them. The output is not
+saved: whoever receives it may change it in place. Derivatives of the backward are those of the equation, in plain ATen
+operations. So is all of forward mode: see :func:`is_transformed_forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .derivatives import gradients, second_gradients
+from .precision import without_autocast
+
+
+class Operator(NamedTuple):
+    """A pair of operators and what they compute.
+
+    Attributes:
+        forward: of tensors and options, to the output and the log-sum-exp of the logits.
+        backward: of the output's gradient, the tensors, the log-sum-exp and the options, to a gradient for each tensor,
+            empty for missing ones.
+        equation: of tensors and options, to the output, in plain ATen operations.
+        fold: the vmap rule, of Function, number of samples, mapped dimensions, tensors and options; None to take the
+            samples one after the other.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    equation: Callable[..., Tensor]
+    fold: Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]] | None
+
+
+def apply(operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+    """The operator's output, differentiable in every mode and to any order."""
+    if is_transformed_forward():
+        with without_autocast(tensors[0]):
+            return operator.equation(*tensors, *options)
+    if torch.compiler.is_compiling() or is_transformed() or needs_gradient(*tensors):
+        return _Attention.apply(operator, options, *tensors)[0]
+    return operator.forward(*tensors, *options)[0]
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward through a result of these will be wanted."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_transformed_forward() -> bool:
+    """Whether derivatives in forward mode are being taken, by torch.func or dual numbers.
+
+    A derivative in forward mode costs as much as the equation that it is taken along with, so a kernel would spare
+    nothing; and a Function's own ``jvp`` cannot be nested: PyTorch then loses the outer tangents without an error.
+    """
+    return forward_ad._current_level >= 0
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return operator.forward(*tensors, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.operator, ctx.options, *tensors = inputs
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        *tensors, lse = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (2 + len(tensors))
+        if is_transformed_forward():
+            with without_autocast(grad):
+                return None, None, *gradients(ctx.operator.equation, ctx.options, grad, tensors)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            grads = ctx.operator.backward(grad, *tensors, lse, *ctx.options)
+        else:
+            grads = _Backward.apply(ctx.operator, ctx.options, grad, *tensors, lse)
+        return None, None, *(None if x is None else g for x, g in zip(tensors, grads, strict=True))
+
+    @staticmethod
+    def vmap(info, in_dims, operator, options, *tensors):
+        return _vmap(_Attention, info.batch_size, in_dims[2:], operator, options, tensors)
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(operator: Operator, options: tuple[Any, ...], grad: Tensor, *tensors: Tensor | None):
+        return operator.backward(grad, *tensors, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.operator, ctx.options, grad, *tensors, _ = inputs
+        ctx.save_for_backward(grad, *tensors)
+
+    @staticmethod
+    def backward(ctx, *grad_grads):
+        grad, *tensors = ctx.saved_tensors
+        with without_autocast(grad):
+            seconds = second_gradients(ctx.operator.equation, ctx.options, grad, tensors, grad_grads)
+        return None, None, *seconds, None
+
+    @staticmethod
+    def vmap(info, in_dims, operator, options, *tensors):
+        return _vmap(_Backward, info.batch_size, in_dims[2:], operator, options, tensors)
+
+
+def _vmap(function, samples, in_dims, operator, options, tensors):
+    """A Function of many samples: folded together, or one after the other."""
+    if operator.fold is not None:
+        return operator.fold(function, samples, in_dims, operator, options, tensors)
+    unbound = [
+        [x] * samples if x is None or dim is None else x.unbind(dim) for x, dim in zip(tensors, in_dims, strict=True)
+    ]
+    results = [function.apply(operator, options, *one) for one in zip(*unbound, strict=True)]
+    stacked = tuple(torch.stack(result) for result in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)

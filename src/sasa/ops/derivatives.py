@@ -1,0 +1,55 @@
+"""Derivatives by PyTorch of a function with optional tensors: what the equation's own derivatives are taken with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Tensor | None]
+
+
+def gradients(
+    function: Callable[..., Tensor], options: tuple[Any, ...], grad: Tensor, tensors: Tensors
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``function(*tensors, *options)`` by its tensors, differentiable again; None for missing tensors."""
+
+    def of_present(*present: Tensor) -> Tensor:
+        return function(*_like(tensors, present), *options)
+
+    _, pull = torch.func.vjp(of_present, *_present(tensors))
+    return _like(tensors, pull(grad))
+
+
+def second_gradients(
+    function: Callable[..., Tensor], options: tuple[Any, ...], grad: Tensor, tensors: Tensors, grad_grads: Tensors
+) -> tuple[Tensor | None, ...]:
+    """Gradients of :func:`gradients` by ``grad`` and the tensors.
+
+    Args:
+        function: of tensors and options.
+        options: its further arguments.
+        grad: gradient of its result.
+        tensors: its tensors, None for missing ones.
+        grad_grads: gradients of the results of :func:`gradients`; those of missing tensors don't count.
+    """
+
+    def of_present(grad: Tensor, *present: Tensor) -> tuple[Tensor, ...]:
+        return _present(gradients(function, options, grad, _like(tensors, present)))
+
+    _, pull = torch.func.vjp(of_present, grad, *_present(tensors))
+    given = tuple(g for g, x in zip(grad_grads, tensors, strict=True) if x is not None)
+    first, *rest = pull(given)
+    return first, *_like(tensors, rest)
+
+
+def _present(tensors: Tensors) -> tuple[Tensor, ...]:
+    return tuple(x for x in tensors if x is not None)
+
+
+def _like(tensors: Tensors, present: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What is ``present`` in the places of the tensors that are."""
+    rest = iter(present)
+    return tuple(None if x is None else next(rest) for x in tensors)

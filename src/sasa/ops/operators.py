@@ -1,0 +1,224 @@
+"""The registered operators: ``torch.ops.sasa.local_attention``, ``projected_attention`` and their backwards.
+
+Schemas and shapes for tracing (fake and meta tensors) are stated here once, FLOPs in ``flops.py``, and hold for every
+implementation. The operators carry no derivatives: see ``autograd.py``. Each forward also returns the log-sum-exp of
+the logits, from which its backward recomputes the weights; the output is not saved.
+
+``row`` (N, Dr, kh) belongs to the first Dr channels of a head, ``col`` (N, Dc, kw) to the last Dc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import equation, flops, projected
+from .autograd import Operator
+from .eager import sum_dtype
+from .implementations import Implementation, choose
+from .memory_format import empty, in_format_of
+from .pooling import average_pool
+from .precision import without_autocast
+from .window import Window, window_of
+
+_SIZES = "int[2] kernel_size, int[2] stride, int[2] dilation, str border, float scale, str? implementation"
+_LOCAL = "Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col"
+_PROJECTED = "Tensor input, Tensor weight, Tensor? bias, Tensor? row, Tensor? col"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def _define(name: str, schema: str) -> None:
+    torch.library.define(f"sasa::{name}", schema, tags=_TAGS)
+
+
+_define("local_attention", f"({_LOCAL}, {_SIZES}) -> (Tensor output, Tensor lse)")
+_define(
+    "local_attention_backward",
+    f"(Tensor grad_output, {_LOCAL}, Tensor lse, {_SIZES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_define("projected_attention", f"({_PROJECTED}, int num_heads, {_SIZES}, int pool) -> (Tensor output, Tensor lse)")
+_define(
+    "projected_attention_backward",
+    f"(Tensor grad_output, {_PROJECTED}, Tensor lse, int num_heads, {_SIZES}, int pool)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _kernel(name: str | None, query: Tensor, value: Tensor) -> Implementation:
+    chosen = choose(name, query, value)
+    if chosen.forward is None:
+        raise ValueError(f"implementation: {name!r} is the equation, which has no operator: call sasa.local_attention")
+    return chosen
+
+
+@torch.library.impl("sasa::local_attention", "default")
+def _local(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation):
+    window = window_of(query, kernel_size, stride, dilation, border)
+    run = _kernel(implementation, query, value).forward
+    with without_autocast(query):
+        output, lse = run(query, key, value, _not_empty(row), _not_empty(col), window, scale)
+    return in_format_of(query, output), lse
+
+
+@torch.library.impl("sasa::local_attention_backward", "default")
+def _local_backward(
+    grad_output, query, key, value, row, col, lse, kernel_size, stride, dilation, border, scale, implementation
+):
+    window = window_of(query, kernel_size, stride, dilation, border)
+    run = _kernel(implementation, query, value).backward
+    with without_autocast(query):
+        grads = run(grad_output, query, key, value, _not_empty(row), _not_empty(col), lse, window, scale)
+    dense = [in_format_of(x, grad) for x, grad in zip((query, key, value), grads[:3], strict=True)]
+    return (*dense, *_not_none(query, (row, col), grads[3:]))
+
+
+@torch.library.impl("sasa::projected_attention", "default")
+def _projected(
+    x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
+):
+    window = window_of(x, kernel_size, stride, dilation, border)
+    chosen, ours = _projecting(implementation, x, weight, num_heads, window, pool)
+    row, col = _not_empty(row), _not_empty(col)
+    with without_autocast(x):
+        if ours is not None:
+            return ours.forward(x, weight, bias, row, col, num_heads, window, scale, pool)
+        output, lse = _empty_results(x, weight, num_heads, window, pool)
+        return projected.forward(chosen, output, lse, x, weight, bias, row, col, num_heads, window, scale, pool)
+
+
+@torch.library.impl("sasa::projected_attention_backward", "default")
+def _projected_backward(
+    grad, x, weight, bias, row, col, lse, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
+):
+    window = window_of(x, kernel_size, stride, dilation, border)
+    chosen, ours = _projecting(implementation, x, weight, num_heads, window, pool)
+    tensors = grad, x, weight, bias, _not_empty(row), _not_empty(col), lse
+    with without_autocast(x):
+        if ours is not None:
+            grads = ours.backward(*tensors, num_heads, window, scale, pool)
+        else:
+            grads = projected.backward(chosen, *tensors, num_heads, window, scale, pool)
+    return (*grads[:2], *_not_none(weight, (bias, row, col), grads[2:]))
+
+
+def _projecting(name: str | None, x: Tensor, weight: Tensor, num_heads: int, window: Window, pool: int):
+    """The implementation, and its projected pair if that computes these."""
+    like = like_query(x, weight, num_heads)
+    chosen = _kernel(name, like, like)
+    ours = chosen.projected
+    return chosen, ours if ours is not None and ours.supports(x, weight, num_heads, window, pool) else None
+
+
+def like_query(x: Tensor, weight: Tensor, num_heads: int) -> Tensor:
+    """A layer's input as a tensor of its queries' shape."""
+    return x[:, None, :1].expand(-1, num_heads, weight.shape[0] // 3 // num_heads, -1, -1)
+
+
+def _not_empty(embedding: Tensor | None) -> Tensor | None:
+    """None for an embedding of no channels, as the row half of heads of width 1 is."""
+    return None if embedding is None or embedding.numel() == 0 else embedding
+
+
+def _not_none(like: Tensor, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """An operator can't return None: the gradient of a missing or empty tensor is an empty tensor."""
+    return [
+        like.new_empty(0 if x is None else x.shape) if grad is None else grad
+        for x, grad in zip(tensors, grads, strict=True)
+    ]
+
+
+def _empty_results(x: Tensor, weight: Tensor, num_heads: int, window: Window, pool: int) -> tuple[Tensor, Tensor]:
+    size = window.rows.outputs, window.cols.outputs
+    like = x[:, None].expand(-1, num_heads, -1, -1, -1)
+    pooled = size if pool == 1 else [(length + pool - 1) // pool for length in size]
+    output = empty(like, weight.shape[0] // 3 // num_heads, *pooled).flatten(1, 2)
+    return output, x.new_empty((x.shape[0], num_heads, *size), dtype=sum_dtype(x))
+
+
+@torch.library.register_fake("sasa::local_attention")
+def _local_shapes(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation):
+    window = window_of(query, kernel_size, stride, dilation, border)
+    size = window.rows.outputs, window.cols.outputs
+    lse = query.new_empty((*query.shape[:2], *size), dtype=sum_dtype(query))
+    return empty(query, value.shape[2], *size), lse
+
+
+@torch.library.register_fake("sasa::local_attention_backward")
+def _local_backward_shapes(grad_output, query, key, value, row, col, lse, *options):
+    dense = [empty(x, *x.shape[2:]) for x in (query, key, value)]
+    return (*dense, *(query.new_empty(0 if x is None else x.shape) for x in (row, col)))
+
+
+@torch.library.register_fake("sasa::projected_attention")
+def _projected_shapes(
+    x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
+):
+    return _empty_results(x, weight, num_heads, window_of(x, kernel_size, stride, dilation, border), pool)
+
+
+@torch.library.register_fake("sasa::projected_attention_backward")
+def _projected_backward_shapes(grad_output, x, weight, bias, row, col, lse, *options):
+    others = [weight.new_empty(0 if t is None else t.shape) for t in (bias, row, col)]
+    return torch.empty_like(x), torch.empty_like(weight), *others
+
+
+def _local_equation(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation=None):
+    window = window_of(query, kernel_size, stride, dilation, border)
+    return equation.attention(query, key, value, row, col, window, scale)
+
+
+def _projected_equation(
+    x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation=None, pool=1
+):
+    query, key, value = split_heads(F.conv2d(x, weight[:, :, None, None], bias), num_heads)
+    y = _local_equation(query, key, value, row, col, kernel_size, stride, dilation, border, scale)
+    return average_pool(y.flatten(1, 2), pool)
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, 3·N·D, H, W) as queries, keys and values, each (B, N, D, H, W): views."""
+    return qkv.unflatten(1, (3 * num_heads, -1)).chunk(3, dim=1)
+
+
+def _fold_heads(function, samples, in_dims, operator, options, tensors):
+    """Samples become heads, which are independent of each other: dimension 1 of images, 0 of embeddings.
+
+    The tensors are those of the forward or of the backward; the embeddings are the two before the last or at the end.
+    """
+    embeddings = (3, 4) if len(tensors) == 5 else (4, 5)
+
+    def fold(x: Tensor | None, dim: int | None, heads_at: int) -> Tensor | None:
+        if x is None:
+            return None
+        x = x.expand(samples, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.movedim(0, heads_at).flatten(heads_at, heads_at + 1)
+
+    places = [0 if i in embeddings else 1 for i in range(len(tensors))]
+    folded = [fold(*one) for one in zip(tensors, in_dims, places, strict=True)]
+    results = function.apply(operator, options, *folded)
+    at = [0 if len(results) == 5 and i >= 3 else 1 for i in range(len(results))]
+    # The gradient of a missing embedding is empty and has no heads.
+    unfolded = [
+        y.new_empty(samples, 0) if y.dim() == 1 else y.unflatten(dim, (samples, y.shape[dim] // samples))
+        for y, dim in zip(results, at, strict=True)
+    ]
+    return tuple(unfolded), tuple(0 if y.dim() == 2 else dim for y, dim in zip(unfolded, at, strict=True))
+
+
+LOCAL = Operator(
+    torch.ops.sasa.local_attention.default,
+    torch.ops.sasa.local_attention_backward.default,
+    _local_equation,
+    _fold_heads,
+)
+PROJECTED = Operator(
+    torch.ops.sasa.projected_attention.default,
+    torch.ops.sasa.projected_attention_backward.default,
+    _projected_equation,
+    None,
+)
+
+flops.register()

@@ -1,0 +1,30 @@
+"""Autocast: arguments are cast once, and the operations inside stay as they are."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def autocast(*tensors: Tensor | None) -> tuple:
+    """The tensors in autocast's dtype, except float64 and what is no floating-point tensor."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not _is_active(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    )
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Disables autocast, which has been applied to the arguments, for the products inside."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _is_active(device) else contextlib.nullcontext()
+
+
+def _is_active(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
