@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 KERNELS := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.cpp)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
 
 .PHONY: demo test sanitize sanitize-gpu bench bench-gpu results lint format clean
 

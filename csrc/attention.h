@@ -1,4 +1,4 @@
-// What forward and backward share: a group of planes, its keys and values in lanes, and the logits of a column of
+// What forward and backward share: a group of planes with its keys and values in lanes, and the logits of a column of
 // queries.
 #pragma once
 
@@ -8,24 +8,11 @@ namespace sasa {
 namespace SASA_ISA {
 
 constexpr int64_t kColumns = 16;          // queries packed and unpacked together along a row
-constexpr int64_t kPixelsTogether = 256;  // pixels that are projected together, at most, but for longer rows
+constexpr int64_t kPixelsTogether = 256;  // pixels projected together, at most, except in longer rows
 
-// Channels first <= c < last outside of which an embedding is zero in every head and tap: for an embedding split into
-// a row and a column half, products over half of the channels do.
-template <class S>
-Range channels_used(const sasa_embedding& embedding, int64_t heads, int64_t channels, int64_t taps) {
-  Range used{channels, 0};
-  if (embedding.data == nullptr) return {0, 0};
-  const S* data = static_cast<const S*>(embedding.data);
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t n = 0; n < heads; ++n)
-      for (int64_t t = 0; t < taps; ++t) {
-        const auto x = widen(data[n * embedding.stride[0] + c * embedding.stride[1] + t * embedding.stride[2]]);
-        if (x == 0) continue;
-        used.first = lesser(used.first, c);
-        used.last = c + 1;
-      }
-  return used.first < used.last ? used : Range{0, 0};
+// Channels that an embedding covers: none if there is no embedding.
+inline int64_t channels_of(const sasa_embedding& embedding) {
+  return embedding.data == nullptr ? 0 : embedding.channels;
 }
 
 // One call's constants.
@@ -33,8 +20,8 @@ template <class S, int P>
 struct Call {
   const sasa_problem& problem;
   int64_t planes, groups, taps;
-  int64_t together;  // rows of queries in a block
-  Range row_channels, col_channels;
+  int64_t together;                    // rows of queries in a block
+  int64_t row_channels, col_channels;  // covered by the embeddings
   int64_t lse_stride[2];
   const Weights<S, P>* weights = nullptr;  // where queries, keys and values are projected
 
@@ -44,8 +31,8 @@ struct Call {
         groups(ceil_div(planes, P)),
         taps(p.rows.kernel * p.cols.kernel),
         together(p.pool > 1 ? p.pool : queries_together(p.rows)),
-        row_channels(channels_used<S>(p.row, p.heads, p.channels, p.rows.kernel)),
-        col_channels(channels_used<S>(p.col, p.heads, p.channels, p.cols.kernel)),
+        row_channels(channels_of(p.row)),
+        col_channels(channels_of(p.col)),
         lse_stride{p.heads * p.rows.outputs * p.cols.outputs, p.rows.outputs * p.cols.outputs} {}
 };
 
@@ -65,17 +52,17 @@ struct Group {
   int64_t* held;  // the row of the image in each place of the rings; -1 for none
   KeyRowIndex* block_rows;
   KeyRow<V>* key_rows;
-  V *row_table, *col_table;  // the embeddings in lanes: [tap][channel]
+  V *row_table, *col_table;  // the embeddings in lanes: [tap][channel covered]
   V* logits;                 // [query][tap]
-  V *row_terms, *col_terms;  // [query][kh], [query][kw]: q.row and q.col
-  KeyRow<V>* joint_rows;     // what the queries of one pooled output see together, as key_rows
+  V *row_terms, *col_terms;  // q.row [query][kh] and q.col [query][kw]
+  KeyRow<V>* joint_rows;     // like key_rows, of all that the queries of one pooled output see
   V* joint;                  // their weights: [row of keys][tap]
   int64_t joint_taps;        // taps across
-  Range stored;              // columns of taps that have a place among the logits
+  Range stored;              // columns of taps that are stored among the logits
   bool whole[kQueries];      // whether all taps of the column's queries are inside the image
   int64_t most_pixels;
   Pixels<T> pixels;  // to be projected together
-  T* input;          // a row of the layer's input where it is copied: pixels of in_channels numbers each
+  T* input;          // a row of the layer's input, [pixel][in_channels], where it is copied
 
   // `most_cols`: columns of the image that the rings have room for.
   Group(const Call<S, P>& c, int64_t most_cols, int64_t first, Workspace& w)
@@ -88,31 +75,38 @@ struct Group {
         of_lse(c.lse_stride, p.heads, c.planes, first),
         most_pixels(p.projection == nullptr ? 0 : greater(kPixelsTogether, greater(most_cols, kQueries * kColumns))),
         pixels(most_pixels, w) {
-    const int64_t span = rows_spanned(p.rows, call.together);
-    keys = {w.take<V>(span * most_cols * p.channels), span, most_cols * p.channels};
-    values = {w.take<V>(span * most_cols * p.value_channels), span, most_cols * p.value_channels};
+    const int64_t span = pixels_under(p.rows, call.together);
+    keys = {w.take<V>(span, most_cols, p.channels), span, most_cols * p.channels};
+    values = {w.take<V>(span, most_cols, p.value_channels), span, most_cols * p.value_channels};
     held = w.take<int64_t>(span);
     block_rows = w.take<KeyRowIndex>(span);
     key_rows = w.take<KeyRow<V>>(span);
-    row_table = w.take<V>(p.rows.kernel * p.channels);
-    col_table = w.take<V>(p.cols.kernel * p.channels);
-    logits = w.take<V>(kQueries * call.taps);
-    row_terms = w.take<V>(kQueries * p.rows.kernel);
-    col_terms = w.take<V>(kQueries * p.cols.kernel);
+    row_table = w.take<V>(p.rows.kernel, call.row_channels);
+    col_table = w.take<V>(p.cols.kernel, call.col_channels);
+    logits = w.take<V>(kQueries, call.taps);
+    row_terms = w.take<V>(kQueries, p.rows.kernel);
+    col_terms = w.take<V>(kQueries, p.cols.kernel);
     const bool pooled = p.pool > 1, projected = p.projection != nullptr;
     joint_rows = w.take<KeyRow<V>>(pooled ? span : 0);
-    joint = w.take<V>(pooled ? joint_size() : 0);
-    input = w.take<T>(projected && is_copied() ? greater(most_cols, kColumns) * p.projection->in_channels : 0);
+    joint = take_joint(w);
+    input = w.take<T>(projected && is_copied() ? greater(most_cols, kColumns) : 0,
+                      projected ? p.projection->in_channels : 0);
+  }
+
+  // Weights of the taps that the queries of a pooled output see together, at most: only those inside the image count.
+  V* take_joint(Workspace& w) const {
+    const auto along = [&](const sasa_axis& axis) {
+      return p.pool > 1 ? lesser(axis.size, axis.kernel + (p.pool - 1) * (axis.stride / axis.dilation)) : 0;
+    };
+    return w.take<V>(along(p.rows), along(p.cols));
   }
 
   Planes<P> planes_of(const sasa_tensor& x) const { return {x.stride, p.heads, call.planes, first_plane}; }
 
-  // Begins on the windows x0 <= x < x1, with no rows held.
+  // Starts on the windows x0 <= x < x1, with no rows held.
   void start(int64_t x0, int64_t x1) {
-    if (p.row.data != nullptr)
-      pack_embedding<W, S>(row_table, p.row, p.rows.kernel, p.channels, p.heads, call.planes, first_plane);
-    if (p.col.data != nullptr)
-      pack_embedding<W, S>(col_table, p.col, p.cols.kernel, p.channels, p.heads, call.planes, first_plane);
+    if (p.row.data != nullptr) pack_embedding<W, S>(row_table, p.row, p.rows.kernel, p.heads, call.planes, first_plane);
+    if (p.col.data != nullptr) pack_embedding<W, S>(col_table, p.col, p.cols.kernel, p.heads, call.planes, first_plane);
     for (int64_t i = 0; i < keys.span; ++i) held[i] = -1;
     first_col = lesser(p.cols.size, greater(0, x0 * p.cols.stride - p.cols.before));
     const int64_t end = (x1 - 1) * p.cols.stride - p.cols.before + (p.cols.kernel - 1) * p.cols.dilation + 1;
@@ -125,8 +119,8 @@ struct Group {
 
   Row row_like(const sasa_tensor& x, int64_t channels) const { return {cols, channels, x.stride[4], x.stride[2]}; }
 
-  // Sees to it that the rings hold the rows of keys and values that the block sees. Rows that must make room are
-  // passed to `let_go` before, new ones to `take_up` after.
+  // Loads the rows of keys and values under the block into the rings. Calls let_go(row) before a row is replaced and
+  // take_up(row) after a new one is loaded.
   template <class F, class H>
   void hold(const Block& block, F let_go, H take_up) {
     for (int i = 0; i < block.count; ++i) {
@@ -149,7 +143,7 @@ struct Group {
     if (call.weights != nullptr) project_keys();
   }
 
-  // Keys and values of the pixels added, by the places of their keys.
+  // Projects the keys and values of the pixels added; a pixel's place is that of its keys.
   void project_keys() {
     const int64_t group = first_plane % p.heads / P;
     call.weights->project(pixels, group, 1, 0);
@@ -157,10 +151,10 @@ struct Group {
     pixels.count = 0;
   }
 
-  // Whether the layer's input is copied to be projected: widened, or because its channels are not next to each other.
+  // Whether the layer's input is copied before it is projected: to widen it, or because its channels are not adjacent.
   bool is_copied() const { return !std::is_same_v<S, T> || p.projection->input.stride[2] != 1; }
 
-  // `count` pixels of row y of the layer's input, `step` columns apart, to be projected to [pixel][channel].
+  // Adds `count` pixels of row y of the layer's input, `step` columns apart, to be projected to [pixel][channel].
   void add_pixels(int64_t y, int64_t col, int64_t count, int64_t step, V* to) {
     const sasa_tensor& x = p.projection->input;
     const S* from = row_of(x, y, col) + first_plane / p.heads * x.stride[0];
@@ -180,7 +174,7 @@ struct Group {
     }
   }
 
-  // Asks for a share, column i of n, of the rows of keys and values that the next block will hold.
+  // Prefetches a share, i of n, of the rows of keys and values that the next block will load.
   void prefetch_below(const Block& block, int64_t i, int64_t n) const {
     if (block.count == 0 || call.weights != nullptr) return;
     const int64_t x0 = cols * i / n, count = cols * (i + 1) / n - x0;
@@ -191,7 +185,7 @@ struct Group {
     }
   }
 
-  // Asks for the block's queries in column x, or in the first columns of the block below.
+  // Prefetches the block's queries in column x, or past the last column those of the block below.
   void prefetch_queries(const Block& block, int64_t x, int64_t x0, int64_t x1) const {
     if (call.weights != nullptr) return;
     int64_t y = block.y;
@@ -204,7 +198,8 @@ struct Group {
                      of_query, {1, p.channels, p.query.stride[4], p.query.stride[2]}, 0, 1);
   }
 
-  // `count` queries of each of `rows` rows, from row y and column x on, times the scale; rows kColumns queries apart.
+  // Packs `count` queries of each of `rows` rows, from row y and column x on, times the scale. In `to`, rows are
+  // kColumns queries apart.
   void pack_queries(V* to, int64_t y, int rows, int64_t x, int64_t count) {
     const int64_t row_size = kColumns * p.channels, group = first_plane % p.heads / P;
     for (int r = 0; r < rows; ++r) {
@@ -224,7 +219,8 @@ struct Group {
         for (int64_t i = 0; i < count * p.channels; ++i) to[r * row_size + i] *= T(p.scale);
   }
 
-  // Points key_rows at the keys of the queries in column x, their weights in `weights`; returns the columns' taps.
+  // Points key_rows at the keys and values under column x and at their places in `weights`; returns the columns of taps
+  // inside the image.
   Range point_at(const Block& block, int64_t x, V* weights) {
     const Range inside = taps_inside(p.cols, x);
     stored = is_masked() ? inside : Range{0, p.cols.kernel};
@@ -238,15 +234,8 @@ struct Group {
     return inside;
   }
 
-  // Taps that the queries of a pooled output see together, at most.
-  int64_t joint_size() const {
-    const auto along = [&](const sasa_axis& axis) {
-      return axis.kernel + (p.pool - 1) * (axis.stride / axis.dilation);
-    };
-    return along(p.rows) * along(p.cols);
-  }
-
-  // Points joint_rows at the keys that the queries in `columns` columns from x on see together, with weights of zero.
+  // Points joint_rows at the keys that the queries in `columns` columns from x on see together, and zeroes their
+  // weights.
   void point_jointly(const Block& block, int64_t x, int64_t columns) {
     const Range first = taps_inside(p.cols, x), last = taps_inside(p.cols, x + columns - 1);
     joint_taps = last.last + (columns - 1) * joint_step() - first.first;
@@ -290,8 +279,8 @@ struct Group {
     }
   }
 
-  // Taps outside the image take part in the softmax, as zeros, unless they are masked: then only those inside are
-  // stored, so that a row of taps is `pitch` wide. All that take part lie together.
+  // Taps outside the image take part in the softmax as zeros, unless they are masked: then only those inside are
+  // stored, so that a row of taps is `pitch` wide. The taps that take part are contiguous.
   bool is_masked() const { return p.border == SASA_MASK; }
   int64_t pitch() const { return stored.last - stored.first; }
   Range rows_taking(const Block& block, int r) const { return is_masked() ? block.inside[r] : Range{0, p.rows.kernel}; }
@@ -312,7 +301,7 @@ struct Group {
     products(block, inside, q, q_stride, &KeyRow<V>::keys, p.channels, 0);
     if (p.row.data == nullptr && p.col.data == nullptr) {
       for (int r = 0; r < block.queries; ++r) {
-        V most[4] = {lowest, lowest, lowest, lowest};  // apart, so that one need not wait for the one before
+        V most[4] = {lowest, lowest, lowest, lowest};  // four chains, to hide the latency
         const Range taps = taps_taking(block, r);
         const V* logit = logits + r * call.taps;
         for (int64_t t = taps.first; t < taps.last; ++t) most[t % 4] = W::max(logit[t], most[t % 4]);
@@ -337,20 +326,20 @@ struct Group {
     }
   }
 
-  // exp(logit - shift) of query r's taps that take part, in their place, and the sum.
+  // Replaces the logits of query r's taps that take part by exp(logit - shift); returns their sum.
   V exponentials(const Block& block, int r, V shift) {
     const Range taps = taps_taking(block, r);
     return exp_all<W>(logits + r * call.taps + taps.first, taps.last - taps.first, shift);
   }
 
-  // The queries' products with the embeddings.
+  // The queries' products with the embeddings, over the channels that these cover.
   void position_terms(const V* q, int64_t q_stride, int queries) {
-    const auto terms = [&](const V* table, int64_t taps, Range used, V* to) {
-      dots<V>(q + used.first, q_stride, queries, table + used.first, p.channels, int(taps), used.last - used.first, to,
-              taps);
+    const auto terms = [&](const V* table, const sasa_embedding& embedding, int64_t channels, int64_t taps, V* to) {
+      const int64_t first = channels > 0 ? embedding.first : 0;
+      dots<V>(q + first, q_stride, queries, table, channels, int(taps), channels, to, taps);
     };
-    terms(row_table, p.rows.kernel, call.row_channels, row_terms);
-    terms(col_table, p.cols.kernel, call.col_channels, col_terms);
+    terms(row_table, p.row, call.row_channels, p.rows.kernel, row_terms);
+    terms(col_table, p.col, call.col_channels, p.cols.kernel, col_terms);
   }
 };
 

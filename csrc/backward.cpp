@@ -1,12 +1,12 @@
-// Backward: the weights are computed again from the saved log-sum-exp, a column of queries at a time. With p the
-// weights, s the logits and g the gradient of the output:
+// Backward: the weights are recomputed from the saved log-sum-exp, a column of queries at a time. With p the weights, s
+// the logits and g the gradient of the output:
 //
 //     dv[p + t] += p_t g        dp_t = g.v[p + t]        ds_t = p_t (dp_t - sum over u of p_u dp_u)
 //     dq = scale * sum over t of ds_t (k[p + t] + row + col)        dk[p + t] += scale * ds_t q
 //
-// The gradients of keys and values are summed in lanes while queries walk down, next to the keys and values. Rows of
-// keys that more than one segment of queries sees are summed afterwards, segment by segment. The cut into segments
-// depends on the sizes alone, so the sums have one order whatever the number of threads.
+// The gradients of keys and values are summed in rings like those of the keys and values, while queries walk down. Rows
+// of keys that several segments of queries see are summed afterwards, segment by segment. The cut into segments depends
+// on the sizes alone, so the order of the sums does not depend on the number of threads.
 #include "cut.h"
 #include "instances.h"
 #include "parallel.h"
@@ -27,8 +27,9 @@ struct Backward {
   const sasa_gradients& grads;
   const Cut& cut;
   V* shared = nullptr;             // [group][segment][place]: rows of key gradients, then of value gradients
-  V* partial = nullptr;            // [group][segment][tap][channel]: embedding gradients, rows' taps first
+  V* partial = nullptr;            // [group][segment]: gradients of row, then of col, [tap][channel covered]
   int64_t keys_size, values_size;  // vectors a row
+  int64_t row_size, col_size;      // vectors of an embedding's gradient
 
   Backward(const Call<S, P>& c, const sasa_gradients& g, const Cut& segments)
       : call(c),
@@ -36,9 +37,9 @@ struct Backward {
         grads(g),
         cut(segments),
         keys_size(p.cols.size * p.channels),
-        values_size(p.cols.size * p.value_channels) {}
-
-  int64_t embedding_taps() const { return p.rows.kernel + p.cols.kernel; }
+        values_size(p.cols.size * p.value_channels),
+        row_size(p.rows.kernel * c.row_channels),
+        col_size(p.cols.kernel * c.col_channels) {}
 
   struct Scratch {
     G group;
@@ -47,22 +48,22 @@ struct Backward {
     V* grad_queries;
     V* grad_logits;          // [query][tap]
     V *row_sums, *col_sums;  // [query][kh], [query][kw] of grad_logits
-    V *share, *joint;        // of a pooled output: what each query's output has of its gradient; that of joint weights
+    V *share, *joint;        // of a pooled output: each query's share of its gradient; gradients of the joint weights
 
     Scratch(const Backward& b, int64_t first_plane, Workspace& w) : group(b.call, b.p.cols.size, first_plane, w) {
       const sasa_problem& p = b.p;
       const int64_t span = group.keys.span;
-      grad_keys = {w.take<V>(span * b.keys_size), span, b.keys_size};
-      grad_values = {w.take<V>(span * b.values_size), span, b.values_size};
-      queries = w.take<V>(kQueries * kColumns * p.channels);
-      outputs = w.take<V>(kQueries * kColumns * p.value_channels);
+      grad_keys = {w.take<V>(span, b.keys_size), span, b.keys_size};
+      grad_values = {w.take<V>(span, b.values_size), span, b.values_size};
+      queries = w.take<V>(kQueries * kColumns, p.channels);
+      outputs = w.take<V>(kQueries * kColumns, p.value_channels);
       lse = w.take<V>(kQueries * kColumns);
-      grad_queries = w.take<V>(kQueries * kColumns * p.channels);
-      grad_logits = w.take<V>(kQueries * b.call.taps);
-      row_sums = w.take<V>(kQueries * p.rows.kernel);
-      col_sums = w.take<V>(kQueries * p.cols.kernel);
+      grad_queries = w.take<V>(kQueries * kColumns, p.channels);
+      grad_logits = w.take<V>(kQueries, b.call.taps);
+      row_sums = w.take<V>(kQueries, p.rows.kernel);
+      col_sums = w.take<V>(kQueries, p.cols.kernel);
       share = w.take<V>(p.value_channels);
-      joint = w.take<V>(p.pool > 1 ? group.joint_size() : 0);
+      joint = group.take_joint(w);
     }
   };
 
@@ -76,8 +77,8 @@ struct Backward {
   void run(Scratch& scratch, int64_t index, int64_t segment) const {
     G& group = scratch.group;
     const Planes<P> of_output = group.planes_of(grads.output), of_query = group.planes_of(grads.query);
-    V* embeddings = partial + (index * cut.count + segment) * embedding_taps() * p.channels;
-    for (int64_t i = 0; i < embedding_taps() * p.channels; ++i) embeddings[i] = V{};
+    V* embeddings = partial + (index * cut.count + segment) * (row_size + col_size);
+    for (int64_t i = 0; i < row_size + col_size; ++i) embeddings[i] = V{};
     group.start(0, p.cols.outputs);
     group.first_col = 0;
     group.cols = p.cols.size;
@@ -151,7 +152,7 @@ struct Backward {
     write(grads.value, dv, p.value_channels);
   }
 
-  // The weights of the block's queries in column x, at place i of the scratch.
+  // The weights of the block's queries in column x, which is column i of the scratch.
   Range weights(Scratch& scratch, const Block& block, int64_t x, int64_t i) const {
     G& group = scratch.group;
     V largest[kQueries];
@@ -161,7 +162,7 @@ struct Backward {
     return inside;
   }
 
-  // The gradient of query r's weights outside the image: that of the output times the zeros there, NaN where it is not
+  // Sets the gradient of query r's weights outside the image: the output's times the zeros there, NaN where that is not
   // finite.
   void outside(Scratch& scratch, int r, const V* g) const {
     if (scratch.group.whole[r] || scratch.group.is_masked()) return;
@@ -170,7 +171,7 @@ struct Backward {
     for (int64_t t = 0; t < call.taps; ++t) scratch.grad_logits[r * call.taps + t] = product;
   }
 
-  // The block's queries in column x, at place i of the scratch.
+  // The block's queries in column x, which is column i of the scratch.
   void column(Scratch& scratch, const Block& block, int64_t x, int64_t i, V* embeddings) const {
     G& group = scratch.group;
     const int64_t E = p.value_channels, g_stride = kColumns * E;
@@ -186,8 +187,8 @@ struct Backward {
     logits_backward(scratch, block, inside, i, embeddings);
   }
 
-  // The block's queries in `columns` columns, of which the output is the mean: they share its gradient, so that it
-  // meets the values, and theirs, once for all of them.
+  // The block's queries in `columns` columns, whose mean is one output: they share its gradient, so that its products
+  // with the values, and the values' gradients, are computed once for all of them.
   void pooled(Scratch& scratch, const Block& block, int64_t x, int64_t i, int64_t columns, V* embeddings) const {
     G& group = scratch.group;
     const int64_t E = p.value_channels, stride = p.cols.dilation * E;
@@ -195,9 +196,9 @@ struct Backward {
     for (int64_t c = 0; c < E; ++c) g[c] = scratch.outputs[i / p.pool * E + c] / T(block.queries * columns);
     const V ones[kQueries] = {V{} + 1, V{} + 1, V{} + 1};
     group.point_jointly(block, x, columns);
-    const int taps = int(group.joint_taps);
+    const int64_t taps = group.joint_taps;
     for (int j = 0; j < block.count; ++j)
-      dots<V>(g, 0, 1, group.joint_rows[j].values, stride, taps, E, scratch.joint + j * taps, 0);
+      dots<V>(g, 0, 1, group.joint_rows[j].values, stride, int(taps), E, scratch.joint + j * taps, 0);
     for (int64_t column = 0; column < columns; ++column) {
       const Range inside = weights(scratch, block, x + column, i + column);
       for (int r = 0; r < block.queries; ++r) outside(scratch, r, g);
@@ -209,8 +210,8 @@ struct Backward {
       logits_backward(scratch, block, inside, i + column, embeddings);
     }
     for (int j = 0; j < block.count; ++j)
-      spread<V>(g, 0, 1, value_gradients(scratch, group.joint_rows[j]), stride, taps, E, group.joint_rows[j].weights,
-                0);
+      spread<V>(g, 0, 1, value_gradients(scratch, group.joint_rows[j]), stride, int(taps), E,
+                group.joint_rows[j].weights, 0);
   }
 
   // Where the gradients of a row's values are.
@@ -230,7 +231,7 @@ struct Backward {
       const V* weight = weights + r * taps;
       V* d = ds + r * taps;
       const Range dys = group.rows_taking(block, r), dxs = group.stored, all = group.taps_taking(block, r);
-      V means[4] = {};  // apart, so that one sum need not wait for the one before
+      V means[4] = {};  // four chains, to hide the latency
       int64_t t = all.first;
       for (; t + 4 <= all.last; t += 4)
         for (int j = 0; j < 4; ++j) means[j] += weight[t + j] * d[t + j];
@@ -264,26 +265,29 @@ struct Backward {
     V* dq = scratch.grad_queries + i * D;
     weigh<V>(group.key_rows, block.count, &KeyRow<V>::keys, p.cols.dilation * D, taps_across,
              group.weights_stride(block), D, dq, q_stride, block.queries);
-    embedding_gradients(group.row_table, call.row_channels, p.rows.kernel, scratch.row_sums, q, dq, q_stride,
-                        block.queries, p.row.data == nullptr ? nullptr : embeddings);
-    embedding_gradients(group.col_table, call.col_channels, p.cols.kernel, scratch.col_sums, q, dq, q_stride,
-                        block.queries, p.col.data == nullptr ? nullptr : embeddings + p.rows.kernel * D);
+    const auto embedding = [&](const sasa_embedding& covers, int64_t channels, const V* table, int64_t kernel,
+                               const V* sums, V* gradient) {
+      if (channels > 0)
+        embedding_gradients(table, channels, kernel, sums, q + covers.first, dq + covers.first, q_stride, block.queries,
+                            gradient);
+    };
+    embedding(p.row, call.row_channels, group.row_table, p.rows.kernel, scratch.row_sums, embeddings);
+    embedding(p.col, call.col_channels, group.col_table, p.cols.kernel, scratch.col_sums, embeddings + row_size);
   }
 
-  // One embedding's part of dq, and the embedding's own gradient.
-  void embedding_gradients(const V* table, Range used, int64_t taps, const V* sums, const V* q, V* dq, int64_t q_stride,
-                           int queries, V* gradient) const {
-    if (gradient == nullptr) return;
+  // One embedding's part of dq, and the embedding's own gradient, both over the channels that it covers.
+  static void embedding_gradients(const V* table, int64_t channels, int64_t taps, const V* sums, const V* q, V* dq,
+                                  int64_t q_stride, int queries, V* gradient) {
     for (int r = 0; r < queries; ++r)
-      for (int64_t c = used.first; c < used.last; ++c) {
+      for (int64_t c = 0; c < channels; ++c) {
         V sum = dq[r * q_stride + c];
-        for (int64_t t = 0; t < taps; ++t) sum += sums[r * taps + t] * table[t * p.channels + c];
+        for (int64_t t = 0; t < taps; ++t) sum += sums[r * taps + t] * table[t * channels + c];
         dq[r * q_stride + c] = sum;
       }
-    spread<V>(q, q_stride, queries, gradient, p.channels, int(taps), p.channels, sums, taps);
+    spread<V>(q, q_stride, queries, gradient, channels, int(taps), channels, sums, taps);
   }
 
-  // Row of keys y that not exactly one segment saw: the sum over those that did.
+  // Row of keys y, unless exactly one segment saw it: the sum over the segments that did.
   static void sum_task(void* context, int64_t task, char* memory) {
     const Backward& b = *static_cast<const Backward*>(context);
     const int64_t index = task / b.p.rows.size, y = task % b.p.rows.size, size = b.keys_size + b.values_size;
@@ -298,14 +302,15 @@ struct Backward {
     b.write_row(index, y, sum, sum + b.keys_size);
   }
 
-  // One tap and channel of an embedding's gradient, all heads: the sum over groups, segments and lanes, in this order.
+  // One tap and channel of an embedding's gradient, all heads: the sum over groups, segments and lanes in this order.
   static void embedding_task(void* context, int64_t task, char* memory) {
     const Backward& b = *static_cast<const Backward*>(context);
     const sasa_problem& p = b.p;
-    const int64_t tap = task / p.channels, channel = task % p.channels, parts = b.embedding_taps() * p.channels;
-    const bool is_row = tap < p.rows.kernel;
+    const int64_t parts = b.row_size + b.col_size;
+    const bool is_row = task < b.row_size;
     const sasa_embedding& to = is_row ? b.grads.row : b.grads.col;
     if (to.data == nullptr) return;
+    const int64_t place = is_row ? task : task - b.row_size;  // [tap][channel covered]
     double* sums = reinterpret_cast<double*>(memory);
     for (int64_t n = 0; n < p.heads; ++n) sums[n] = 0;
     for (int64_t index = 0; index < b.call.groups; ++index)
@@ -315,14 +320,15 @@ struct Backward {
           sums[(index * P + lane) % p.heads] += part[lane];
       }
     for (int64_t n = 0; n < p.heads; ++n)
-      narrow(T(sums[n]), static_cast<S*>(to.data)[n * to.stride[0] + channel * to.stride[1] +
-                                                  (is_row ? tap : tap - p.rows.kernel) * to.stride[2]]);
+      narrow(T(sums[n]),
+             static_cast<S*>(
+                 to.data)[n * to.stride[0] + place % to.channels * to.stride[1] + place / to.channels * to.stride[2]]);
   }
 
   // Memory shared by the tasks of a phase and read by the next.
   void take_shared(Workspace& w) {
-    shared = w.take<V>(call.groups * cut.count * cut.most_shared * (keys_size + values_size));
-    partial = w.take<V>(call.groups * cut.count * embedding_taps() * p.channels);
+    shared = w.take<V>(call.groups, cut.count, cut.most_shared, keys_size + values_size);
+    partial = w.take<V>(call.groups, cut.count, row_size + col_size);
   }
 
   int run_all() {
@@ -347,8 +353,7 @@ struct Backward {
       status = run_parallel(p.threads, call.groups * p.rows.size, size_t(keys_size + values_size) * sizeof(V), sum_task,
                             this);
     if (status == SASA_OK && (grads.row.data != nullptr || grads.col.data != nullptr))
-      status = run_parallel(p.threads, embedding_taps() * p.channels, size_t(p.heads) * sizeof(double), embedding_task,
-                            this);
+      status = run_parallel(p.threads, row_size + col_size, size_t(p.heads) * sizeof(double), embedding_task, this);
     return status;
   }
 };
@@ -359,7 +364,7 @@ int backward(const sasa_problem& problem, const sasa_gradients& gradients) {
   return for_instance(problem, [&](auto storage, auto lanes) {
     using S = decltype(storage);
     constexpr int P = decltype(lanes)::value;
-    // Segments enough for many threads, but not so low that most rows of keys are shared.
+    // Enough segments for many threads, but not so few rows in each that most rows of keys are shared.
     const int64_t groups = ceil_div(problem.batch * problem.heads, P);
     const sasa_axis& rows = problem.rows;
     const int64_t wanted = lesser(ceil_div(16, groups), greater(1, rows.outputs / 4));

@@ -1,4 +1,4 @@
-// How the backward cuts an image into segments of query rows, each with key gradients of its own.
+// How the backward pass cuts an image into segments of query rows, each with key gradients of its own.
 #pragma once
 
 #include "window.h"
@@ -6,7 +6,7 @@
 namespace sasa {
 namespace SASA_ISA {
 
-// Segments of query rows, and what they share.
+// Segments of query rows, and the rows of keys that they share.
 struct Cut {
   int64_t count, rows;  // segments; rows of queries in each
   int32_t* seen_by;     // [row of keys]: number of segments that see it

@@ -1,4 +1,4 @@
-// The C interface: checks what would be out of bounds, and picks the instruction set.
+// The C interface: rejects sizes that would be out of bounds or overflow, and picks the instruction set.
 #include "local_attention.h"
 
 #if defined(__x86_64__)
@@ -42,17 +42,83 @@ int count_supported() {
 #endif
 }
 
-bool axis_is_sound(const sasa_axis& axis) {
-  return axis.size >= 1 && axis.outputs >= 1 && axis.kernel >= 1 && axis.stride >= 1 && axis.dilation >= 1 &&
-         axis.before >= 0 && axis.before <= (axis.kernel - 1) / 2 * axis.dilation &&
-         (axis.outputs - 1) * axis.stride + (axis.kernel - 1) / 2 * axis.dilation - axis.before < axis.size;
+// Bounds below which the kernels' own arithmetic cannot overflow: products of two counts and small sums of them fit in
+// 64 bits, and so do the bytes of a tensor in lanes. No machine has memory for tensors beyond them.
+constexpr int64_t kMostCount = INT32_MAX;
+constexpr int64_t kMostElements = int64_t(1) << 47;
+
+template <class... N>
+bool are_counts(N... counts) {
+  return (... && (counts >= 1 && counts <= kMostCount));
 }
 
+// Whether a tensor of these sizes, none of them negative, has few enough elements.
+template <class... N>
+bool is_tensor(N... sizes) {
+  int64_t elements = 1;
+  return (... && !__builtin_mul_overflow(elements, sizes, &elements)) && elements <= kMostElements;
+}
+
+// The kernels need each window's centre inside the image: other taps may be outside.
+bool axis_is_sound(const sasa_axis& axis) {
+  if (!are_counts(axis.size, axis.outputs, axis.kernel, axis.stride, axis.dilation)) return false;
+  const int64_t reach = (axis.kernel - 1) / 2 * axis.dilation;
+  return axis.before >= 0 && axis.before <= reach &&
+         (axis.outputs - 1) * axis.stride + (reach - axis.before) < axis.size;
+}
+
+bool embedding_is_sound(const sasa_embedding& embedding, int64_t channels) {
+  return embedding.data == nullptr ||
+         (embedding.first >= 0 && embedding.channels >= 1 && embedding.channels <= channels &&
+          embedding.first <= channels - embedding.channels);
+}
+
+bool gradient_is_sound(const sasa_embedding& gradient, const sasa_embedding& embedding) {
+  return gradient.data == nullptr ||
+         (embedding.data != nullptr && gradient.first == embedding.first && gradient.channels == embedding.channels);
+}
+
+bool inputs_are_sound(const sasa_problem& p) {
+  const auto is_image = [&](int64_t heads, int64_t channels) {
+    return is_tensor(p.batch, heads, channels, p.rows.size, p.cols.size);
+  };
+  if (!is_image(p.heads, p.channels) || !is_image(p.heads, p.value_channels)) return false;
+  if (p.projection == nullptr) return p.query.data && p.key.data && p.value.data;
+  const sasa_projection& projection = *p.projection;
+  return sasa_can_project(&p) && projection.input.data && projection.weight && are_counts(projection.in_channels) &&
+         is_image(1, projection.in_channels) && is_tensor(int64_t(3), p.heads, p.channels, projection.in_channels);
+}
+
+bool has_capability(int32_t index) { return index >= 0 && index < sasa_capability_count(); }
+
 bool is_sound(const sasa_problem* p) {
-  return p != nullptr && p->batch >= 1 && p->heads >= 1 && p->channels >= 1 && p->value_channels >= 1 &&
-         p->capability >= 0 && p->capability < sasa_capability_count() && axis_is_sound(p->rows) &&
-         axis_is_sound(p->cols) && (p->pool == 1 || (p->pool == 2 && sasa_can_pool(p))) &&
-         (p->projection || (p->query.data && p->key.data && p->value.data)) && p->lse;
+  return p != nullptr && p->dtype >= SASA_FLOAT32 && p->dtype <= SASA_FLOAT16 && p->border >= SASA_ZERO &&
+         p->border <= SASA_VALID && p->threads >= 1 && has_capability(p->capability) &&
+         are_counts(p->batch, p->heads, p->channels, p->value_channels) && axis_is_sound(p->rows) &&
+         axis_is_sound(p->cols) && inputs_are_sound(*p) && embedding_is_sound(p->row, p->channels) &&
+         embedding_is_sound(p->col, p->channels) && (p->pool == 1 || (p->pool == 2 && sasa_can_pool(p))) && p->lse;
+}
+
+bool is_sound(const sasa_linear* p) {
+  return p != nullptr && p->threads >= 1 && has_capability(p->capability) && p->pixels >= 0 && p->outputs >= 1 &&
+         p->inputs >= 1 && is_tensor(p->pixels, p->outputs) && is_tensor(p->pixels, p->inputs) &&
+         is_tensor(p->outputs, p->inputs) && p->weight && p->grad_weight &&
+         (p->pixels == 0 || (p->grad && p->input && p->grad_input));
+}
+
+// Threads for so many multiply-adds: starting one takes as long as some ten thousand of them.
+int32_t threads_for(double work, int32_t most) {
+  constexpr double kPerThread = 1 << 17;
+  return work >= kPerThread * most ? most : 1 + int32_t(work / kPerThread);
+}
+
+sasa_problem with_threads(const sasa_problem& p) {
+  const double queries = double(p.batch) * double(p.heads) * double(p.rows.outputs) * double(p.cols.outputs);
+  double work = queries * double(p.rows.kernel) * double(p.cols.kernel) * double(p.channels + p.value_channels);
+  if (p.projection != nullptr) work += queries * 3 * double(p.channels) * double(p.projection->in_channels);
+  sasa_problem problem = p;
+  problem.threads = threads_for(work, p.threads);
+  return problem;
 }
 
 }  // namespace
@@ -61,6 +127,13 @@ bool is_sound(const sasa_problem* p) {
 extern "C" {
 
 int32_t sasa_interface_version(void) { return SASA_INTERFACE_VERSION; }
+
+int64_t sasa_structure_size(int32_t index) {
+  constexpr int64_t sizes[] = {sizeof(sasa_tensor),     sizeof(sasa_embedding), sizeof(sasa_axis),
+                               sizeof(sasa_projection), sizeof(sasa_problem),   sizeof(sasa_gradients),
+                               sizeof(sasa_linear)};
+  return index >= 0 && index < int32_t(sizeof(sizes) / sizeof(sizes[0])) ? sizes[index] : -1;
+}
 
 int32_t sasa_capability_count(void) {
   static const int32_t count = sasa::count_supported();
@@ -72,36 +145,45 @@ const char* sasa_capability_name(int32_t index) {
 }
 
 int sasa_can_project(const sasa_problem* problem) {
+  if (problem == nullptr || !sasa::has_capability(problem->capability) || problem->dtype < SASA_FLOAT32 ||
+      problem->dtype > SASA_FLOAT16)
+    return 0;
   // The narrowest vectors of each instruction set hold 4, 4 and 8 numbers of 4 bytes.
   const int lanes = problem->capability == 2 ? 8 : 4;
-  return problem->channels == problem->value_channels &&
+  return sasa::are_counts(problem->heads, problem->channels) && problem->channels == problem->value_channels &&
          problem->heads % (problem->dtype == SASA_FLOAT64 ? lanes / 2 : lanes) == 0;
+}
+
+int sasa_prefers_projected(const sasa_problem* problem) {
+  return sasa_can_project(problem) && problem->dtype == SASA_FLOAT32 && problem->heads % 8 == 0;
 }
 
 int sasa_can_pool(const sasa_problem* problem) {
   const auto fits = [](const sasa_axis& axis) {
-    return axis.stride % axis.dilation == 0 && axis.stride / axis.dilation <= axis.kernel;
+    return sasa::are_counts(axis.kernel, axis.stride, axis.dilation) && axis.stride % axis.dilation == 0 &&
+           axis.stride / axis.dilation <= axis.kernel;
   };
-  return fits(problem->rows) && fits(problem->cols);
+  return problem != nullptr && fits(problem->rows) && fits(problem->cols);
 }
 
 int sasa_forward(const sasa_problem* problem, const sasa_tensor* output) {
   if (!sasa::is_sound(problem) || output == nullptr || output->data == nullptr) return SASA_BAD_ARGUMENT;
-  return sasa::capabilities[problem->capability].forward(*problem, *output);
+  return sasa::capabilities[problem->capability].forward(sasa::with_threads(*problem), *output);
 }
 
 int sasa_backward(const sasa_problem* problem, const sasa_gradients* gradients) {
   if (!sasa::is_sound(problem) || gradients == nullptr || !gradients->output.data || !gradients->query.data ||
-      !gradients->key.data || !gradients->value.data)
+      !gradients->key.data || !gradients->value.data || !sasa::gradient_is_sound(gradients->row, problem->row) ||
+      !sasa::gradient_is_sound(gradients->col, problem->col))
     return SASA_BAD_ARGUMENT;
-  return sasa::capabilities[problem->capability].backward(*problem, *gradients);
+  return sasa::capabilities[problem->capability].backward(sasa::with_threads(*problem), *gradients);
 }
 
 int sasa_linear_gradients(const sasa_linear* p) {
-  if (p == nullptr || p->pixels < 0 || p->outputs < 1 || p->inputs < 1 || p->capability < 0 ||
-      p->capability >= sasa_capability_count())
-    return SASA_BAD_ARGUMENT;
-  return sasa::capabilities[p->capability].linear_gradients(*p);
+  if (!sasa::is_sound(p)) return SASA_BAD_ARGUMENT;
+  sasa_linear problem = *p;
+  problem.threads = sasa::threads_for(double(p->pixels) * double(p->outputs) * double(p->inputs), p->threads);
+  return sasa::capabilities[p->capability].linear_gradients(problem);
 }
 
 }  // extern "C"

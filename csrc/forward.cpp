@@ -16,8 +16,8 @@ struct Forward {
   const Call<S, P>& call;
   const sasa_problem& p;
   const sasa_tensor& output;
-  // How the work is cut: segments of rows and strips of columns. Any cut gives the same bits: a query's sums don't
-  // know what is computed beside them.
+  // How the work is cut: segments of rows and strips of columns. Any cut gives the same bits: a query's sums do not
+  // depend on what is computed beside them.
   int64_t segments, segment_rows, strips, strip_cols;
 
   Forward(const Call<S, P>& c, const sasa_tensor& o) : call(c), p(c.problem), output(o) {
@@ -28,10 +28,10 @@ struct Forward {
     if (segments * call.groups < p.threads) segments = lesser(ceil_div(p.threads, call.groups), rows);
     segment_rows = ceil_div(ceil_div(rows, segments), p.pool) * p.pool;
     segments = ceil_div(rows, segment_rows);
-    // Strips bound the memory that the rows of keys in lanes take, about this many bytes a thread.
+    // Strips bound the memory of the rings to about this many bytes a thread.
     constexpr int64_t kBytes = 8 << 20;
-    const int64_t column = rows_spanned(p.rows, call.together) * (p.channels + p.value_channels) * int64_t(sizeof(V));
-    const int64_t columns = greater(4 * p.cols.kernel * p.cols.dilation, kBytes / column);
+    const int64_t column = pixels_under(p.rows, call.together) * (p.channels + p.value_channels) * int64_t(sizeof(V));
+    const int64_t columns = greater(4 * lesser(p.cols.kernel * p.cols.dilation, p.cols.size), kBytes / column);
     strips = ceil_div(p.cols.outputs * p.cols.stride, greater(64, columns));
     strip_cols = ceil_div(ceil_div(p.cols.outputs, strips), p.pool) * p.pool;
     strips = ceil_div(p.cols.outputs, strip_cols);
@@ -42,9 +42,9 @@ struct Forward {
     V *queries, *outputs, *lse;  // [query][column][channel]
 
     Scratch(const Forward& f, int64_t first_plane, Workspace& w)
-        : group(f.call, columns_under(f.p.cols, f.strip_cols), first_plane, w) {
-      queries = w.take<V>(kQueries * kColumns * f.p.channels);
-      outputs = w.take<V>(kQueries * kColumns * f.p.value_channels);
+        : group(f.call, pixels_under(f.p.cols, f.strip_cols), first_plane, w) {
+      queries = w.take<V>(kQueries * kColumns, f.p.channels);
+      outputs = w.take<V>(kQueries * kColumns, f.p.value_channels);
       lse = w.take<V>(kQueries * kColumns);
     }
   };
@@ -89,7 +89,7 @@ struct Forward {
     });
   }
 
-  // Weights of the block's queries in column x, at place i of the scratch, but for a factor.
+  // Weights, up to `factor`, of the block's queries in column x, which is column i of the scratch.
   Range weights(Scratch& scratch, const Block& block, int64_t x, int64_t i, V* factor) const {
     G& group = scratch.group;
     V largest[kQueries];
@@ -115,8 +115,8 @@ struct Forward {
       for (int64_t c = 0; c < E; ++c) out[r * kColumns * E + c] *= factor[r];
   }
 
-  // The mean of the block's queries in `columns` columns: their windows share most keys, so that their weights are
-  // added before they meet the values.
+  // The mean of the block's queries in `columns` columns: their windows share most keys, so their weights are
+  // added before they are multiplied with the values.
   void pooled(Scratch& scratch, const Block& block, int64_t x, int64_t i, int64_t columns) const {
     G& group = scratch.group;
     const int64_t E = p.value_channels;

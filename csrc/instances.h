@@ -9,8 +9,8 @@ namespace SASA_ISA {
 template <int N>
 using Lanes = std::integral_constant<int, N>;
 
-// Half-wide vectors where fewer lanes would lie idle: they do more than half of the work of wide ones. Where queries,
-// keys and values are projected, vectors must be filled with the heads of one image.
+// Half-wide vectors where they leave fewer lanes idle: they do more than half of the work of wide ones. Where queries,
+// keys and values are projected, the heads of one image must fill the vectors.
 template <class S>
 constexpr int kLanes = kVectorBytes / int(sizeof(typename Compute<S>::T));
 
@@ -46,12 +46,11 @@ int for_instance(const sasa_problem& p, F f) {
   }
 }
 
-// Calls run(call), with the layer's weights in lanes if there are any.
+// Calls run(call), with the layer's weights in lanes if there is a projection.
 template <class S, int P, class F>
 int with_weights(const sasa_problem& problem, F run) {
   Call<S, P> call(problem);
   if (problem.projection == nullptr) return run(call);
-  if (problem.heads % P != 0 || problem.channels != problem.value_channels) return SASA_BAD_ARGUMENT;
   Workspace needed{nullptr};
   Weights<S, P>(problem, needed);
   char* memory = allocate(needed.used);

@@ -1,9 +1,9 @@
 // Between tensors and lanes.
 //
 // The kernels compute P planes, images of one head, at once: each lane of a vector is a plane of its own. A pixel's
-// channels are then vectors next to each other, a neighbour's are a fixed distance away, every load is aligned, and no
-// image size, window, stride or dilation leaves lanes idle. The price is one transposition of what is read and written:
-// here, P x P numbers at a time, along whichever dimension is contiguous in memory.
+// channels are then adjacent vectors, a neighbour's are a fixed distance away, every load is aligned, and no image
+// size, window, stride or dilation leaves lanes idle. The price is one transposition of what is read and written: it is
+// done here, P x P numbers at a time, along whichever dimension is contiguous in memory.
 #pragma once
 
 #include "local_attention.h"
@@ -12,13 +12,13 @@
 namespace sasa {
 namespace SASA_ISA {
 
-// The planes of a group: where each begins in a tensor, in elements.
+// Where each plane of a group begins in a tensor, in elements.
 template <int P>
 struct Planes {
   int64_t offset[P];
-  int count;  // planes past it repeat the first: read, but never written
+  int count;  // lanes past it repeat the first plane: they are read, but never written
 
-  // Planes `first` and on of a tensor whose heads follow each other, then its batches.
+  // Planes from `first` on, numbered batch by batch and head by head.
   Planes(const int64_t* stride, int64_t heads, int64_t planes, int64_t first) {
     count = int(lesser(P, planes - first));
     for (int lane = 0; lane < P; ++lane) {
@@ -28,12 +28,12 @@ struct Planes {
   }
 };
 
-// A row of pixels in lanes: `pixels` times `channels` vectors; and the same in memory, strides in elements.
+// A row of pixels: `pixels` x `channels` vectors in lanes, and its strides in memory, in elements.
 struct Row {
   int64_t pixels, channels, pixel_stride, channel_stride;
 };
 
-// The two dimensions of a row by how they lie in memory, where the inner one is contiguous.
+// The two dimensions of a row in the order of memory: the inner one is contiguous.
 struct Order {
   int64_t inner, outer;              // sizes
   int64_t inner_lanes, outer_lanes;  // strides in vectors
@@ -51,7 +51,7 @@ SASA_INLINE bool in_order(const Row& row, Order& order) {
   return true;
 }
 
-// `count` numbers of each lane, become as many vectors.
+// `count` numbers of each lane become as many vectors.
 template <class W, bool All, class S>
 SASA_INLINE void pack_block(typename W::V* to, int64_t stride, const S* from, const Planes<W::P>& planes, int count,
                             typename W::T factor) {
@@ -83,7 +83,7 @@ SASA_INLINE void unpack_block(S* to, const typename W::V* from, int64_t stride, 
     if (lane < planes.count) store<W>(to + planes.offset[lane], v[lane], All ? W::P : count);
 }
 
-// Half of the lanes' numbers of one block, half of the next: short blocks fill the transposition two at a time.
+// Two blocks of P / 2 numbers a lane, which fill one transposition together.
 template <class W, class S>
 SASA_INLINE void pack_two(typename W::V* to, int64_t inner_to, int64_t outer_to, const S* from, int64_t outer_from,
                           const Planes<W::P>& planes, typename W::T factor) {
@@ -122,8 +122,8 @@ SASA_INLINE void unpack_two(S* to, int64_t outer_to, const typename W::V* from, 
     }
 }
 
-// Asks for the memory of `count` pixels from `first` on, to be packed later: loads of P planes at once are too many for
-// the processor to foresee. Addresses past the tensor do no harm.
+// Prefetches `count` pixels from `first` on, to be packed later: hardware prefetchers cannot follow P planes at once.
+// Addresses past the tensor do no harm.
 template <class W, class S>
 SASA_INLINE void prefetch(const S* from, const Planes<W::P>& planes, const Row& row, int64_t first, int64_t count) {
   constexpr int64_t kLine = 64 / int64_t(sizeof(S));
@@ -217,16 +217,16 @@ SASA_NOINLINE void unpack(S* to, const typename W::V* from, const Planes<W::P>& 
   }
 }
 
-// One channel of an embedding's taps: to[tap * channels + channel] of every lane, by the head of its plane.
+// An embedding in lanes, [tap][channel covered]: each lane takes the head of its plane.
 template <class W, class S>
-void pack_embedding(typename W::V* to, const sasa_embedding& embedding, int64_t taps, int64_t channels, int64_t heads,
-                    int64_t planes, int64_t first) {
+void pack_embedding(typename W::V* to, const sasa_embedding& embedding, int64_t taps, int64_t heads, int64_t planes,
+                    int64_t first) {
   for (int lane = 0; lane < W::P; ++lane) {
     const int64_t head = (first + (first + lane < planes ? lane : 0)) % heads;
     const S* from = static_cast<const S*>(embedding.data) + head * embedding.stride[0];
     for (int64_t t = 0; t < taps; ++t)
-      for (int64_t c = 0; c < channels; ++c)
-        to[t * channels + c][lane] = widen(from[c * embedding.stride[1] + t * embedding.stride[2]]);
+      for (int64_t c = 0; c < embedding.channels; ++c)
+        to[t * embedding.channels + c][lane] = widen(from[c * embedding.stride[1] + t * embedding.stride[2]]);
   }
 }
 

@@ -1,6 +1,6 @@
 // Gradients of a projection y = W x + b by its input, weight and bias, float32. The same products as in projection.h:
-// numbers of one matrix meet vectors of the other, the sums stay in registers. Made for what a layer has: hundreds of
-// channels, many pixels.
+// numbers of one matrix times vectors of the other, with the sums in registers. Tuned for the sizes of a layer:
+// hundreds of channels, many pixels.
 #include "projection.h"
 
 namespace sasa {
@@ -8,7 +8,7 @@ namespace SASA_ISA {
 namespace {
 
 constexpr int kOutputs = 6;           // outputs whose weight gradients are summed together
-constexpr int64_t kPixelsRead = 256;  // pixels read before the next outputs' turn, and summed apart
+constexpr int64_t kPixelsRead = 256;  // pixels summed for some outputs before the next outputs
 
 using W = Vector<float, kVectorBytes / 4>;
 using V = W::V;
@@ -100,7 +100,7 @@ struct Linear {
                         p.grad_weight + o * p.inputs + input);
   }
 
-  // All of the pixels, in order, for some outputs.
+  // Weight gradients of some outputs over all pixels, in order.
   static void weight_task(void* context, int64_t task, char*) {
     const Linear& self = *static_cast<const Linear*>(context);
     const sasa_linear& p = self.p;

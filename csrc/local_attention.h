@@ -5,6 +5,10 @@
  *
  * No PyTorch headers: the library takes addresses and strides, so one build serves every PyTorch. Functions are safe to
  * call from several threads at once; no global state changes after sasa_set_parallel. Nothing is thrown.
+ *
+ * Sizes of any value are safe: SASA_BAD_ARGUMENT unless counts are from 1 to 2^31 - 1 and fit each other, and a tensor
+ * has at most 2^47 elements. Memory for work grows with the image and the number of taps, not with stride or dilation;
+ * SASA_OUT_OF_MEMORY where there is not enough. Addresses and strides of tensors are trusted.
  */
 #ifndef SASA_LOCAL_ATTENTION_H
 #define SASA_LOCAL_ATTENTION_H
@@ -18,8 +22,8 @@ extern "C" {
 
 #define SASA_EXPORT __attribute__((visibility("default")))
 
-/* Raised with every change of the structures below; sasa_interface_version() returns the library's. */
-#define SASA_INTERFACE_VERSION 4
+/* Raised with every change of this interface; sasa_interface_version() returns the library's. */
+#define SASA_INTERFACE_VERSION 5
 
 enum sasa_dtype { SASA_FLOAT32 = 0, SASA_FLOAT64 = 1, SASA_BFLOAT16 = 2, SASA_FLOAT16 = 3 };
 enum sasa_border { SASA_ZERO = 0, SASA_MASK = 1, SASA_VALID = 2 };
@@ -31,9 +35,11 @@ typedef struct {
   int64_t stride[5];
 } sasa_tensor;
 
-/* An embedding (heads, channels, taps); data is NULL where there is none. */
+/* An embedding (heads, channels, taps) that covers some channels of each head, from `first` on: the others have no
+ * position. data is NULL where there is no embedding; nothing else is read then. */
 typedef struct {
   void* data;
+  int64_t first, channels;
   int64_t stride[3];
 } sasa_embedding;
 
@@ -61,37 +67,42 @@ typedef struct {
 typedef struct {
   int32_t dtype;      /* sasa_dtype, of all tensors */
   int32_t border;     /* sasa_border */
-  int32_t threads;    /* at most so many; the results do not depend on it */
+  int32_t threads;    /* at most so many, at least 1; the results do not depend on it */
   int32_t capability; /* instruction set, an index below sasa_capability_count() */
   double scale;
   int64_t batch, heads, channels, value_channels;
   sasa_axis rows, cols;
   sasa_tensor query, key, value;     /* not read if there is a projection */
-  const sasa_projection* projection; /* or NULL; for heads of which sasa_can_project() */
+  const sasa_projection* projection; /* or NULL; requires sasa_can_project() */
   sasa_embedding row, col;
   void* lse;
-  int64_t pool; /* 1; or 2: the output is the mean of 2 x 2 windows, of those there are; see sasa_can_pool() */
+  int64_t pool; /* 1; or 2: an output is the mean of 2 x 2 windows, fewer at the edge; requires sasa_can_pool() */
 } sasa_problem;
 
-/* Whether so many heads, with value_channels equal to channels, can be projected: they must fill vectors. */
+/* Whether a problem of this dtype and capability can be projected: its heads must fill vectors, and value_channels must
+ * equal channels. Nothing else is read. */
 SASA_EXPORT int sasa_can_project(const sasa_problem* problem);
 
-/* Whether the outputs of these rows and cols can be pooled by 2: windows next to each other must be a whole number of
- * taps apart, and not more than they are long. */
+/* Whether projecting again in a backward is faster than reading queries, keys and values that were kept: for heads in
+ * multiples of 8, in float32. Reads what sasa_can_project() reads. */
+SASA_EXPORT int sasa_prefers_projected(const sasa_problem* problem);
+
+/* Whether the outputs of these rows and cols can be pooled by 2: neighbouring windows must be a whole number of taps
+ * apart, at most as many as they have. Nothing else is read. */
 SASA_EXPORT int sasa_can_pool(const sasa_problem* problem);
 
 /* Writes output (batch, heads, value_channels, rows.outputs / pool, cols.outputs / pool), rounded up, and
  * problem->lse. */
 SASA_EXPORT int sasa_forward(const sasa_problem* problem, const sasa_tensor* output);
 
-/* Gradients, of the shapes of what they belong to. grad_query must hold zeros where no window is centred. */
+/* Gradients, each of the shape of its tensor. That of the query must hold zeros where no window is centred. */
 typedef struct {
   sasa_tensor output; /* read */
   sasa_tensor query, key, value;
-  sasa_embedding row, col; /* data is NULL where the problem has none */
+  sasa_embedding row, col; /* of the same channels as the problem's; data is NULL where no gradient is wanted */
 } sasa_gradients;
 
-/* Recomputes the weights from problem->lse and writes all gradients. */
+/* Recomputes the weights from problem->lse and writes the gradients. */
 SASA_EXPORT int sasa_backward(const sasa_problem* problem, const sasa_gradients* gradients);
 
 /* y = x W^T + b over pixels, float32, all matrices contiguous: the gradient of y gives grad_input = grad W, and
@@ -107,22 +118,27 @@ typedef struct {
   float* grad_bias;    /* (outputs), added to; or NULL */
 } sasa_linear;
 
-/* SASA_UNSUPPORTED, with nothing written, if the inputs don't fill vectors or grad_input is not aligned to them. */
+/* SASA_UNSUPPORTED, with nothing written, if `inputs` is not a whole number of vectors or grad_input is not aligned to
+ * them. */
 SASA_EXPORT int sasa_linear_gradients(const sasa_linear* problem);
 
-/* Instruction sets in this build that this processor has, slowest first; "default" needs nothing. */
+/* Instruction sets in this build that this processor has, slowest first; "default" runs on every processor. */
 SASA_EXPORT int32_t sasa_capability_count(void);
 SASA_EXPORT const char* sasa_capability_name(int32_t index);
 
-/* Uses the caller's OpenMP runtime: the address of its GOMP_parallel. Without it, threads are started for each call. */
+/* Sets the address of GOMP_parallel in the caller's OpenMP runtime. Without it, each call starts threads of its own. */
 typedef void (*sasa_parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 SASA_EXPORT void sasa_set_parallel(sasa_parallel parallel);
 
-/* Asks the system for huge pages under memory that was just allocated and not yet touched: each page touched for the
- * first time costs a fault, which for large results takes as long as computing them. Small memory is left alone. */
+/* Requests huge pages for memory that was just allocated and not yet touched: the first touch of each page is a fault,
+ * and for large results the faults take as long as the computation. Does nothing for small memory. */
 SASA_EXPORT void sasa_use_huge_pages(void* memory, size_t bytes);
 
 SASA_EXPORT int32_t sasa_interface_version(void);
+
+/* Size in bytes of a structure, for callers that declare the structures themselves: 0 sasa_tensor, 1 sasa_embedding,
+ * 2 sasa_axis, 3 sasa_projection, 4 sasa_problem, 5 sasa_gradients, 6 sasa_linear; -1 for any other index. */
+SASA_EXPORT int64_t sasa_structure_size(int32_t index);
 
 #ifdef __cplusplus
 }

@@ -6,7 +6,7 @@
 #endif
 
 #include <atomic>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -16,13 +16,14 @@ namespace sasa {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
+constexpr int kMostThreads = 1024;  // an OpenMP runtime that cannot start as many as it is given ends the process
 
 std::atomic<sasa_parallel> openmp{nullptr};
 
 void use_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
   if (bytes < 2 * kHugePage) return;
-  // From the first page that lies whole in the memory to the last; the advice changes no contents.
+  // The whole pages within the memory; the advice changes no contents.
   const uintptr_t page = 4096, start = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
   madvise(reinterpret_cast<void*>(start), (reinterpret_cast<uintptr_t>(memory) + bytes - start) / page * page,
           MADV_HUGEPAGE);
@@ -41,7 +42,7 @@ struct Job {
   void* context;
 };
 
-// What every thread runs. Threads take the next task that is left; which thread runs a task changes nothing in it.
+// Runs on every thread: takes tasks until none is left. Which thread runs a task does not change its result.
 void worker(void* data) noexcept {
   Job& job = *static_cast<Job*>(data);
   char* workspace = nullptr;
@@ -62,9 +63,10 @@ void worker(void* data) noexcept {
 void start_threads(Job& job, int threads) {
   std::vector<std::thread> started;
   try {
+    started.reserve(size_t(threads));
     for (int i = 1; i < threads; ++i) started.emplace_back(worker, &job);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those there are do the work.
+  } catch (const std::exception&) {
+    // No more threads or no memory for them: those that were started do the work.
   }
   worker(&job);
   for (auto& thread : started) thread.join();
@@ -90,6 +92,7 @@ int run_parallel(int threads, int64_t tasks, size_t bytes, Work work, void* cont
   job.bytes = bytes;
   job.work = work;
   job.context = context;
+  if (threads > kMostThreads) threads = kMostThreads;
   if (threads > tasks) threads = int(tasks);
   const sasa_parallel parallel = openmp.load();
   if (threads <= 1)

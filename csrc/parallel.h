@@ -1,4 +1,4 @@
-// Work shared out to threads. The same for every instruction set.
+// Work distributed to threads, shared by all instruction sets.
 #pragma once
 
 #include <stddef.h>
@@ -11,7 +11,8 @@ namespace sasa {
 using Work = void (*)(void* context, int64_t task, char* workspace);
 int run_parallel(int threads, int64_t tasks, size_t bytes, Work work, void* context);
 
-// Memory aligned to 64 bytes, in huge pages where it is large: a kernel touches it once, so faults would show.
+// Memory aligned to 64 bytes, in huge pages where it is large: a kernel touches it once, so page faults would cost
+// much. nullptr if there is not enough.
 char* allocate(size_t bytes);
 void release(char* memory);
 

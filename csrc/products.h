@@ -5,8 +5,8 @@
 //     weigh:   y[query][channel] = sum over taps of w[query][tap] * v[tap][channel]          output; also dq
 //     spread:  v[tap][channel] += sum over queries of w[query][tap] * q[query][channel]      dk and dv
 //
-// Queries above each other share rows of keys, so that a vector of keys once loaded serves up to 3 of them: the loads
-// are then fewer than the multiplications. All sums run in one fixed order, whatever the blocking.
+// Queries above each other share rows of keys, so that each vector of keys that is loaded serves up to 3 of them: there
+// are then fewer loads than multiplications. The order of all sums is fixed, whatever the blocking.
 #pragma once
 
 #include "simd.h"
@@ -24,7 +24,7 @@ struct KeyRow {
   const V* keys;
   const V* values;
   int first, last;  // the queries whose window has this row: first <= query < last
-  V* weights;       // of query `first` and the first tap inside the image; the taps are next to each other
+  V* weights;       // of query `first` and the first tap inside the image; the taps are contiguous
 };
 
 template <class V, int Q, int N>
@@ -89,7 +89,7 @@ SASA_INLINE Spread<V> spread_for(int queries, int taps, std::integer_sequence<in
   return table[queries - 1][taps - 1];
 }
 
-// Cuts `taps` into parts of at most kTaps, as equal as can be: part(start, count).
+// Cuts `taps` into parts of at most kTaps, as equal as possible, and calls part(start, count).
 template <class F>
 SASA_INLINE void in_parts(int taps, F part) {
   for (int start = 0; start < taps;) {
@@ -172,7 +172,7 @@ SASA_NOINLINE void weigh_of(const KeyRow<V>* rows, int count, const V* KeyRow<V>
     }
 }
 
-// The same for one query, which sees all rows of keys; with channels enough to hide how long an addition takes.
+// The same for one query, which sees all rows of keys; with enough channels to hide the latency of an addition.
 template <class V, int N>
 SASA_NOINLINE void weigh_one_of(const KeyRow<V>* rows, int count, const V* KeyRow<V>::* source, int64_t channel,
                                 int64_t v_stride, int taps, V* y) {

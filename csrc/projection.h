@@ -1,8 +1,8 @@
 // Queries, keys and values projected from a layer's input straight into lanes: q, k, v = W x + b never exist in memory.
 //
-// The lanes of a vector are heads of one image, so that a number of the input, the same for all of them, meets a vector
-// of weights. Weights are packed once a call, [query, key, value][channels in blocks][input channel][channel of block].
-// Where lanes are half a register, two channels fill it.
+// The lanes of a vector are heads of one image, so that a number of the input, the same for all heads, is multiplied
+// with a vector of weights. Weights are packed once a call, as [query, key, value][block of channels][input channel]
+// [channel of block]. Where lanes are half a register, two channels fill it.
 #pragma once
 
 #include "parallel.h"
@@ -14,7 +14,7 @@ namespace SASA_ISA {
 constexpr int kBlock = kRegisters == 32 ? 4 : 2;  // registers of channels computed together
 constexpr int kPixels = 6;                        // pixels likewise: kBlock * kPixels sums stay in registers
 
-// y[pixel] = bias + the sum over inputs of x[pixel][input] * w[input], C vectors each. Nothing need be aligned.
+// y[pixel] = bias + the sum over inputs of x[pixel][input] * w[input], C vectors each. No alignment is required.
 template <class W, int N, int C, class T = typename W::T>
 SASA_NOINLINE void project_of(const T* const* x, int64_t inputs, const T* w, const T* bias, T* const* y,
                               int64_t y_offset) {
@@ -56,7 +56,7 @@ SASA_INLINE Project<typename W::T> project_for(int64_t pixels, std::integer_sequ
   return table[pixels - 1];
 }
 
-// Pixels to be projected together: where each one's inputs lie, and where its results go.
+// Pixels to be projected together: the addresses of each one's inputs and results.
 template <class T>
 struct Pixels {
   const T** x;
@@ -71,8 +71,8 @@ struct Pixels {
   }
 };
 
-// C vectors of results of each pixel. The weights pass through the first cache once for every kPixels pixels: the sums
-// leave time for that.
+// Computes C vectors of results of each pixel. The weights are loaded from the second cache once for every kPixels
+// pixels; the arithmetic hides that.
 template <class W, int C, class T = typename W::T>
 void project_pixels(const Pixels<T>& pixels, int64_t inputs, const T* w, const T* bias, int64_t y_offset) {
   for (int64_t start = 0; start < pixels.count;) {
@@ -101,10 +101,10 @@ struct Weights {
   Weights(const sasa_problem& problem, Workspace& w)
       : p(problem),
         projection(*problem.projection),
-        weights(w.take<V>(problem.heads / P * size())),
-        biases(w.take<V>(problem.heads / P * 3 * problem.channels)) {}
+        weights(w.take<V>(problem.heads / P, size())),
+        biases(w.take<V>(problem.heads / P * 3, problem.channels)) {}
 
-  // Channels of one block of the packed weights, of those from `channel` on: they fill registers, but for the last.
+  // Channels of the block of packed weights that starts at `channel`: whole registers, except in the last block.
   int64_t block_of(int64_t channel) const {
     const int64_t left = p.channels - channel;
     return left >= kBlock * kWide ? kBlock * kWide : left > kWide ? left / kWide * kWide : left;
@@ -112,7 +112,7 @@ struct Weights {
 
   int64_t tasks() const { return p.heads / P * 3 * ceil_div(p.channels, kBlock * kWide); }
 
-  // Some channels of one group of heads, of the queries (0), keys (1) or values (2).
+  // Packs some channels of one group of heads, of the queries (0), keys (1) or values (2).
   static void task(void* context, int64_t task, char*) {
     const Weights& self = *static_cast<const Weights*>(context);
     const sasa_problem& p = self.p;
@@ -138,7 +138,7 @@ struct Weights {
     }
   }
 
-  // The projection `which` of pixels for a group of heads, to [channel] from `offset` vectors past their places on.
+  // Computes projection `which` of the pixels for a group of heads, [channel], `offset` vectors past their places.
   void project(const Pixels<T>& pixels, int64_t group, int64_t which, int64_t offset) const {
     const int64_t first = (group * 3 + which) * p.channels;
     for (int64_t c = 0; c < p.channels; c += block_of(c)) {

@@ -1,5 +1,5 @@
-// Vectors, and the few functions of them that the kernels need, in GCC's and Clang's vector extensions: one source for
-// every instruction set. The compiler's flags decide what they become.
+// Vectors and the few functions on them that the kernels need, in GCC's and Clang's vector extensions: one source for
+// every instruction set, chosen by the compiler's flags.
 //
 // Everything lives in a namespace named after the instruction set, so that the linker never merges a function compiled
 // for one with its namesake compiled for another. For the same reason no function of the standard library is used here.
@@ -46,7 +46,9 @@ struct Vector {
   static constexpr int P = P_;
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef T V __attribute__((vector_size(P_ * sizeof(T_))));
+  using Unsigned = std::make_unsigned_t<Int>;
   typedef Int I __attribute__((vector_size(P_ * sizeof(T_))));
+  typedef Unsigned U __attribute__((vector_size(P_ * sizeof(T_))));  // for arithmetic on bits, which may wrap
 
   typedef T Loose __attribute__((vector_size(P_ * sizeof(T_)), aligned(sizeof(T_)), may_alias));  // at any address
 
@@ -71,7 +73,7 @@ SASA_INLINE const typename W::Loose& loose(const typename W::T* x) {
   return *reinterpret_cast<const typename W::Loose*>(x);
 }
 
-// Keeps a loaded vector in a register: compilers otherwise load it anew for every product it takes part in.
+// Keeps a loaded vector in a register: compilers otherwise reload it for every product it takes part in.
 #if defined(__x86_64__)
 #define SASA_IN_REGISTER(v) __asm__("" : "+v"(v))
 #elif defined(__aarch64__)
@@ -108,7 +110,7 @@ template <>
 struct Constants<float> {
   static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, found in the low bits
   static constexpr float kLog2e = 0x1.715476p0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kLeast = -87.3f;  // below it exp is not a normal number: taken as 0
+  static constexpr float kLeast = -87.3f;  // below it exp is not a normal number and is flushed to 0
   static constexpr int kMantissa = 23;
   static constexpr int32_t kExponents = 0x3f800000, kFractions = 0x007fffff, kSqrtHalf = 0x3f3504f3;
   // Minimax polynomial of exp on [-ln 2 / 2, ln 2 / 2], relative error 4e-9 before rounding.
@@ -145,7 +147,7 @@ SASA_INLINE __m256d scale(__m256d x, __m256d n) { return _mm256_scalef_pd(x, n);
 #define SASA_HAS_SCALE 0
 #endif
 
-// exp(x) for x <= 0, within 2 units in the last place, but 0 for what is below the normal numbers; NaN stays NaN.
+// exp(x) for x <= 0, within 2 units in the last place; 0 where the result is below the normal numbers; NaN stays NaN.
 template <class W>
 SASA_INLINE typename W::V exp_of_negative(typename W::V x) {
   using C = Constants<typename W::T>;
@@ -161,13 +163,14 @@ SASA_INLINE typename W::V exp_of_negative(typename W::V x) {
 #if SASA_HAS_SCALE
   return scale(y, n);
 #else
-  using I = typename W::I;
-  const I power = bits_as<I>(shifted) << C::kMantissa;
-  return x >= C::kLeast ? bits_as<V>(bits_as<I>(y) + power) : W::max(V{}, x);
+  // Unsigned: below kLeast the bits wrap, and the result is not used.
+  using U = typename W::U;
+  const U power = bits_as<U>(shifted) << C::kMantissa;
+  return x >= C::kLeast ? bits_as<V>(bits_as<U>(y) + power) : W::max(V{}, x);
 #endif
 }
 
-// w = exp(w - shift), where that is at most 1; returns the sum. Half-wide vectors are computed two at a time.
+// w = exp(w - shift), for w <= shift; returns the sum. Half-wide vectors are computed two at a time.
 template <class W>
 SASA_INLINE typename W::V exp_all(typename W::V* w, int64_t count, typename W::V shift) {
   using V = typename W::V;
@@ -203,9 +206,10 @@ SASA_INLINE typename W::V log_of_sum(typename W::V x) {
   using I = typename W::I;
   using V = typename W::V;
   // x = 2^e * m with m in [sqrt(1/2), sqrt(2)).
-  const I shifted = bits_as<I>(x) - C::kSqrtHalf;
-  const I e = shifted >> C::kMantissa;
-  const V m = bits_as<V>((shifted & C::kFractions) + C::kSqrtHalf);
+  using U = typename W::U;
+  const U shifted = bits_as<U>(x) - typename W::Unsigned(C::kSqrtHalf);
+  const I e = bits_as<I>(shifted) >> C::kMantissa;  // signed: the exponent of a NaN may be negative
+  const V m = bits_as<V>((shifted & typename W::Unsigned(C::kFractions)) + typename W::Unsigned(C::kSqrtHalf));
   const V z = (m - 1) / (m + 1);
   const V log_m = z * polynomial(z * z, C::kLog);
   const V n = __builtin_convertvector(e, V);

@@ -1,4 +1,4 @@
-// Numbers as tensors store them, and as the kernels compute with them: half precision is computed in float32.
+// Numbers as tensors store them and as the kernels compute with them: half precision is computed in float32.
 #pragma once
 
 #include "simd.h"
@@ -27,7 +27,7 @@ SASA_INLINE double widen(double x) { return x; }
 SASA_INLINE float widen(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
 SASA_INLINE float widen(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
-  // The exponent is rebased by a product, which also makes half's subnormal numbers normal ones.
+  // The product rebases the exponent and makes half's subnormal numbers normal.
   uint32_t y = bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
   if (magnitude >= 0x7c00u) y |= 0x7f800000u;  // infinity and NaN
   return bits_as<float>(y | (uint32_t(x.bits & 0x8000u) << 16));
@@ -56,7 +56,7 @@ SASA_INLINE void narrow(float x, Float16& y) {
   y.bits = uint16_t(h | sign);
 }
 
-// P numbers, the first `count` of them from `from`, zeros for the rest. Reads nothing past them.
+// P numbers: the first `count` from `from`, zeros for the rest. Reads nothing past them.
 template <class W, class S>
 SASA_INLINE typename W::V load_some(const S* from, int count) {
   alignas(64) typename W::T numbers[W::P] = {};
@@ -76,7 +76,7 @@ SASA_INLINE typename W::V load_all(const S* from) {
     typedef uint16_t Half __attribute__((vector_size(2 * W::P)));
     Half h;
     memcpy(&h, from, sizeof(h));
-    return bits_as<typename W::V>(__builtin_convertvector(h, typename W::I) << 16);
+    return bits_as<typename W::V>(__builtin_convertvector(h, typename W::U) << 16);
   }
 #if defined(__AVX512F__)
   else if constexpr (W::P == 16)

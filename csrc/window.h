@@ -1,4 +1,5 @@
-// Which keys the queries see: geometry in pixels, and the rows of keys kept in lanes while queries walk down the image.
+// Which keys the queries see: geometry in pixels, and the rings that keep rows of keys in lanes while queries walk down
+// the image.
 #pragma once
 
 #include "lanes.h"
@@ -23,18 +24,14 @@ SASA_INLINE Range taps_inside(const sasa_axis& axis, int64_t output) {
 // Pixel under the centre of window 0.
 SASA_INLINE int64_t centre(const sasa_axis& axis) { return (axis.kernel - 1) / 2 * axis.dilation - axis.before; }
 
-// Pixels under `windows` neighbouring windows.
-SASA_INLINE int64_t columns_under(const sasa_axis& axis, int64_t windows) {
+// Pixels of the image under `windows` neighbouring windows, at most: never more than the image has, however far the
+// windows reach out of it.
+SASA_INLINE int64_t pixels_under(const sasa_axis& axis, int64_t windows) {
   return lesser(axis.size, (windows - 1) * axis.stride + (axis.kernel - 1) * axis.dilation + 1);
 }
 
-// Rows of queries computed together: they share keys only if every stride is a whole number of taps.
+// Rows of queries computed together: they share keys only if the stride is a whole number of taps.
 SASA_INLINE int64_t queries_together(const sasa_axis& rows) { return rows.stride % rows.dilation == 0 ? kQueries : 1; }
-
-// Rows of the image between the first key of the first of `queries` rows of queries and the last key of the last.
-SASA_INLINE int64_t rows_spanned(const sasa_axis& rows, int64_t queries) {
-  return (queries - 1) * rows.stride + (rows.kernel - 1) * rows.dilation + 1;
-}
 
 // Row of keys y for the queries `first` <= r < `last` of a block, of which it is tap `tap` - (r - first) * `step`.
 struct KeyRowIndex {
@@ -53,7 +50,7 @@ struct Block {
   int count;
   Range inside[kQueries];  // each query's rows of taps inside the image
 
-  // `storage` holds rows_spanned() rows.
+  // `storage` holds pixels_under() rows.
   Block(const sasa_axis& axis, int64_t y_, int queries_, KeyRowIndex* storage)
       : y(y_), queries(queries_), step(axis.stride / axis.dilation), rows(storage), count(0) {
     for (int r = 0; r < queries; ++r) inside[r] = taps_inside(axis, y + r);
@@ -71,8 +68,8 @@ struct Block {
   }
 };
 
-// Rows of keys (or values, or their gradients) in lanes. Row y has the place y % span: rows that a block sees never
-// collide, and a row is packed once while blocks walk down.
+// Rows of keys (or values, or their gradients) in lanes. Row y has the place y % span: the rows under a block of
+// queries never collide, and a row is packed once while blocks walk down.
 template <class V>
 struct Ring {
   V* rows;
@@ -92,15 +89,21 @@ SASA_INLINE void in_blocks(int64_t first, int64_t last, int64_t together, F bloc
   }
 }
 
-// Hands out parts of a workspace; with no memory, counts how much is needed.
+// Hands out parts of a workspace; with no memory, counts how much is needed. A size that does not fit in size_t becomes
+// the largest one, which allocate() refuses.
 struct Workspace {
   char* memory;
   size_t used = 0;
 
-  template <class U>
-  U* take(int64_t count) {
+  // Room for the product of `counts` objects.
+  template <class U, class... N>
+  U* take(N... counts) {
     U* part = memory == nullptr ? nullptr : reinterpret_cast<U*>(memory + used);
-    used += (size_t(count) * sizeof(U) + 63) / 64 * 64;
+    size_t bytes = sizeof(U);
+    const bool fits = (... && !__builtin_mul_overflow(bytes, counts, &bytes)) &&
+                      !__builtin_add_overflow(bytes, size_t(63), &bytes) &&
+                      !__builtin_add_overflow(used, bytes / 64 * 64, &used);
+    if (!fits) used = SIZE_MAX;
     return part;
   }
 };

@@ -433,9 +433,10 @@ def test_limits_follow_from_counts():
     assert limits.limits(kernel | {"dtype": "float32"}, 10**9)["tensor_cores"] == 0
 
 
-def test_the_main_loop_is_the_innermost_of_the_first_that_take_exponentials():
-    code = ["MOV"] * 60
-    for place in (25, 45):
+def test_main_loops_are_the_innermost_of_the_first_that_take_exponentials():
+    code = ["MOV"] * 80
+    for place in (25, 45, 65):
         code[place] = "MUFU.EX2 R1, R2"
-    loops = [(5, 9), (10, 35), (20, 30), (40, 50)]
-    assert limits.main_loop(code, loops) == (20, 30)
+    loops = [(5, 9), (10, 35), (20, 30), (40, 50), (60, 70)]
+    assert limits.main_loops(code, loops, 1) == [(20, 30)]
+    assert limits.main_loops(code, loops, 2) == [(20, 30), (40, 50)]

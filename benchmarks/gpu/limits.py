@@ -9,6 +9,7 @@ nothing else: they say what to tune first, and are no measurement.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -84,13 +85,18 @@ def instructions(cubin: bytes) -> tuple[list[str], list[tuple[int, int]], int]:
     return found, sorted(loops), int(re.findall(r"REG:(\d+)", use.stdout + use.stderr)[-1])
 
 
-def main_loop(found: list[str], loops: list[tuple[int, int]]) -> tuple[int, int]:
-    """The innermost of the first loops that take exponentials; those behind it are for numbers that aren't finite."""
+def main_loops(found: list[str], loops: list[tuple[int, int]], passes: int) -> list[tuple[int, int]]:
+    """The innermost of each of the first nests of loops that take exponentials, one for each pass over the keys; the
+    nests behind them are for numbers that aren't finite.
+    """
     taking = [loop for loop in loops if any("MUFU.EX2" in text for text in found[slice(*loop)])]
-    first = taking[0]
-    return min(
-        (loop for loop in taking if loop[0] >= first[0] and loop[1] <= first[1]), key=lambda loop: loop[1] - loop[0]
-    )
+    innermost = []
+    for _ in range(passes):
+        outer = taking[0]
+        nest = [loop for loop in taking if loop[1] <= outer[1]]
+        innermost.append(min(nest, key=lambda loop: loop[1] - loop[0]))
+        taking = [loop for loop in taking if loop[0] > outer[1]]
+    return innermost
 
 
 def compiled() -> Iterator[dict[str, Any]]:
@@ -108,14 +114,17 @@ def compiled() -> Iterator[dict[str, Any]]:
     def note(kernel: Any, grid: tuple[int], arguments: list, options: dict[str, Any]) -> None:
         made = kernel.warmup(*arguments, grid=grid, **options)
         found, loops, registers = instructions(made.asm["cubin"])
-        begin, end = main_loop(found, loops)
+        passes = PASSES[kernel.fn.__name__]
+        inner = main_loops(found, loops, passes)
         problem, sizes = options["P"], {name: options[name] for name in ("ROWS", "COLUMNS", "BLOCK_Y", "BLOCK_X")}
         if problem.tensor_cores:
             trips = -(-(sizes["ROWS"] + KERNEL - 1) // sizes["BLOCK_Y"])
             trips *= -(-(sizes["COLUMNS"] + KERNEL - 1) // sizes["BLOCK_X"])
         else:
             trips = KERNEL
-        warp = begin + trips * (end - begin + 1) + len(found) - loops[-1][1]
+        between = [after[0] - before[1] - 1 for before, after in itertools.pairwise(inner)]
+        straight = inner[0][0] + sum(between) + len(found) - loops[-1][1]
+        warp = straight + trips * sum(end - begin + 1 for begin, end in inner)
         done.append(
             {
                 "kernel": kernel.fn.__name__,
@@ -123,9 +132,9 @@ def compiled() -> Iterator[dict[str, Any]]:
                 "warps": options["num_warps"],
                 "registers": registers,
                 "shared_bytes": made.metadata.shared,
-                "loop_instructions": end - begin + 1,
+                "loop_instructions": [end - begin + 1 for begin, end in inner],
                 "warp_instructions_per_pixel": warp * options["num_warps"] / (sizes["ROWS"] * sizes["COLUMNS"]),
-                "exponentials_per_pixel": trips * sizes["BLOCK_Y"] * sizes["BLOCK_X"],
+                "exponentials_per_pixel": passes * trips * sizes["BLOCK_Y"] * sizes["BLOCK_X"],
             }
         )
 
@@ -137,20 +146,23 @@ def compiled() -> Iterator[dict[str, Any]]:
             row = torch.zeros(8, width, KERNEL, dtype=dtype)
             geometry = window(56, 56, (KERNEL, KERNEL), (1, 1), (1, 1), "zero")
             done.clear()
-            output, lse = launch.forward(query, key, value, row, row, geometry, "zero", 1.0)
-            launch.backward(output, query, key, value, row, row, output, lse, geometry, "zero", 1.0)
+            output, lse = launch.forward(query, key, value, row, row, geometry, 1.0)
+            launch.backward(output, query, key, value, row, row, lse, geometry, 1.0)
             yield from ({"dtype": str(dtype).removeprefix("torch."), "width": width, **one} for one in done)
 
 
-# Tensors of a query's size that are read or written; matrix products over the halo, each of 2·D FLOPs a key.
-TENSORS = {"forward": 4, "query_gradients": 6, "key_gradients": 6}
-PRODUCTS = {"forward": 2, "query_gradients": 3, "key_gradients": 4}
+# Tensors of a query's size that are read or written; passes over the halo, each with one exponential a key; matrix
+# products in all passes, each of 2·D FLOPs a key.
+TENSORS = {"forward": 4, "query_gradients": 5, "key_gradients": 6}
+PASSES = {"forward": 1, "query_gradients": 2, "key_gradients": 1}
+PRODUCTS = {"forward": 2, "query_gradients": 5, "key_gradients": 4}
 
 
 def limits(kernel: dict[str, Any], pixels: int) -> dict[str, float]:
     """Microseconds below which each limit keeps a kernel that computes so many pixels, all heads and images counted."""
     size = {"bfloat16": 2, "float32": 4}[kernel["dtype"]]
-    flops = PRODUCTS[kernel["kernel"]] * 2 * max(16, kernel["width"]) * kernel["exponentials_per_pixel"]
+    keys = kernel["exponentials_per_pixel"] / PASSES[kernel["kernel"]]
+    flops = PRODUCTS[kernel["kernel"]] * 2 * max(16, kernel["width"]) * keys
     seconds = {
         "memory": TENSORS[kernel["kernel"]] * kernel["width"] * size / CHIP["bytes_per_second"],
         "tensor_cores": flops / CHIP["tensor_flops"] if kernel["dtype"] == "bfloat16" else 0.0,

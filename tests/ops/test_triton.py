@@ -1,29 +1,26 @@
-"""The Triton kernels: on a GPU if there is one, else on CPU tensors in Triton's interpreter, which is slow: a grid in
-reduced form. On a GPU all other tests of the operator run too.
+"""The Triton kernels: on a GPU if there is one, else on CPU tensors in Triton's interpreter, which is slow: a reduced
+grid. On a GPU all other tests of the operator run too.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import BORDERS, EMBEDDINGS, Case, assert_right, layouts, pair, solve
+from oracles import BORDERS, EMBEDDINGS, Case, Solution, assert_right, layouts, pair, solve, solve_tensors
 from torch import Tensor
-from torch.library import opcheck
 
 import sasa
-from sasa.ops import implementations, reference, triton
-from sasa.ops.window import window
+from sasa.ops import implementations, triton
+from sasa.ops.window import Window, window
 
 pytest.importorskip("triton")
-from sasa.ops.triton import launch, problem, tiles
+from sasa.ops.triton import launch
 
-# What NumPy says of numbers that tiles compute beyond the edge of an image, and throw away.
+# NumPy warns of numbers that tiles compute beyond the edge of an image and discard.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,18 +41,56 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def geometry_of(case: Case) -> Window:
+    return window(*case.size, pair(case.kernel_size), pair(case.stride), pair(case.dilation), case.border)
+
+
 def run(tensors: dict[str, Tensor], grad_output: Tensor, case: Case) -> dict[str, Tensor]:
-    """Output, log-sum-exp and gradients."""
-    leaves = {name: x.to(DEVICE).detach().requires_grad_() for name, x in tensors.items()}
-    in_order = [leaves.get(name) for name in NAMES]
-    sizes = [pair(size) for size in (case.kernel_size, case.stride, case.dilation)]
-    output, lse = torch.ops.sasa.local_attention(*in_order, *sizes, case.border, case.scale, "triton")
-    grads = torch.autograd.grad(output, list(leaves.values()), grad_output.to(DEVICE))
-    return {"output": output, "lse": lse, **{f"grad {x}": grad for x, grad in zip(leaves, grads, strict=True)}}
+    """Output, log-sum-exp and gradients; ``tensors`` may hold embeddings of fewer channels than the head's."""
+    given = [tensors[name].to(DEVICE) if name in tensors else None for name in NAMES]
+    kernels = implementations.choose("triton", given[0], given[2])
+    geometry = geometry_of(case)
+    output, lse = kernels.forward(*given, geometry, case.scale)
+    grads = kernels.backward(grad_output.to(DEVICE), *given, lse, geometry, case.scale)
+    assert [grad is None for grad in grads] == [x is None for x in given]
+    got = {f"grad {name}": grad for name, grad in zip(NAMES, grads, strict=True) if grad is not None}
+    assert all(got[f"grad {name}"].shape == x.shape for name, x in tensors.items())
+    return {"output": output, "lse": lse, **got}
 
 
-def check(case: Case, dtype: torch.dtype = torch.float32, tensors: dict[str, Tensor] | None = None) -> None:
+def by_reference(tensors: dict[str, Tensor], grad_output: Tensor, case: Case) -> dict[str, Tensor]:
+    """Output and gradients of the reference, in the dtype given."""
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    output = sasa.local_attention(**leaves, **case.options, implementation="reference")
+    grads = torch.autograd.grad(output, list(leaves.values()), grad_output.to(output.dtype))
+    return {"output": output.detach(), **{f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def halves(x: dict[str, Tensor], channels: tuple[int, int], prefix: str = "") -> dict[str, Tensor]:
+    """``x`` with the first channels of the row embedding and the last of the column embedding."""
+    parts = {f"{prefix}row_embedding": slice(channels[0]), f"{prefix}col_embedding": slice(-channels[1], None)}
+    return x | {name: x[name][:, part] for name, part in parts.items() if name in x}
+
+
+def solve_halves(case: Case, channels: tuple[int, int], dtype: torch.dtype) -> Solution:
+    """The solution of a case with embeddings of so many channels: that with zeros in the other channels."""
     solution = solve(case, dtype)
+    parts = halves(solution.tensors, channels)
+    padded = solution.tensors | {name: torch.zeros_like(solution.tensors[name]) for name in NAMES[3:] if name in parts}
+    for name, x in halves(padded, channels).items():
+        x.copy_(parts[name])
+    whole = solve_tensors(padded, solution.grad_output, **case.options)
+    return whole._replace(tensors=parts, right=halves(whole.right, channels, "grad "))
+
+
+def check(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    tensors: dict[str, Tensor] | None = None,
+    channels: tuple[int, int] | None = None,
+) -> None:
+    """Compare with the solution: of other ``tensors`` of the same values, or with embeddings of so many channels."""
+    solution = solve(case, dtype) if channels is None else solve_halves(case, channels, dtype)
     for name, result in run(tensors or solution.tensors, solution.grad_output, case).items():
         assert result.dtype == (torch.float32 if name == "lse" else dtype), name
         assert_right(name, result, solution, rounded=True)
@@ -71,6 +106,7 @@ GRID = [
     *(Case(embeddings=name, scale=0.35) for name in EMBEDDINGS),
     *(Case(size=(3, 4), width=width, value_width=9, kernel_size=2) for width in (1, 5, 17, 32)),
     *(Case(size=(4, 3), width=128, value_width=width, heads=1) for width in (1, 128)),
+    Case(size=(4, 3), width=128, heads=1, scale=0.1),  # weights that are not close to 0 and 1
     *(Case(scale=scale) for scale in (-1.5, 0.0)),
     Case(size=(9, 19), kernel_size=7, width=16, heads=1, border="mask", embeddings="both"),
     Case(size=(10, 9), kernel_size=5, stride=3, width=8, border="valid"),
@@ -86,6 +122,51 @@ def test_results_and_gradients(case, variant):
     check(case)
 
 
+@pytest.mark.parametrize("channels", [(1, 1), (2, 3), (4, 4), (7, 5)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(size=(5, 4), width=8, kernel_size=(2, 5), border="mask"),
+        Case(size=(6, 5), width=7, kernel_size=(3, 2), stride=(1, 2), dilation=(2, 1), value_width=3, scale=-0.5),
+        *(Case(size=(3, 4), width=8, embeddings=name, batch=2) for name in ("row", "col")),
+    ],
+    ids=str,
+)
+def test_embeddings_of_some_channels(case, channels, variant):
+    """The row embedding has a head's first channels, the column embedding its last; between them a gap, or both."""
+    check(case, channels=channels)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_embeddings_of_some_channels_in_half_precision(dtype, variant):
+    check(Case(size=(4, 5), width=16, kernel_size=3, scale=0.25), dtype, channels=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ({"dilation": 2**24}, {"dilation": 4}),
+        ({"dilation": (2**62, 1), "border": "mask"}, {"dilation": (3, 1), "border": "mask"}),
+        ({"stride": 2**62, "dilation": 2}, {"stride": 4, "dilation": 2}),
+        ({"stride": 2**40, "dilation": 2**50}, {"stride": 4, "dilation": 5}),
+    ],
+    ids=str,
+)
+def test_strides_and_dilations_beyond_the_image(options, same, variant):
+    """At the cost of those as large as the image."""
+    solution = solve(Case(size=(2, 3), heads=1, **same), torch.float32)
+    got = run(solution.tensors, solution.grad_output, Case(size=(2, 3), heads=1, **options))
+    for name, result in got.items():
+        assert_right(name, result, solution)
+
+
+def test_a_window_too_large_for_32_bits_raises():
+    x = torch.zeros(1, 1, 1, 3, 3)
+    case = Case(size=(3, 3), kernel_size=(2**31, 1))
+    with pytest.raises(ValueError, match=r"^kernel_size: expected .* fewer than 2\*\*31 pixels, got 2147483648 taps"):
+        run({"query": x, "key": x, "value": x}, x, case)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 @pytest.mark.parametrize("case", [GRID[4], GRID[8], *GRID[10:12], *GRID[-6:-3]], ids=str)
 def test_half_precision(case, dtype, variant):
@@ -97,15 +178,8 @@ def test_error_of_half_precision_is_that_of_rounding(dtype, variant):
     """At most twice that of the reference, which computes in float32 and rounds once, and some last places."""
     case = Case(size=(10, 9), kernel_size=7, width=16, value_width=16, heads=2, border="mask", scale=0.25)
     tensors, grad = case.tensors(dtype), torch.randn(1, 2, 16, 10, 9).to(dtype)
-    geometry = window(10, 9, (7, 7), (1, 1), (1, 1), "mask")
-
-    def by_reference(dtype: torch.dtype) -> dict[str, Tensor]:
-        given = [tensors[name].to(dtype) for name in NAMES]
-        output, lse = reference.forward(*given, geometry, "mask", 0.25)
-        grads = reference.backward(grad.to(dtype), *given, output, lse, geometry, "mask", 0.25)
-        return {"output": output, **{f"grad {name}": x for name, x in zip(NAMES, grads, strict=True)}}
-
-    right, rounded, got = by_reference(torch.float64), by_reference(dtype), run(tensors, grad, case)
+    right = by_reference({name: x.double() for name, x in tensors.items()}, grad, case)
+    rounded, got = by_reference(tensors, grad, case), run(tensors, grad, case)
     for name, exact in right.items():
         largest = torch.finfo(dtype).eps * exact.abs().max()
         allowed = 2 * (rounded[name].double() - exact).abs().max() + 2 * largest
@@ -155,12 +229,7 @@ def test_what_is_not_finite_stays_in_the_windows_that_see_it(border, spoil, by, 
     tensors[spoil][0, 1, 2, 3, 5] = by
     grad_output = torch.randn(1, 2, 4, 7, 8)
     got = run(tensors, grad_output, case)
-    geometry = window(7, 8, (3, 2), (1, 1), (1, 1), border)
-    given = [tensors[name] for name in NAMES]
-    output, lse = reference.forward(*given, geometry, border, 1.0)
-    grads = reference.backward(grad_output, *given, output, lse, geometry, border, 1.0)
-    right = {"output": output, **{f"grad {name}": x for name, x in zip(NAMES, grads, strict=True)}}
-    for name, x in right.items():
+    for name, x in by_reference(tensors, grad_output, case).items():
         y = got[name].cpu()
         assert torch.equal(x.isfinite(), y.isfinite()), name
         torch.testing.assert_close(y[x.isfinite()], x[x.isfinite()], rtol=1e-4, atol=1e-4)
@@ -177,7 +246,7 @@ def test_any_geometry(data, variant):
         border=data.draw(st.sampled_from(BORDERS)), embeddings=data.draw(st.sampled_from(list(EMBEDDINGS))),
     )  # fmt: skip
     if case.fits:
-        check(case)
+        check(case, channels=draw(case.width))
 
 
 def test_equal_inputs_give_equal_bits(variant):
@@ -189,23 +258,22 @@ def test_equal_inputs_give_equal_bits(variant):
         assert all(torch.equal(again[name], x) for name, x in first.items())
 
 
+@pytest.mark.parametrize("channels", [(3, 3), (1, 2)])
 @pytest.mark.parametrize("images", [1, 2, 5])
-def test_embeddings_gradients_a_few_images_at_a_time(images, variant, monkeypatch):
+def test_embeddings_gradients_a_few_images_at_a_time(images, channels, variant, monkeypatch):
     """However many shares exist at once."""
-    case = Case(batch=5, heads=1)
-    monkeypatch.setattr(launch, "SHARE_BYTES", images * 6 * 3 * 4)
-    check(case)
+    monkeypatch.setattr(launch, "SHARE_BYTES", images * 3 * sum(channels) * 4)
+    check(Case(batch=5, heads=1), channels=channels)
 
 
 def test_log_sum_exp_of_an_infinite_logit(variant):
-    """As the reference has it."""
-    query, key = torch.ones(2, 1, 1, 2, 3, 4, device=DEVICE)
+    """Infinite in the windows that see it."""
+    query, key = torch.ones(2, 1, 1, 2, 3, 4)
     key[0, 0, 0, 1, 1] = torch.inf
-    options = [*([*pair(x)] for x in (3, 1, 1)), "zero", 1.0]
-    right = torch.ops.sasa.local_attention(query, key, key, None, None, *options, "reference")[1]
-    assert torch.equal(
-        torch.ops.sasa.local_attention(query, key, key, None, None, *options, "triton")[1].isinf(), right.isinf()
-    )
+    lse = run({"query": query, "key": key, "value": key}, query, Case(size=(3, 4)))["lse"].cpu()
+    seen = torch.zeros(1, 1, 3, 4, dtype=torch.bool)
+    seen[..., :3] = True
+    assert torch.equal(lse == torch.inf, seen)
 
 
 def test_empty_batch():
@@ -222,15 +290,6 @@ def test_a_window_beyond_what_registers_hold_goes_tap_by_tap():
     case = Case(size=(1, 3), kernel_size=(1, launch.MOST_TAPS + 3), heads=1, width=2)
     with triton.using("halo"):
         check(case)
-
-
-# opcheck itself looks at .grad of tensors that are no leaves.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_opcheck(variant):
-    case = Case(size=(3, 4), batch=2)
-    given = [case.tensors(torch.float32)[name].to(DEVICE).requires_grad_() for name in NAMES]
-    options = [*([*pair(x)] for x in (3, 1, 1)), "zero", 1.0, "triton"]
-    opcheck(torch.ops.sasa.local_attention.default, (*given, *options))
 
 
 def test_compiled_in_one_graph():
@@ -297,111 +356,6 @@ def test_stem():
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-def choice(**kind) -> str:
-    value = torch.empty(1, 1, kind.pop("value_width", 4), 3, 3, **kind)
-    return implementations.choose(None, torch.empty(1, 1, 4, 3, 3, **kind), value).name
-
-
-def test_the_interpreter_is_never_chosen_unasked():
-    assert choice() != "triton"
-
-
-@ON_GPU
-def test_what_is_not_supported_goes_to_the_reference():
-    assert choice(device="cuda") == "triton"
-    assert choice(device="cuda", dtype=torch.float64) == "reference"
-    assert choice(device="cuda", value_width=129) == "reference"
-
-
-@pytest.mark.parametrize(
-    ("query", "value", "reason"),
-    [
-        ((1, 1, 4, 3, 3, torch.float64), 4, "it computes torch.float16, torch.bfloat16, torch.float32, the query is"),
-        ((1, 1, 129, 3, 3, torch.float32), 129, "it computes heads of up to 128 channels, these have 129"),
-        ((1, 1, 4, 3, 3, torch.float32), 130, "it computes heads of up to 128 channels, these have 130"),
-    ],
-)
-def test_asked_for_what_it_cannot_it_says_why(query, value, reason):
-    *shape, dtype = query
-    x = torch.zeros(shape, dtype=dtype, device=DEVICE)
-    v = torch.zeros(1, 1, value, 3, 3, dtype=dtype, device=DEVICE)
-    with pytest.raises(ValueError, match=f"^implementation: triton does not support this call: {re.escape(reason)}"):
-        sasa.local_attention(x, x, v, 3, implementation="triton")
-
-
-def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    x = torch.zeros(1, 1, 4, 3, 3)
-    with pytest.raises(ValueError, match="it computes on cuda and xpu devices, the query is on cpu"):
-        sasa.local_attention(x, x, x, 3, implementation="triton")
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="nothing is interpreted")
-def test_an_interpreter_asked_for_too_late_is_told(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    x = torch.zeros(1, 1, 4, 3, 3)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET was set after Triton had been imported"):
-        sasa.local_attention(x, x, x, 3, implementation="triton")
-
-
-def test_without_triton_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(triton, "why_missing", lambda: "Triton is not installed: pip install triton")
-    x = torch.zeros(1, 1, 4, 3, 3, device=DEVICE)
-    with pytest.raises(ValueError, match="pip install triton"):
-        sasa.local_attention(x, x, x, 3, implementation="triton")
-
-
-def test_variants_are_named():
-    with pytest.raises(ValueError, match="variant: expected 'halo' or 'taps', got 'fast'"), triton.using("fast"):
-        pass
-
-
-def test_layouts_are_recognised():
-    x = torch.zeros(2, 3, 8, 5, 6)
-    last = LAYOUTS["channels_last"](x)
-    assert launch.layout(x) == problem.COLUMNS
-    assert launch.layout(last) == problem.CHANNELS
-    assert launch.layout(last.half()) == problem.CHANNELS
-    assert launch.layout(last[:, :, 1:]) == problem.ANY  # not at a multiple of 16 bytes
-    assert launch.layout(LAYOUTS["channels_last"](x[:, :, :3])) == problem.ANY
-    assert launch.layout(LAYOUTS["strided"](x)) == problem.ANY
-    assert launch.layout(x[:, :, :, :, :1]) == problem.COLUMNS
-
-
-@pytest.mark.parametrize("kernel", [1, 2, 3, 7, 13, 64])
-@pytest.mark.parametrize("width", [8, 32, 64, 128])
-def test_tiles_are_powers_of_two_that_tensor_cores_take(kernel, width):
-    x = torch.zeros(1, 2, width, 20, 20, dtype=torch.bfloat16)
-    geometry = window(20, 20, (kernel, kernel), (1, 1), (1, 1), "zero")
-    what = launch.problem_of(x, x, x, x, None, None, None, geometry, "zero")
-    assert what.tensor_cores
-    for name, small, cores in itertools.product(tiles.HALO_TILES, (False, True), (False, True)):
-        found = tiles.tiles_of(name, what._replace(tensor_cores=cores), small)
-        assert 1 <= len(set(found)) == len(found) <= 3
-        for size in itertools.chain.from_iterable(tile[:5] for tile in found):
-            assert size >= 1
-            assert size & (size - 1) == 0
-        assert not cores or all(min(tile.ROWS * tile.COLUMNS, tile.BLOCK_Y * tile.BLOCK_X) >= 16 for tile in found)
-
-
-def test_tf32_only_where_pytorch_was_allowed_it(monkeypatch):
-    monkeypatch.setattr(launch, "_allows_tf32", lambda: True)
-    x = torch.zeros(1, 2, 8, 6, 6)
-    geometry = window(6, 6, (3, 3), (1, 1), (1, 1), "zero")
-
-    class OnGpu:
-        """A tensor that says it is on a GPU."""
-
-        def __getattr__(self, name):
-            return torch.device("cuda") if name == "device" else getattr(x, name)
-
-    allowed = launch.problem_of(OnGpu(), x, x, x, None, None, None, geometry, "zero")
-    assert (allowed.precision, allowed.tensor_cores) == ("tf32", True)
-    monkeypatch.setattr(launch, "_allows_tf32", lambda: False)
-    strict = launch.problem_of(OnGpu(), x, x, x, None, None, None, geometry, "zero")
-    assert (strict.precision, strict.tensor_cores) == ("ieee", False)
-
-
 @ON_GPU
 def test_tuned_tiles_give_the_right_numbers(monkeypatch):
     """Outside of deterministic mode tiles are measured and chosen."""
@@ -424,7 +378,7 @@ def test_tuned_by_several_threads(monkeypatch):
 @ON_GPU
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_cuda_graph(deterministic):
-    """Captured after one ordinary call, which has tuned what there is to tune."""
+    """Captured after one ordinary call, in which the tiles are tuned."""
     torch.use_deterministic_algorithms(deterministic)
     case = Case(size=(40, 40), kernel_size=3, width=16, batch=4, heads=2)
     given = {name: x.to(DEVICE).requires_grad_() for name, x in case.tensors(torch.bfloat16).items()}

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Runs in a process of its own: the interpreter, which other tests want, is chosen when Triton is imported.
+# Runs in a process of its own: whether Triton interprets, as other tests need it, is settled when it is imported.
 PROGRAM = """
 import json, os, sys
 import torch, triton
@@ -52,23 +52,22 @@ for one in problems:
     heads, width, kernel = 2, one.get("width", 16), one.get("kernel", 7)
     x = torch.zeros(2, 3 * heads * width, *one["size"], dtype=dtype).to(memory_format=last)
     query, key, value = x.unflatten(1, (3 * heads, width)).chunk(3, dim=1)
-    row = torch.zeros(heads, width, kernel, dtype=dtype)
-    border = one.get("border", "zero")
-    geometry = window(*one["size"], (kernel, kernel), (one.get("stride", 1),) * 2, (1, 1), border)
+    row, col = torch.zeros(2, heads, one.get("half", width), kernel, dtype=dtype)
+    geometry = window(*one["size"], (kernel, kernel), (one.get("stride", 1),) * 2, (1, 1), one.get("border", "zero"))
     changed = {"tensor_cores": True, "precision": "tf32"} if one.get("tf32") else {}
     if dtype != torch.float32 and backend == "cuda":
         changed["sum_precision"] = "tf32"
     launch.problem_of = lambda *given: original(*given)._replace(**changed)
     for tile in range(3 if one.get("every_tile") else 1):
         launch.tiles_of = lambda *given: every(*given)[tile:tile + 1] or every(*given)[:1]
-        output, lse = launch.forward(query, key, value, row, row, geometry, border, 1.0)
-        launch.backward(output, query, key, value, row, row, output, lse, geometry, border, 1.0)
+        output, lse = launch.forward(query, key, value, row, col, geometry, 1.0)
+        launch.backward(output, query, key, value, row, col, lse, geometry, 1.0)
 print(json.dumps({"compiled": compiled, "count": count}))
 """
 
 
 def compiled(target: tuple[str, int | str, int], problems: list[dict]) -> dict:
-    """What was compiled for the target, and how many times Triton had to compile."""
+    """The kernels compiled for the target, and how many times Triton compiled."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROGRAM, json.dumps([*target, problems])],
         capture_output=True,
@@ -83,6 +82,8 @@ PROBLEMS = [
     {"size": [9, 9], "channels_last": True},
     {"size": [4, 4], "width": 8, "border": "mask"},
     {"size": [9, 9], "dtype": "float32", "channels_last": True},
+    {"size": [9, 9], "half": 8, "channels_last": True},
+    {"size": [9, 9], "half": 5, "dtype": "float32"},
 ]
 LARGE = [
     {"size": [9, 9], "width": 128, "border": "mask"},
@@ -115,7 +116,7 @@ def test_every_tile_compiles():
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_no_recompilation_for_another_size_of_image(channels_last):
-    """Twenty sizes, of all remainders that compilers like to know; three kernels."""
+    """Twenty sizes, with all remainders that compilers specialise on; three kernels."""
     sizes = [[5 + 3 * i, 40 - 2 * i + i % 2] for i in range(15)] + [[16, 16], [64, 32], [1, 17], [128, 5], [33, 48]]
     problems = [{"size": size, "channels_last": channels_last, "kernel": 3} for size in sizes]
     assert compiled(TARGETS["H100"], problems)["count"] == 3

@@ -14,7 +14,7 @@ from . import checks, equation
 from .autograd import apply, is_transformed, is_transformed_forward, needs_gradient
 from .implementations import choose, is_the_equation
 from .memory_format import in_format_of
-from .operators import LOCAL, PROJECTED, like_query, split_heads
+from .operators import LOCAL, PROJECTED, split_heads
 from .pooling import average_pool
 from .precision import autocast, without_autocast
 from .window import Pair, window_of
@@ -74,7 +74,7 @@ def attend(
         return apply(
             PROJECTED,
             (num_heads, *sizes, border, scale, implementation, pool),
-            x, weight.flatten(1), bias, row, col,
+            x, weight, bias, row, col,
         )  # fmt: skip
     qkv = x if weight is None else _project(x, weight, bias)
     y = attend_heads(*split_heads(qkv, num_heads), row, col, *options).flatten(1, 2)
@@ -137,8 +137,7 @@ def _projects_inside(
         return x.device.type == "cpu"  # nothing is kept: a few images at a time take less memory
     if recompute is not None or torch.compiler.is_compiling():
         return bool(recompute)
-    like = like_query(x, weight, num_heads)
-    projected = choose(implementation, like, like).projected
+    projected = choose(implementation, x, weight.shape[0] // 3 // num_heads).projected
     return projected is not None and projected.preferred(x, weight, num_heads)
 
 

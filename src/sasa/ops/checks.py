@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .implementations import names
-from .window import BORDERS, MOST_TAPS, Pair, cropped, reach
+from .window import MOST_TAPS, Pair, cropped, reach
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_PARAMETERS = 2**30  # of a layer: 4 GiB in float32
@@ -150,7 +151,7 @@ def shapes(
 
 
 def window_sizes(
-    size: tuple[int, int], kernel_size: Pair, stride: Pair, dilation: Pair, border: str
+    size: Sequence[int], kernel_size: Pair, stride: Pair, dilation: Pair, border: str
 ) -> tuple[Pair, Pair, Pair, tuple[slice, slice]]:
     """Kernel size, stride and dilation no larger than an image needs them, and the taps of rows and columns that are
     left of the window.
@@ -159,15 +160,23 @@ def window_sizes(
     that a ``"mask"`` border hides from every pixel don't count.
 
     Raises:
-        ValueError: the image holds no window (``"valid"``), or the window has more taps than is computed.
+        ValueError: the image holds no window (``"valid"``), or the window has more taps than are computed.
     """
-    choice("border", border, BORDERS)
+    if not torch.compiler.is_compiling():
+        return _window_sizes(size[0], size[1], kernel_size, stride, dilation, border)
+    # Symbolic sizes are not compared, which would bind compiled code to them; the operators' sizes have 64 bits.
+    if max(kernel_size) >= _LONGEST:
+        raise ValueError(f"kernel_size: expected fewer than {_LONGEST} taps, got {kernel_size}")
+    stride, dilation = ((min(y, _LONGEST - 1), min(x, _LONGEST - 1)) for y, x in (stride, dilation))
+    return kernel_size, stride, dilation, (slice(0, kernel_size[0]), slice(0, kernel_size[1]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _window_sizes(
+    height: int, width: int, kernel_size: Pair, stride: Pair, dilation: Pair, border: str
+) -> tuple[Pair, Pair, Pair, tuple[slice, slice]]:
+    size = height, width
     taps = slice(0, kernel_size[0]), slice(0, kernel_size[1])
-    if torch.compiler.is_compiling():  # no guards on symbolic sizes: the operators check again when they run
-        if max(kernel_size) >= _LONGEST:
-            raise ValueError(f"kernel_size: expected fewer than {_LONGEST} taps, got {kernel_size}")
-        stride, dilation = (tuple(min(step, _LONGEST - 1) for step in steps) for steps in (stride, dilation))
-        return kernel_size, stride, dilation, taps
     if border == "valid":
         spans = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
         if max(spans) >= _LONGEST:

@@ -42,12 +42,12 @@ def _warn_once(reason: str) -> None:
     )
 
 
-def unsupported(query: Tensor, value: Tensor) -> str | None:
-    """Why the kernels can't compute this query; None when they can. Values may have any width."""
-    if query.device.type != "cpu":
-        return f"it computes on the CPU, the query is on {query.device}"
-    if query.dtype not in _DTYPES:
-        return f"it computes {', '.join(map(str, _DTYPES))}, the query is {query.dtype}"
+def unsupported(images: Tensor, widest: int) -> str | None:
+    """Why the kernels can't compute these; None when they can. Heads may have any width."""
+    if images.device.type != "cpu":
+        return f"it computes on the CPU, the query is on {images.device}"
+    if images.dtype not in _DTYPES:
+        return f"it computes {', '.join(map(str, _DTYPES))}, the query is {images.dtype}"
     reason = why_missing()
     if reason is not None:
         _warn_once(reason)
@@ -85,7 +85,7 @@ def backward(
     return dense[0], dense[1], dense[2], *_backward_into(dense, problem, grad_output, row, col, window)
 
 
-def can_project(x: Tensor, weight: Tensor, num_heads: int, window: Window, pool: int) -> bool:
+def can_project(x: Tensor, weight: Tensor, num_heads: int) -> bool:
     """Whether :func:`forward_projected` and its backward compute a layer: its heads must fill vectors."""
     return _can_project(x.dtype, num_heads, weight.shape[0] // 3 // num_heads, capability_index())
 
@@ -135,15 +135,15 @@ def forward_projected(
     channels = weight.shape[0] // 3 // num_heads
     height, width = window.rows.outputs, window.cols.outputs
     inside = _pooled_inside(window, pool)
-    like = x[:, None].expand(-1, num_heads, -1, -1, -1)  # only its memory format counts
-    output = in_huge_pages(memory_format.empty(like, channels, -(-height // inside), -(-width // inside)))
+    output = memory_format.empty_image(x, num_heads * channels, -(-height // inside), -(-width // inside))
+    in_huge_pages(output)
     lse = x.new_empty((x.shape[0], num_heads, height, width), dtype=sum_dtype(x))
     if x.shape[0] > 0:
         problem = _problem((*lse.shape[:2], channels), channels, x.dtype, row, col, lse, window, scale, inside)
         keep = _set_projection(problem, x, weight, bias)
-        _check(library().sasa_forward(problem, _tensor(output)))
+        _check(library().sasa_forward(problem, _heads(output, channels)))
         del keep
-    return average_pool(output.flatten(1, 2), pool // inside), lse
+    return average_pool(output, pool // inside), lse
 
 
 def backward_projected(
@@ -160,6 +160,7 @@ def backward_projected(
     pool: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight, bias, row and col. Those of the projections exist for a few images at a time."""
+    weight = weight.flatten(1)
     totals = projected.Totals(weight, bias, row, col)
     grad_input = in_huge_pages(torch.empty_like(x))
     inside = _pooled_inside(window, pool)
@@ -335,7 +336,7 @@ def _set_projection(
         input=CTensor(x.data_ptr(), (batch, 0, *strides)),
         in_channels=x.shape[1],
         weight=weight.data_ptr(),
-        weight_stride=weight.stride(),
+        weight_stride=weight.stride()[:2],
         bias=None if bias is None else bias.data_ptr(),
     )
     problem.projection = ctypes.pointer(structure)
@@ -344,6 +345,12 @@ def _set_projection(
 
 def _tensor(x: Tensor) -> CTensor:
     return CTensor(x.data_ptr(), x.stride())
+
+
+def _heads(x: Tensor, channels: int) -> CTensor:
+    """(B, N·D, H, W) as (B, N, D, H, W)."""
+    batch, channel, row, column = x.stride()
+    return CTensor(x.data_ptr(), (batch, channels * channel, channel, row, column))
 
 
 def _embedding(x: Tensor | None, end: int) -> CEmbedding:

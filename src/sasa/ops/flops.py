@@ -19,10 +19,10 @@ _COUNTER = "torch.utils.flop_counter"
 def _attended(size: Sequence[int], kernel_size, stride, dilation, border: str) -> int:
     """Pairs of a query and a tap of its window. Behind a mask taps outside the image take no part; zeros do."""
     pairs = [(pair[0], pair[-1]) for pair in (kernel_size, stride, dilation)]
-    geometry = window(size[0], size[1], pairs[0], pairs[1], pairs[2], border)
+    rows, cols, _ = window(size[0], size[1], pairs[0], pairs[1], pairs[2], border)
     if border != "mask":
-        return math.prod(axis.outputs * axis.kernel for axis in geometry)
-    return math.prod(_inside(axis) for axis in geometry)
+        return rows.outputs * rows.kernel * cols.outputs * cols.kernel
+    return _inside(rows) * _inside(cols)
 
 
 def _inside(axis: Axis) -> int:

@@ -18,8 +18,8 @@ class Projected(NamedTuple):
     """Attention of a layer's projections as one step: queries, keys and values need not exist in memory.
 
     Attributes:
-        supports: given a layer's input, weight, number of heads, window and pool, whether it computes them.
-        preferred: given the same input, weight and number of heads, whether projecting again in the backward is faster
+        supports: given a layer's input, weight and number of heads, whether it computes them.
+        preferred: given the same, whether projecting again in the backward is faster
             than keeping queries, keys and values.
         forward: of input, weight, bias, row, col, number of heads, window, scale and pool: the output
             (B, N·D, H', W') and the log-sum-exp (B, N, h, w).
@@ -27,7 +27,7 @@ class Projected(NamedTuple):
             and pool: gradients of input, weight, bias, row and col.
     """
 
-    supports: Callable[..., bool]
+    supports: Callable[[Tensor, Tensor, int], bool]
     preferred: Callable[[Tensor, Tensor, int], bool]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]
@@ -42,8 +42,9 @@ class Implementation(NamedTuple):
         forward: as :func:`sasa.ops.eager.forward`; None for the equation itself, which needs no operator: PyTorch
             differentiates and traces it.
         backward: as :func:`sasa.ops.eager.backward`; likewise.
-        unsupported: given query and value, why they can't be computed this way; None when they can.
-        automatic: given a query that is supported, whether it may be chosen unless another is asked for by name.
+        unsupported: given a tensor of images (..., H, W) and the channels of the widest head, of queries or values, why
+            they can't be computed this way; None when they can.
+        automatic: given such a tensor, whether it may be chosen unless another is asked for by name.
         projected: what it can do with a layer's projections; None for nothing.
     """
 
@@ -51,16 +52,16 @@ class Implementation(NamedTuple):
     summary: str
     forward: Callable[..., tuple[Tensor, Tensor]] | None
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]] | None
-    unsupported: Callable[[Tensor, Tensor], str | None]
+    unsupported: Callable[[Tensor, int], str | None]
     automatic: Callable[[Tensor], bool]
     projected: Projected | None = None
 
 
-def _always(query: Tensor) -> bool:
+def _always(images: Tensor) -> bool:
     return True
 
 
-def _supports_everything(query: Tensor, value: Tensor) -> str | None:
+def _supports_everything(images: Tensor, widest: int) -> str | None:
     return None
 
 
@@ -113,13 +114,13 @@ def is_the_equation(name: str | None) -> bool:
     return name is not None and _BY_NAME[name].forward is None
 
 
-def choose(name: str | None, query: Tensor, value: Tensor) -> Implementation:
+def choose(name: str | None, images: Tensor, widest: int = 1) -> Implementation:
     """The implementation called ``name``, or the fastest that supports the call when ``name`` is None.
 
     Args:
         name: of an implementation, or None.
-        query: (B, N, D, H, W).
-        value: (B, N, Dv, H, W).
+        images: (..., H, W), with the dtype and device of the call.
+        widest: channels of the widest head, of queries or values.
 
     Raises:
         ValueError: no implementation has that name, or it doesn't support the call. It is never replaced by another.
@@ -127,11 +128,11 @@ def choose(name: str | None, query: Tensor, value: Tensor) -> Implementation:
     if name is not None:
         if name not in _BY_NAME:
             raise ValueError(f"implementation: expected None or one of {', '.join(map(repr, names()))}, got {name!r}")
-        reason = _BY_NAME[name].unsupported(query, value)
+        reason = _BY_NAME[name].unsupported(images, widest)
         if reason is not None:
             raise ValueError(f"implementation: {name} does not support this call: {reason}")
         return _BY_NAME[name]
     for implementation in IMPLEMENTATIONS:
-        if implementation.unsupported(query, value) is None and implementation.automatic(query):
+        if implementation.unsupported(images, widest) is None and implementation.automatic(images):
             return implementation
     raise ValueError("implementation: none supports this call")  # cannot happen: eager supports every call

@@ -26,3 +26,10 @@ def in_format_of(like: Tensor, x: Tensor) -> Tensor:
     if x.is_contiguous() if not is_channels_last(like) else x.permute(0, 3, 4, 1, 2).is_contiguous():
         return x
     return empty(like, *x.shape[2:]).copy_(x)
+
+
+def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An empty (B, channels, height, width) tensor in the memory format of ``like``, (B, C, H, W)."""
+    if like.stride(1) == 1 and like.stride(3) != 1:
+        return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
+    return like.new_empty((like.shape[0], channels, height, width))

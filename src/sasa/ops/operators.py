@@ -4,7 +4,8 @@ Schemas and shapes for tracing (fake and meta tensors) are stated here once, FLO
 implementation. The operators carry no derivatives: see ``autograd.py``. Each forward also returns the log-sum-exp of
 the logits, from which its backward recomputes the weights; the output is not saved.
 
-``row`` (N, Dr, kh) belongs to the first Dr channels of a head, ``col`` (N, Dc, kw) to the last Dc.
+A layer's weight is (3·N·D, C, 1, 1). ``row`` (N, Dr, kh) belongs to the first Dr channels of a head, ``col``
+(N, Dc, kw) to the last Dc.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from . import equation, flops, projected
 from .autograd import Operator
 from .eager import sum_dtype
 from .implementations import Implementation, choose
-from .memory_format import empty, in_format_of
+from .memory_format import empty, empty_image, in_format_of
 from .pooling import average_pool
 from .precision import without_autocast
 from .window import Window, window_of
@@ -47,8 +48,8 @@ _define(
 )
 
 
-def _kernel(name: str | None, query: Tensor, value: Tensor) -> Implementation:
-    chosen = choose(name, query, value)
+def _kernel(name: str | None, images: Tensor, widest: int) -> Implementation:
+    chosen = choose(name, images, widest)
     if chosen.forward is None:
         raise ValueError(f"implementation: {name!r} is the equation, which has no operator: call sasa.local_attention")
     return chosen
@@ -57,7 +58,7 @@ def _kernel(name: str | None, query: Tensor, value: Tensor) -> Implementation:
 @torch.library.impl("sasa::local_attention", "default")
 def _local(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation):
     window = window_of(query, kernel_size, stride, dilation, border)
-    run = _kernel(implementation, query, value).forward
+    run = _kernel(implementation, query, max(query.shape[2], value.shape[2])).forward
     with without_autocast(query):
         output, lse = run(query, key, value, _not_empty(row), _not_empty(col), window, scale)
     return in_format_of(query, output), lse
@@ -68,7 +69,7 @@ def _local_backward(
     grad_output, query, key, value, row, col, lse, kernel_size, stride, dilation, border, scale, implementation
 ):
     window = window_of(query, kernel_size, stride, dilation, border)
-    run = _kernel(implementation, query, value).backward
+    run = _kernel(implementation, query, max(query.shape[2], value.shape[2])).backward
     with without_autocast(query):
         grads = run(grad_output, query, key, value, _not_empty(row), _not_empty(col), lse, window, scale)
     dense = [in_format_of(x, grad) for x, grad in zip((query, key, value), grads[:3], strict=True)]
@@ -80,7 +81,7 @@ def _projected(
     x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
 ):
     window = window_of(x, kernel_size, stride, dilation, border)
-    chosen, ours = _projecting(implementation, x, weight, num_heads, window, pool)
+    chosen, ours = _projecting(implementation, x, weight, num_heads)
     row, col = _not_empty(row), _not_empty(col)
     with without_autocast(x):
         if ours is not None:
@@ -94,27 +95,21 @@ def _projected_backward(
     grad, x, weight, bias, row, col, lse, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
 ):
     window = window_of(x, kernel_size, stride, dilation, border)
-    chosen, ours = _projecting(implementation, x, weight, num_heads, window, pool)
+    chosen, ours = _projecting(implementation, x, weight, num_heads)
     tensors = grad, x, weight, bias, _not_empty(row), _not_empty(col), lse
     with without_autocast(x):
         if ours is not None:
             grads = ours.backward(*tensors, num_heads, window, scale, pool)
         else:
             grads = projected.backward(chosen, *tensors, num_heads, window, scale, pool)
-    return (*grads[:2], *_not_none(weight, (bias, row, col), grads[2:]))
+    return (grads[0], grads[1].view_as(weight), *_not_none(weight, (bias, row, col), grads[2:]))
 
 
-def _projecting(name: str | None, x: Tensor, weight: Tensor, num_heads: int, window: Window, pool: int):
+def _projecting(name: str | None, x: Tensor, weight: Tensor, num_heads: int):
     """The implementation, and its projected pair if that computes these."""
-    like = like_query(x, weight, num_heads)
-    chosen = _kernel(name, like, like)
+    chosen = _kernel(name, x, weight.shape[0] // 3 // num_heads)
     ours = chosen.projected
-    return chosen, ours if ours is not None and ours.supports(x, weight, num_heads, window, pool) else None
-
-
-def like_query(x: Tensor, weight: Tensor, num_heads: int) -> Tensor:
-    """A layer's input as a tensor of its queries' shape."""
-    return x[:, None, :1].expand(-1, num_heads, weight.shape[0] // 3 // num_heads, -1, -1)
+    return chosen, ours if ours is not None and ours.supports(x, weight, num_heads) else None
 
 
 def _not_empty(embedding: Tensor | None) -> Tensor | None:
@@ -132,10 +127,10 @@ def _not_none(like: Tensor, tensors: Sequence[Tensor | None], grads: Sequence[Te
 
 def _empty_results(x: Tensor, weight: Tensor, num_heads: int, window: Window, pool: int) -> tuple[Tensor, Tensor]:
     size = window.rows.outputs, window.cols.outputs
-    like = x[:, None].expand(-1, num_heads, -1, -1, -1)
     pooled = size if pool == 1 else [(length + pool - 1) // pool for length in size]
-    output = empty(like, weight.shape[0] // 3 // num_heads, *pooled).flatten(1, 2)
-    return output, x.new_empty((x.shape[0], num_heads, *size), dtype=sum_dtype(x))
+    return empty_image(x, weight.shape[0] // 3, *pooled), x.new_empty(
+        (x.shape[0], num_heads, *size), dtype=sum_dtype(x)
+    )
 
 
 @torch.library.register_fake("sasa::local_attention")
@@ -173,7 +168,7 @@ def _local_equation(query, key, value, row, col, kernel_size, stride, dilation, 
 def _projected_equation(
     x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation=None, pool=1
 ):
-    query, key, value = split_heads(F.conv2d(x, weight[:, :, None, None], bias), num_heads)
+    query, key, value = split_heads(F.conv2d(x, weight, bias), num_heads)
     y = _local_equation(query, key, value, row, col, kernel_size, stride, dilation, border, scale)
     return average_pool(y.flatten(1, 2), pool)
 

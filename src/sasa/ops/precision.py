@@ -7,6 +7,9 @@ import contextlib
 import torch
 from torch import Tensor
 
+_AS_IT_IS = contextlib.nullcontext()
+_HAVE_AUTOCAST = ("cpu", "cuda")
+
 
 def autocast(*tensors: Tensor | None) -> tuple:
     """The tensors in autocast's dtype, except float64 and what is no floating-point tensor."""
@@ -23,8 +26,9 @@ def autocast(*tensors: Tensor | None) -> tuple:
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Disables autocast, which has been applied to the arguments, for the products inside."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if _is_active(device) else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if _is_active(device) else _AS_IT_IS
 
 
 def _is_active(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # PyTorch raises for devices that have no autocast; asking whether they have it takes longer than a small kernel.
+    return (device in _HAVE_AUTOCAST or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)

@@ -60,6 +60,7 @@ def forward(
     pool: int,
 ) -> tuple[Tensor, Tensor]:
     """Writes and returns the output (B, N·D, H', W') and the log-sum-exp (B, N, h, w)."""
+    weight = weight.flatten(1)
     for part in parts(x, weight):
         qkv = heads_of(F.linear(pixels_of(x[part]), weight, bias), x[part].shape, num_heads)
         y, lse[part] = implementation.forward(*qkv, row, col, window, scale)
@@ -82,6 +83,7 @@ def backward(
     pool: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight, bias, row and col."""
+    weight = weight.flatten(1)
     totals = Totals(weight, bias, row, col)
     grad_input = torch.empty_like(x)
     grad_unpooled = before_pool(grad_output, window, pool).unflatten(1, (num_heads, -1))

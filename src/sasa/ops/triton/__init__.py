@@ -36,18 +36,18 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def unsupported(query: Tensor, value: Tensor) -> str | None:
-    """Why the kernels can't compute these; None when they can."""
-    device = query.device
+def unsupported(images: Tensor, widest: int) -> str | None:
+    """Why the kernels can't compute images of such heads; None when they can."""
+    device = images.device
     if device.type not in _DEVICES and not (device.type == "cpu" and interprets()):
         return f"it computes on {' and '.join(_DEVICES)} devices, the query is on {device}"
-    if query.dtype not in _DTYPES:
-        return f"it computes {', '.join(map(str, _DTYPES))}, the query is {query.dtype}"
-    widest = max(query.shape[2], value.shape[2])
+    if images.dtype not in _DTYPES:
+        return f"it computes {', '.join(map(str, _DTYPES))}, the query is {images.dtype}"
     if widest > MOST_CHANNELS:
         return f"it computes heads of up to {MOST_CHANNELS} channels, these have {widest}"
-    if query.shape[3] * query.shape[4] >= 2**31:
-        return f"it computes images of fewer than 2**31 pixels, these have {query.shape[3] * query.shape[4]}"
+    pixels = images.shape[-2] * images.shape[-1]
+    if pixels >= 2**31:
+        return f"it computes images of fewer than 2**31 pixels, these have {pixels}"
     if device.type == "cuda" and torch.version.hip is None and _capability(device) < LEAST_CAPABILITY:
         return f"it computes on GPUs of compute capability 8.0 or newer, {device} has {_capability(device)}"
     reason = why_missing()
@@ -56,9 +56,9 @@ def unsupported(query: Tensor, value: Tensor) -> str | None:
     return reason
 
 
-def automatic(query: Tensor) -> bool:
-    """Whether to choose the kernels unasked: not in the interpreter, which is for tests."""
-    return query.device.type != "cpu"
+def automatic(images: Tensor) -> bool:
+    """Whether to choose the kernels without being asked: not in the interpreter, which is for tests."""
+    return images.device.type != "cpu"
 
 
 def _is_interpreted() -> bool:

@@ -28,9 +28,9 @@ from .tiles import SMALL_IMAGE, Tile, power_of_two, tiles_of
 
 MOST_TAPS = 64  # of a window on tensor cores: each query's position terms are held in registers
 INTERPRETED = isinstance(forward_kernels.forward, InterpretedFunction)
-OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}  # said aloud: Triton's default is about to change
-LEAST_PROGRAMS = 256  # that tell something about a tile: about two on each multiprocessor
-SHARE_BYTES = 2**26  # of the embeddings' gradients, one share a program, that exist at once
+OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}  # explicit, as Triton's default is about to change
+LEAST_PROGRAMS = 256  # for a meaningful measurement of a tile: about two on each multiprocessor
+SHARE_BYTES = 2**26  # most memory for the programs' shares of the embeddings' gradients
 
 # Forced by :func:`sasa.ops.triton.using`: True for tensor cores, False for tap by tap.
 forced: bool | None = None
@@ -41,13 +41,11 @@ def problem_of(
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    grad_output: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
     window: Window,
-    border: str,
 ) -> Problem:
-    """What the kernels for these tensors are compiled for."""
+    """What the kernels for these tensors are compiled for; ``output`` is the output's gradient in the backward."""
     can_tf32 = query.device.type == "cuda" and torch.version.hip is None  # few of AMD's tensor cores can
     precision = "tf32" if can_tf32 and query.dtype == torch.float32 and _allows_tf32() else "ieee"
     tensor_cores = forced
@@ -56,23 +54,21 @@ def problem_of(
     if max(window.rows.kernel, window.cols.kernel) > MOST_TAPS:
         tensor_cores = False
     least = 16 if tensor_cores else 1
-    images = [x for x in (query, key, value, output, grad_output) if x is not None]
     return Problem(
         y=Axis.of(window.rows),
         x=Axis.of(window.cols),
-        zero=border == "zero",
+        zero=window.border == "zero",
         channels=query.shape[2],
         channels_pad=max(least, power_of_two(query.shape[2])),
         value_channels=value.shape[2],
         value_pad=max(least, power_of_two(value.shape[2])),
-        has_row=row is not None,
-        has_col=col is not None,
+        row_channels=0 if row is None else row.shape[1],
+        col_channels=0 if col is None else col.shape[1],
         query_layout=layout(query),
         key_layout=layout(key),
         value_layout=layout(value),
         output_layout=layout(output),
-        grad_layout=ANY if grad_output is None else layout(grad_output),
-        wide=any(_reach(x) >= 2**31 for x in images),
+        wide=any(_reach(x) >= 2**31 for x in (query, key, value, output)),
         heads_first=memory_format.is_channels_last(key),
         element_size=query.element_size(),
         tensor_cores=tensor_cores,
@@ -82,7 +78,7 @@ def problem_of(
 
 
 def _allows_tf32() -> bool:
-    # What replaces allow_tf32, and what setting that sets; allow_tf32 itself can't be read once this one was set.
+    # Replaces allow_tf32 and is set by it; allow_tf32 itself can't be read once this one was set.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -108,8 +104,14 @@ def _reach(x: Tensor) -> int:
 def _run(
     kernel: Any, programs: Callable[[int, int], int], problem: Problem, small: bool, arguments: Sequence[Any]
 ) -> Tile:
-    """Launch; returns the tile. ``programs`` tells how many of them cover all pixels with a tile of so many rows and
-    columns, the first of the ``arguments`` is a tensor.
+    """Launch; returns the tile.
+
+    Args:
+        kernel: to launch.
+        programs: their number for a tile of so many rows and columns.
+        problem: what the kernel is compiled for.
+        small: as for :func:`tiles_of`.
+        arguments: of the kernel; the first is a tensor.
     """
     pads = [max(16, power_of_two(axis.kernel)) for axis in (problem.y, problem.x)]
     options = {"P": problem, "PAD_Y": pads[0], "PAD_X": pads[1], **OPTIONS}
@@ -132,7 +134,7 @@ def _config(tile: Tile) -> triton.Config:
 
 
 _chosen: dict[tuple[Any, ...], Tile] = {}
-_tuning = threading.Lock()  # Triton's tuners keep what they are at in themselves
+_tuning = threading.Lock()  # Triton's tuners keep the state of a measurement in themselves
 
 
 def _tune(
@@ -162,7 +164,7 @@ def _launch(kernel: Any, grid: tuple[int], arguments: Sequence[Any], options: di
 
 
 def _on(device: torch.device) -> Any:
-    """Makes the tensors' device the current one, which is where Triton launches."""
+    """A context in which the tensors' device is the current one, which is where Triton launches."""
     if device.type == "cpu":
         return torch.device("cpu")
     return torch.get_device_module(device).device(device)
@@ -183,7 +185,6 @@ def forward(
     row: Tensor | None,
     col: Tensor | None,
     window: Window,
-    border: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, N, Dv, h, w) in the memory format of ``query``, and log-sum-exp of the logits (B, N, h, w)."""
@@ -193,7 +194,7 @@ def forward(
     lse = query.new_empty((batch, heads, height, width), dtype=torch.float32)
     if batch == 0:
         return output, lse
-    problem = problem_of(query, key, value, output, None, row, col, window, border)
+    problem = problem_of(query, key, value, output, row, col, window)
     arguments = [*_image(query), *_image(key), *_image(value), *_image(output), lse, _embedding(row, query)]
     arguments += [_embedding(col, query), heads, *query.shape[3:], height, width, scale]
     programs = functools.partial(_query_tiles, problem, window, batch * heads)
@@ -208,29 +209,18 @@ def backward(
     value: Tensor,
     row: Tensor | None,
     col: Tensor | None,
-    output: Tensor | None,
     lse: Tensor,
     window: Window,
-    border: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value in their memory formats, and of row and col. Without the ``output`` it is
-    computed again.
-    """
+    """Gradients of query, key and value in their memory formats, and of row and col."""
     batch, heads = query.shape[:2]
     height, width = window.rows.outputs, window.cols.outputs
     grads = [memory_format.empty(x, *x.shape[2:]) for x in (query, key, value)]
     if batch == 0:
         none = [None if x is None else torch.zeros_like(x) for x in (row, col)]
         return grads[0], grads[1], grads[2], none[0], none[1]
-    if output is None:
-        output, lse = forward(query, key, value, row, col, window, border, scale)
-    if (height, width) != tuple(query.shape[3:]):
-        grads[0].zero_()  # pixels that no window is centred on
-    if any(math.gcd(axis.stride, axis.dilation) > 1 for axis in window):
-        grads[1].zero_()  # pixels that no tap falls on
-        grads[2].zero_()
-    problem = problem_of(query, key, value, output, grad_output, row, col, window, border)
+    problem = problem_of(query, key, value, grad_output, row, col, window)
     # Gradients are written by the layouts of what they are gradients of.
     problem = problem._replace(
         query_layout=_common(query, grads[0]),
@@ -238,13 +228,18 @@ def backward(
         value_layout=_common(value, grads[2]),
         wide=problem.wide or any(_reach(grad) >= 2**31 for grad in grads),
     )
+    if (height, width) != tuple(query.shape[3:]):
+        grads[0].zero_()  # pixels that no window is centred on
+    if any(math.gcd(axis.stride, axis.dilation) > 1 for axis in (problem.y, problem.x)):
+        grads[1].zero_()  # pixels that no tap falls on
+        grads[2].zero_()
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     small = _is_small(window)
     embeddings = [_embedding(row, query), _embedding(col, query)]
     sizes = [heads, *query.shape[3:], height, width, scale]
-    inputs = (grad_output, query, key, value, output, grads[0], lse, delta)
-    total = _query_gradients(inputs, embeddings, sizes, problem, window, small, row is not None or col is not None)
+    inputs = (grad_output, query, key, value, grads[0], lse, delta)
+    totals = _query_gradients(inputs, embeddings, sizes, problem, window, small)
     arguments = [*_image(grad_output), *_image(query), *_image(key), *_image(value)]
     arguments += [*_image(grads[1]), *_image(grads[2]), lse, delta, *embeddings, *sizes]
     key_tiles = functools.partial(_key_tiles, problem, window, batch * heads)
@@ -253,8 +248,8 @@ def backward(
         grads[0],
         grads[1],
         grads[2],
-        None if row is None or total is None else total[..., : window.rows.kernel].contiguous(),
-        None if col is None or total is None else total[..., window.rows.kernel :].contiguous(),
+        None if row is None else totals[0].to(row.dtype).contiguous(),
+        None if col is None else totals[1].to(col.dtype).contiguous(),
     )
 
 
@@ -265,36 +260,40 @@ def _query_gradients(
     problem: Problem,
     window: Window,
     small: bool,
-    wants_shares: bool,
-) -> Tensor | None:
-    """Gradients of the queries and delta, written; the embeddings' (N, D, kh + kw), rows first, if they are wanted.
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients of the queries, and delta; return the gradients of the embeddings, (N, Dr, kh) and
+    (N, Dc, kw), in float32.
 
-    Every program leaves a share of the latter. A few images at a time, so that these don't take the memory of images.
+    Every program leaves its share of the latter. A few images are taken at a time, so that the memory for the shares
+    does not grow with the batch.
     """
     query = inputs[1]
-    batch, heads, channels = query.shape[:3]
-    taps = window.rows.kernel + window.cols.kernel
+    batch, heads = query.shape[:2]
+    row_size, col_size = problem.y.kernel * problem.row_channels, problem.x.kernel * problem.col_channels
+    size = row_size + col_size
     tiles = tiles_of("query_gradients", problem, small)
     of_image = max(_query_tiles(problem, window, heads, tile.ROWS, tile.COLUMNS) for tile in tiles)
-    images = batch
-    if wants_shares:
-        images = min(batch, max(1, SHARE_BYTES // (of_image * taps * channels * 4)))
-    shares = query.new_empty((of_image * images if wants_shares else 0, taps, channels), dtype=torch.float32)
-    total = None
+    images = min(batch, max(1, SHARE_BYTES // (of_image * size * 4))) if size else batch
+    shares = query.new_empty((of_image * images, size), dtype=torch.float32)
+    total = query.new_zeros((heads, size), dtype=torch.float32)
     for start in range(0, batch, images):
         part = [x[start : start + images] for x in inputs]
         programs = functools.partial(_query_tiles, problem, window, len(part[1]) * heads)
-        arguments = [value for x in part[:6] for value in _image(x)]
-        arguments += [*part[6:], *embeddings, shares, *sizes]
+        arguments = [value for x in part[:5] for value in _image(x)]
+        arguments += [*part[5:], *embeddings, shares, *sizes]
         tile = _run(backward_kernels.query_gradients, programs, problem, small, arguments)
-        if wants_shares:
-            used = shares[: programs(tile.ROWS, tile.COLUMNS)].unflatten(0, (len(part[1]), heads, -1)).sum((0, 2))
-            total = used if total is None else total + used
-    return None if total is None else total.transpose(1, 2).to(query.dtype)
+        if size:
+            used = shares[: programs(tile.ROWS, tile.COLUMNS)].unflatten(0, (len(part[1]), heads, -1))
+            total += used.sum((0, 2))
+    of_row, of_col = total.split((row_size, col_size), 1)
+    return (
+        of_row.reshape(heads, problem.y.kernel, problem.row_channels).mT,
+        of_col.reshape(heads, problem.x.kernel, problem.col_channels).mT,
+    )
 
 
 def _common(x: Tensor, grad: Tensor) -> int:
-    """What holds for both."""
+    """The layout that both share."""
     return layout(x) if layout(x) == layout(grad) else ANY
 
 

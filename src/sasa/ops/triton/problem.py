@@ -1,6 +1,6 @@
 """What a kernel is compiled for: everything that is no pointer, stride or size of an image.
 
-One compilation serves images of all sizes, but for those whose offsets need 64 bits.
+One compilation serves images of all sizes, except those whose offsets need 64 bits.
 """
 
 from __future__ import annotations
@@ -44,22 +44,28 @@ class Axis(NamedTuple):
 
     @classmethod
     def of(cls, axis: window.Axis) -> Axis:
-        """The part of the geometry that does not depend on the size of the image."""
-        common = math.gcd(axis.stride, axis.dilation)
-        centre = (axis.kernel - 1) // 2 * axis.dilation
-        return cls(
-            axis.kernel,
-            axis.stride,
-            axis.dilation,
-            axis.before,
-            axis.dilation // common,
-            axis.stride // common,
-            centre,
-        )
+        """The part of the geometry that does not depend on the size of the image.
+
+        A stride or dilation beyond the image is as good as one of its size: there is one window, or only its centre
+        falls inside. So the number of phases, and of programs, stays within the number of pixels.
+
+        Raises:
+            ValueError: the window is so large that its pixels can't be numbered in 32 bits.
+        """
+        stride, dilation = min(axis.stride, axis.size), min(axis.dilation, axis.size)
+        if axis.kernel * dilation + axis.size >= 2**31:
+            raise ValueError(
+                f"kernel_size: expected a window that spans fewer than 2**31 pixels, got {axis.kernel} taps with "
+                f"dilation {axis.dilation} on an image of {axis.size} pixels"
+            )
+        common = math.gcd(stride, dilation)
+        before = axis.before // axis.dilation * dilation
+        centre = (axis.kernel - 1) // 2 * dilation
+        return cls(axis.kernel, stride, dilation, before, dilation // common, stride // common, centre)
 
 
 class Problem(NamedTuple):
-    """What is computed. Triton gives some names of fields, such as ``value``, a meaning of its own.
+    """What is computed. Some field names, such as ``value``, can't be used: they mean something else to Triton.
 
     Attributes:
         y: rows.
@@ -69,13 +75,12 @@ class Problem(NamedTuple):
         channels_pad: the next power of two; on tensor cores 16 at least.
         value_channels: Dv.
         value_pad: as channels_pad.
-        has_row: whether there is a row embedding.
-        has_col: whether there is a column embedding.
-        query_layout: what is known of that tensor's strides, and of its gradient's; likewise the next four.
-        key_layout: ..
-        value_layout: ..
-        output_layout: ..
-        grad_layout: ..
+        row_channels: channels of the row embedding, the first of a head's; 0 where there is none.
+        col_channels: channels of the column embedding, the last of a head's; 0 where there is none.
+        query_layout: what is known of the strides of the query and, in the backward, of its gradient.
+        key_layout: likewise of the key.
+        value_layout: likewise of the value.
+        output_layout: of the output in the forward, of its gradient in the backward.
         wide: whether offsets inside a plane need 64 bits.
         heads_first: whether programs that run together are for the heads of one tile.
         element_size: bytes of a number.
@@ -91,13 +96,12 @@ class Problem(NamedTuple):
     channels_pad: int
     value_channels: int
     value_pad: int
-    has_row: bool
-    has_col: bool
+    row_channels: int
+    col_channels: int
     query_layout: int
     key_layout: int
     value_layout: int
     output_layout: int
-    grad_layout: int
     wide: bool
     heads_first: bool
     element_size: int

@@ -32,8 +32,8 @@ def forward(
     of_key = plane((key, k_batch, k_head, k_channel, k_row, k_column), batch, head, P.key_layout, P.wide)
     of_value = plane((value, v_batch, v_head, v_channel, v_row, v_column), batch, head, P.value_layout, P.wide)
     of_output = plane((output, o_batch, o_head, o_channel, o_row, o_column), batch, head, P.output_layout, P.wide)
-    of_row = row + head * P.channels * P.y.kernel
-    of_col = col + head * P.channels * P.x.kernel
+    of_row = row + head * P.row_channels * P.y.kernel
+    of_col = col + head * P.col_channels * P.x.kernel
 
     query_y, query_x, exists, y, x = queries(phase_y, phase_x, tile_y, tile_x, out_height, out_width, P, ROWS, COLUMNS)
     q = load_pixels(of_query, y + P.y.centre, x + P.x.centre, exists, P.channels, P.channels_pad, P.query_layout)

@@ -5,8 +5,8 @@ of its window. The position terms of a query are two short rows, q·row and q·c
 query's are shifted by its place in the tile. Where dilated, coordinates count in units of the dilation (see
 :class:`~sasa.ops.triton.problem.Axis`).
 
-A key outside of a query's window gets weight 0, but 0 times infinity is NaN: whoever calls these functions looks for
-numbers that are not finite and takes such tiles tap by tap (``taps.py``).
+A key outside of a query's window gets weight 0, but 0 times infinity is NaN: the kernels look for results that are not
+finite and compute such tiles again tap by tap (``taps.py``).
 
 Shapes: M queries (or keys) of a tile of ROWS x COLUMNS, J keys (queries) of a block of BLOCK_Y x BLOCK_X, C and VALUE_C
 channels, padded; PAD_Y and PAD_X taps, padded. ``P`` is a :class:`~sasa.ops.triton.problem.Problem`.
@@ -41,25 +41,35 @@ def _negated_if(x, condition):
 
 
 @triton.jit
-def _embedding(embedding, KERNEL: tl.constexpr, PAD: tl.constexpr, P: tl.constexpr):
-    """One head's (C, PAD) embedding, zeros where padded."""
-    channel = tl.arange(0, P.channels_pad)
+def _embedding(
+    embedding, KERNEL: tl.constexpr, PAD: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """One head's (COUNT, KERNEL) embedding of the channels from FIRST as (C, PAD), zeros outside of it."""
+    channel = tl.arange(0, P.channels_pad) - FIRST
     tap = tl.arange(0, PAD)
-    exists = (channel < P.channels)[:, None] & (tap < KERNEL)[None, :]
+    exists = ((channel >= 0) & (channel < COUNT))[:, None] & (tap < KERNEL)[None, :]
     return tl.load(embedding + channel[:, None] * KERNEL + tap[None, :], mask=exists, other=0.0)
 
 
 @triton.jit
-def _position_terms(q, embedding, HAS: tl.constexpr, KERNEL: tl.constexpr, PAD: tl.constexpr, P: tl.constexpr):
-    """Products q · embedding for every tap: (queries, PAD)."""
-    if HAS:
-        return _dot(q, _embedding(embedding, KERNEL, PAD, P), None, P)
+def _row_terms(q, row, PAD: tl.constexpr, P: tl.constexpr):
+    """Products of the queries with the row embedding, for every row of the window: (queries, PAD)."""
+    if P.row_channels > 0:
+        return _dot(q, _embedding(row, P.y.kernel, PAD, 0, P.row_channels, P), None, P)
+    return tl.zeros((q.shape[0], PAD), tl.float32)
+
+
+@triton.jit
+def _col_terms(q, col, PAD: tl.constexpr, P: tl.constexpr):
+    """Products of the queries with the column embedding, for every column of the window: (queries, PAD)."""
+    if P.col_channels > 0:
+        return _dot(q, _embedding(col, P.x.kernel, PAD, P.channels - P.col_channels, P.col_channels, P), None, P)
     return tl.zeros((q.shape[0], PAD), tl.float32)
 
 
 @triton.jit
 def _bias(terms, tap, exists, factor, HAS: tl.constexpr, KERNEL: tl.constexpr):
-    """What is added to logits: factor · terms[m, tap[m, j]]; -inf outside of the window and where not ``exists``."""
+    """Terms added to the logits: factor · terms[m, tap[m, j]]; -inf outside of the window and where not ``exists``."""
     exists = exists & (tap >= 0) & (tap < KERNEL)
     if HAS:
         bias = tl.gather(terms, tl.where(exists, tap, 0), 1) * factor
@@ -71,13 +81,14 @@ def _bias(terms, tap, exists, factor, HAS: tl.constexpr, KERNEL: tl.constexpr):
 @triton.jit
 def _range(lead, first, size, ROOM: tl.constexpr, DILATION: tl.constexpr, ZERO: tl.constexpr):
     """First and last + 1 of a halo's rows (columns) that take part: all ROOM with a border of zeros, else those inside
-    the image. Row a lies on the image's row first + (lead + a) · dilation.
+    the image. Row a lies on the image's row first + (lead + a) · dilation. Triton rounds quotients towards 0, which for
+    a negative ``begin`` doesn't matter.
     """
     begin = 0
     end = ROOM
     if not ZERO:
         start = first + lead * DILATION
-        begin = tl.maximum(0, (DILATION - 1 - start) // DILATION)  # also right below 0, where the maximum is 0
+        begin = tl.maximum(0, (DILATION - 1 - start) // DILATION)
         end = tl.minimum(ROOM, (size - 1 - start) // DILATION + 1)
     return begin, end
 
@@ -101,8 +112,8 @@ def attend(
     j = tl.arange(0, J)
     own_y = (m // COLUMNS * P.y.step)[:, None]
     own_x = (m % COLUMNS * P.x.step)[:, None]
-    terms_y = _position_terms(q, row, P.has_row, P.y.kernel, PAD_Y, P)
-    terms_x = _position_terms(q, col, P.has_col, P.x.kernel, PAD_X, P)
+    terms_y = _row_terms(q, row, PAD_Y, P)
+    terms_x = _col_terms(q, col, PAD_X, P)
     begin_y, end_y = _range(lead_y, first_y, height, P.y.step * (ROWS - 1) + P.y.kernel, P.y.dilation, P.zero)
     begin_x, end_x = _range(lead_x, first_x, width, P.x.step * (COLUMNS - 1) + P.x.kernel, P.x.dilation, P.zero)
 
@@ -111,11 +122,11 @@ def attend(
     output = tl.full((M, P.value_pad), 0.0, tl.float32)
     for x0 in range(begin_x, end_x, BLOCK_X):
         halo_x = x0 + tl.arange(0, BLOCK_X)[None, :]
-        bias_x = _bias(terms_x, halo_x - own_x, halo_x < end_x, factor, P.has_col, P.x.kernel)
+        bias_x = _bias(terms_x, halo_x - own_x, halo_x < end_x, factor, P.col_channels > 0, P.x.kernel)
         x = first_x + (lead_x + x0 + j % BLOCK_X) * P.x.dilation
         for y0 in range(begin_y, end_y, BLOCK_Y):
             halo_y = y0 + tl.arange(0, BLOCK_Y)[None, :]
-            bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.has_row, P.y.kernel)
+            bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.row_channels > 0, P.y.kernel)
             y = first_y + (lead_y + y0 + j // BLOCK_X) * P.y.dilation
             inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
             k = load_pixels(key, y, x, inside, P.channels, P.channels_pad, P.key_layout)
@@ -135,65 +146,92 @@ def attend(
 
 @triton.jit
 def query_gradient(
-    q, grad, delta, lse, key, value, row, col, partial, lead_y, lead_x, first_y, first_x, height, width, scale,
+    q, grad, lse, key, value, row, col, partial, lead_y, lead_x, first_y, first_x, height, width, scale,
     P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
     PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
 ):  # fmt: skip
-    """Gradient (M, C) of a tile of queries; places as in :func:`attend`.
+    """Gradient (M, C) and delta (M) of a tile of queries; places as in :func:`attend`.
 
-    The tile's share of the embeddings' gradients goes to ``partial``, a (kh + kw, D) matrix, rows first.
+    The tile's share of the embeddings' gradients goes to ``partial``: a (kh, Dr) matrix, then a (kw, Dc) matrix.
     """
     M: tl.constexpr = ROWS * COLUMNS
     J: tl.constexpr = BLOCK_Y * BLOCK_X
+    FIRST: tl.constexpr = P.channels - P.col_channels
     factor = tl.abs(scale) * LOG2E
     q = _negated_if(q, scale < 0)
     m = tl.arange(0, M)
     j = tl.arange(0, J)
     own_y = (m // COLUMNS * P.y.step)[:, None]
     own_x = (m % COLUMNS * P.x.step)[:, None]
-    terms_y = _position_terms(q, row, P.has_row, P.y.kernel, PAD_Y, P)
-    terms_x = _position_terms(q, col, P.has_col, P.x.kernel, PAD_X, P)
+    terms_y = _row_terms(q, row, PAD_Y, P)
+    terms_x = _col_terms(q, col, PAD_X, P)
     begin_y, end_y = _range(lead_y, first_y, height, P.y.step * (ROWS - 1) + P.y.kernel, P.y.dilation, P.zero)
     begin_x, end_x = _range(lead_x, first_x, width, P.x.step * (COLUMNS - 1) + P.x.kernel, P.x.dilation, P.zero)
+
+    delta = tl.zeros((M,), tl.float32)
+    for x0 in range(begin_x, end_x, BLOCK_X):
+        halo_x = x0 + tl.arange(0, BLOCK_X)[None, :]
+        bias_x = _bias(terms_x, halo_x - own_x, halo_x < end_x, factor, P.col_channels > 0, P.x.kernel) - lse[:, None]
+        x = first_x + (lead_x + x0 + j % BLOCK_X) * P.x.dilation
+        for y0 in range(begin_y, end_y, BLOCK_Y):
+            halo_y = y0 + tl.arange(0, BLOCK_Y)[None, :]
+            bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.row_channels > 0, P.y.kernel)
+            y = first_y + (lead_y + y0 + j // BLOCK_X) * P.y.dilation
+            _, weights, grad_weights = _weigh(
+                q, grad, key, value, y, x, height, width, bias_y, bias_x, factor, P, M, BLOCK_Y, BLOCK_X
+            )
+            delta += tl.sum(weights * grad_weights, 1)
 
     grad_q = tl.full((M, P.channels_pad), 0.0, tl.float32)
     by_row = tl.zeros((M, PAD_Y), tl.float32)
     by_col = tl.zeros((M, PAD_X), tl.float32)
     for x0 in range(begin_x, end_x, BLOCK_X):
         halo_x = x0 + tl.arange(0, BLOCK_X)[None, :]
-        bias_x = _bias(terms_x, halo_x - own_x, halo_x < end_x, factor, P.has_col, P.x.kernel) - lse[:, None]
+        bias_x = _bias(terms_x, halo_x - own_x, halo_x < end_x, factor, P.col_channels > 0, P.x.kernel) - lse[:, None]
         x = first_x + (lead_x + x0 + j % BLOCK_X) * P.x.dilation
         by_column = tl.zeros((M, BLOCK_X), tl.float32)
         for y0 in range(begin_y, end_y, BLOCK_Y):
             halo_y = y0 + tl.arange(0, BLOCK_Y)[None, :]
-            bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.has_row, P.y.kernel)
+            bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.row_channels > 0, P.y.kernel)
             y = first_y + (lead_y + y0 + j // BLOCK_X) * P.y.dilation
-            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            k = load_pixels(key, y, x, inside, P.channels, P.channels_pad, P.key_layout)
-            v = load_pixels(value, y, x, inside, P.value_channels, P.value_pad, P.value_layout)
-            logits = _dot(q, tl.trans(k), None, P) * factor
-            logits = tl.reshape(logits, (M, BLOCK_Y, BLOCK_X)) + bias_x[:, None, :] + bias_y[:, :, None]
-            weights = tl.exp2(tl.reshape(logits, (M, J)))
-            grad_weights = _dot(grad, tl.trans(v), None, P)
+            k, weights, grad_weights = _weigh(
+                q, grad, key, value, y, x, height, width, bias_y, bias_x, factor, P, M, BLOCK_Y, BLOCK_X
+            )
             grad_logits = weights * (grad_weights - delta[:, None])
             grad_q = _dot(grad_logits.to(k.dtype), k, grad_q, P)
             grad_logits = tl.reshape(grad_logits, (M, BLOCK_Y, BLOCK_X))
-            if P.has_row:
+            if P.row_channels > 0:
                 by_row += _by_tap(tl.sum(grad_logits, 2), own_y - y0, BLOCK_Y, PAD_Y)
-            if P.has_col:
+            if P.col_channels > 0:
                 by_column += tl.sum(grad_logits, 1)
-        if P.has_col:
+        if P.col_channels > 0:
             by_col += _by_tap(by_column, own_x - x0, BLOCK_X, PAD_X)
 
-    if P.has_row:
-        e = _embedding(row, P.y.kernel, PAD_Y, P)
+    if P.row_channels > 0:
+        e = _embedding(row, P.y.kernel, PAD_Y, 0, P.row_channels, P)
         grad_q = tl.dot(by_row, tl.trans(e.to(tl.float32)), grad_q, input_precision=P.sum_precision)
-        _store_share(partial, by_row, q, tl.abs(scale), P.y.kernel, PAD_Y, P)
-    if P.has_col:
-        e = _embedding(col, P.x.kernel, PAD_X, P)
+        _store_share(partial, by_row, q, tl.abs(scale), P.y.kernel, PAD_Y, 0, P.row_channels, P)
+    if P.col_channels > 0:
+        e = _embedding(col, P.x.kernel, PAD_X, FIRST, P.col_channels, P)
         grad_q = tl.dot(by_col, tl.trans(e.to(tl.float32)), grad_q, input_precision=P.sum_precision)
-        _store_share(partial + P.y.kernel * P.channels, by_col, q, tl.abs(scale), P.x.kernel, PAD_X, P)
-    return grad_q * scale
+        partial += P.y.kernel * P.row_channels
+        _store_share(partial, by_col, q, tl.abs(scale), P.x.kernel, PAD_X, FIRST, P.col_channels, P)
+    return grad_q * scale, delta
+
+
+@triton.jit
+def _weigh(
+    q, grad, key, value, y, x, height, width, bias_y, bias_x, factor, P: tl.constexpr, M: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """The keys (J, C) of a block at pixels (y, x), and their weights and weights' gradients (M, J)."""
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    k = load_pixels(key, y, x, inside, P.channels, P.channels_pad, P.key_layout)
+    v = load_pixels(value, y, x, inside, P.value_channels, P.value_pad, P.value_layout)
+    logits = _dot(q, tl.trans(k), None, P) * factor
+    logits = tl.reshape(logits, (M, BLOCK_Y, BLOCK_X)) + bias_x[:, None, :] + bias_y[:, :, None]
+    weights = tl.exp2(tl.reshape(logits, (M, BLOCK_Y * BLOCK_X)))
+    return k, weights, _dot(grad, tl.trans(v), None, P)
 
 
 @triton.jit
@@ -205,12 +243,17 @@ def _by_tap(by_place, own, COUNT: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit
-def _store_share(partial, by_tap, q, factor, KERNEL: tl.constexpr, PAD: tl.constexpr, P: tl.constexpr):
-    """A tile's share of the gradient of an embedding: sum over its queries of by_tap[m, t] · q[m]."""
+def _store_share(
+    partial, by_tap, q, factor, KERNEL: tl.constexpr, PAD: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """A tile's share of the gradient of an embedding of COUNT channels from FIRST: sum over its queries of
+    by_tap[m, t] · q[m].
+    """
     share = tl.dot(tl.trans(by_tap), q.to(tl.float32), input_precision=P.sum_precision) * factor
     tap = tl.arange(0, PAD)[:, None]
-    channel = tl.arange(0, P.channels_pad)[None, :]
-    tl.store(partial + tap * P.channels + channel, share, mask=(tap < KERNEL) & (channel < P.channels))
+    channel = tl.arange(0, P.channels_pad)[None, :] - FIRST
+    tl.store(partial + tap * COUNT + channel, share, mask=(tap < KERNEL) & (channel >= 0) & (channel < COUNT))
 
 
 @triton.jit
@@ -247,14 +290,14 @@ def key_gradient(
             centre_x = query_x * P.x.stride - P.x.before + P.x.centre
             q = load_pixels(query, centre_y, centre_x, inside, P.channels, P.channels_pad, P.query_layout)
             q = _negated_if(q, scale < 0)
-            grad = load_pixels(grad_output, query_y, query_x, inside, P.value_channels, P.value_pad, P.grad_layout)
+            grad = load_pixels(grad_output, query_y, query_x, inside, P.value_channels, P.value_pad, P.output_layout)
             place = query_y * out_width + query_x
             lse = load_lse(lse_plane + place, inside)
             delta = tl.load(delta_plane + place, mask=inside, other=0.0)
-            terms_y = _position_terms(q, row, P.has_row, P.y.kernel, PAD_Y, P)
-            terms_x = _position_terms(q, col, P.has_col, P.x.kernel, PAD_X, P)
-            bias_y = _bias(terms_y, tap_y, inside[:, None], factor, P.has_row, P.y.kernel) - lse[:, None]
-            bias_x = _bias(terms_x, tap_x, inside[:, None], factor, P.has_col, P.x.kernel)
+            terms_y = _row_terms(q, row, PAD_Y, P)
+            terms_x = _col_terms(q, col, PAD_X, P)
+            bias_y = _bias(terms_y, tap_y, inside[:, None], factor, P.row_channels > 0, P.y.kernel) - lse[:, None]
+            bias_x = _bias(terms_x, tap_x, inside[:, None], factor, P.col_channels > 0, P.x.kernel)
             logits = _dot(q, tl.trans(k), None, P) * factor
             logits = tl.reshape(logits, (J, ROWS, COLUMNS)) + bias_x[:, None, :] + bias_y[:, :, None]
             weights = tl.exp2(tl.reshape(logits, (J, M)))

@@ -96,7 +96,7 @@ def _pointers(plane, y, x, LAYOUT: tl.constexpr, C_PAD: tl.constexpr):
 
 @triton.jit
 def _mask(inside, C: tl.constexpr, C_PAD: tl.constexpr):
-    """Whether pixel and channel exist; nothing is said about channels where all do, so that loads can be wide."""
+    """Whether pixel and channel exist. Where all channels do, only pixels are masked, so that loads can be wide."""
     if len(inside.shape) == 1:
         mask = inside[:, None]
         if C != C_PAD:

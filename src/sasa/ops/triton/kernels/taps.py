@@ -17,12 +17,24 @@ from .pixels import LN2, LOG2E, load_lse, load_pixels
 
 
 @triton.jit
-def load_embedding(embedding, taps, KERNEL: tl.constexpr, P: tl.constexpr):
-    """(taps, 1, C) of one head's (D, KERNEL) embedding; zeros past its end."""
-    channel = tl.arange(0, P.channels_pad)
-    exists = (channel < P.channels)[None, :] & (taps < KERNEL)[:, None]
+def _embedding(embedding, taps, KERNEL: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr):
+    """(taps, 1, C) of one head's (COUNT, KERNEL) embedding of the channels from FIRST; zeros outside of it."""
+    channel = tl.arange(0, P.channels_pad) - FIRST
+    exists = ((channel >= 0) & (channel < COUNT))[None, :] & (taps < KERNEL)[:, None]
     e = tl.load(embedding + channel[None, :] * KERNEL + taps[:, None], mask=exists, other=0.0)
     return e.to(tl.float32)[:, None, :]
+
+
+@triton.jit
+def _row_embedding(row, dy, P: tl.constexpr):
+    """(1, 1, C): the embedding of the window's row ``dy``."""
+    return _embedding(row, dy + tl.arange(0, 1), P.y.kernel, 0, P.row_channels, P)
+
+
+@triton.jit
+def _col_embedding(col, dx, P: tl.constexpr):
+    """(TAPS, 1, C): the embeddings of the window's columns ``dx``."""
+    return _embedding(col, dx, P.x.kernel, P.channels - P.col_channels, P.col_channels, P)
 
 
 @triton.jit
@@ -37,17 +49,17 @@ def attend(q, key, value, row, col, y, x, height, width, scale, P: tl.constexpr,
         dx = first + tl.arange(0, TAPS)
         px = x[None, :] + dx[:, None] * P.x.dilation
         inside_x = (dx < P.x.kernel)[:, None] & (px >= 0) & (px < width)
-        if P.has_col:
-            of_col = tl.sum(q * load_embedding(col, dx, P.x.kernel, P), 2)
+        if P.col_channels > 0:
+            of_col = tl.sum(q * _col_embedding(col, dx, P), 2)
         for dy in range(P.y.kernel):
             py = tl.broadcast_to((y + dy * P.y.dilation)[None, :], (TAPS, M))
             inside = inside_x & (py >= 0) & (py < height)
             k = load_pixels(key, py, px, inside, P.channels, P.channels_pad, P.key_layout).to(tl.float32)
             logits = tl.sum(q * k, 2)
-            if P.has_col:
+            if P.col_channels > 0:
                 logits += of_col
-            if P.has_row:
-                logits += tl.sum(q * load_embedding(row, dy + tl.arange(0, 1), P.y.kernel, P), 2)
+            if P.row_channels > 0:
+                logits += tl.sum(q * _row_embedding(row, dy, P), 2)
             taken = inside
             if P.zero:
                 taken = tl.broadcast_to((dx < P.x.kernel)[:, None], (TAPS, M))
@@ -65,62 +77,86 @@ def attend(q, key, value, row, col, y, x, height, width, scale, P: tl.constexpr,
 
 
 @triton.jit
-def query_gradient(
-    q, grad, delta, lse, seen, key, value, row, col, partial, y, x, height, width, scale, P: tl.constexpr,
+def _weigh(
+    q, grad, lse, seen, of_col, key, value, row, y, x, dy, dx, height, width, scale, P: tl.constexpr,
     TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient (M, C) of the queries whose windows begin at pixels (y, x); those not ``seen`` don't exist.
+    """Of the taps (dy, dx) of the queries whose windows begin at pixels (y, x), those ``seen``: keys (TAPS, M, C), and
+    (TAPS, M) whether a tap takes part, the weights, and the weights' gradients.
+    """
+    px = x[None, :] + dx[:, None] * P.x.dilation
+    py = tl.broadcast_to((y + dy * P.y.dilation)[None, :], (TAPS, y.shape[0]))
+    exists = (dx < P.x.kernel)[:, None] & seen[None, :]
+    inside = exists & (px >= 0) & (px < width) & (py >= 0) & (py < height)
+    k = load_pixels(key, py, px, inside, P.channels, P.channels_pad, P.key_layout).to(tl.float32)
+    v = load_pixels(value, py, px, inside, P.value_channels, P.value_pad, P.value_layout).to(tl.float32)
+    logits = tl.sum(q * k, 2) + of_col
+    if P.row_channels > 0:
+        logits += tl.sum(q * _row_embedding(row, dy, P), 2)
+    taken = inside
+    if P.zero:
+        taken = exists
+    return k, taken, tl.exp2(logits * (scale * LOG2E) - lse[None, :]), tl.sum(grad * v, 2)
 
-    Their share of the embeddings' gradients goes to ``partial``, a (kh + kw, D) matrix, rows first.
+
+@triton.jit
+def query_gradient(
+    q, grad, lse, seen, key, value, row, col, partial, y, x, height, width, scale, P: tl.constexpr,
+    TAPS: tl.constexpr,
+):  # fmt: skip
+    """Gradient (M, C) and delta (M) of the queries whose windows begin at pixels (y, x); those not ``seen`` don't
+    exist.
+
+    Their share of the embeddings' gradients goes to ``partial``: a (kh, Dr) matrix, then a (kw, Dc) matrix.
     """
     M: tl.constexpr = q.shape[0]
+    FIRST: tl.constexpr = P.channels - P.col_channels
     q = q.to(tl.float32)[None, :, :]
     grad = grad.to(tl.float32)[None, :, :]
     channel = tl.arange(0, P.channels_pad)
-    is_channel = channel < P.channels
+    of_col = tl.zeros((TAPS, M), tl.float32)
+    delta = tl.zeros((M,), tl.float32)
+    for first in range(0, P.x.kernel, TAPS):
+        dx = first + tl.arange(0, TAPS)
+        if P.col_channels > 0:
+            of_col = tl.sum(q * _col_embedding(col, dx, P), 2)
+        for dy in range(P.y.kernel):
+            _, taken, weights, grad_weights = _weigh(
+                q, grad, lse, seen, of_col, key, value, row, y, x, dy, dx, height, width, scale, P, TAPS
+            )
+            delta += tl.sum(tl.where(taken, weights * grad_weights, 0.0), 0)
+
     grad_q = tl.full((M, P.channels_pad), 0.0, tl.float32)
     for first in range(0, P.x.kernel, TAPS):
         dx = first + tl.arange(0, TAPS)
-        px = x[None, :] + dx[:, None] * P.x.dilation
-        inside_x = (dx < P.x.kernel)[:, None] & (px >= 0) & (px < width)
-        if P.has_col:
+        if P.col_channels > 0:
             by_col = tl.zeros((TAPS, M), tl.float32)
-            of_col = tl.sum(q * load_embedding(col, dx, P.x.kernel, P), 2)
+            of_col = tl.sum(q * _col_embedding(col, dx, P), 2)
         for dy in range(P.y.kernel):
-            py = tl.broadcast_to((y + dy * P.y.dilation)[None, :], (TAPS, M))
-            inside = inside_x & (py >= 0) & (py < height)
-            k = load_pixels(key, py, px, inside, P.channels, P.channels_pad, P.key_layout).to(tl.float32)
-            v = load_pixels(value, py, px, inside, P.value_channels, P.value_pad, P.value_layout).to(tl.float32)
-            logits = tl.sum(q * k, 2)
-            if P.has_col:
-                logits += of_col
-            if P.has_row:
-                row_e = load_embedding(row, dy + tl.arange(0, 1), P.y.kernel, P)
-                logits += tl.sum(q * row_e, 2)
-            taken = inside & seen[None, :]
-            if P.zero:
-                taken = (dx < P.x.kernel)[:, None] & seen[None, :]
-            grad_weights = tl.sum(grad * v, 2)
-            weights = tl.exp2(logits * (scale * LOG2E) - lse[None, :])
+            k, taken, weights, grad_weights = _weigh(
+                q, grad, lse, seen, of_col, key, value, row, y, x, dy, dx, height, width, scale, P, TAPS
+            )
             grad_logits = tl.where(taken, weights * (grad_weights - delta[None, :]), 0.0)
             grad_q += tl.sum(grad_logits[:, :, None] * k, 0)
-            if P.has_col:
+            if P.col_channels > 0:
                 by_col += grad_logits
-            if P.has_row:
+            if P.row_channels > 0:
                 by_row = tl.sum(grad_logits, 0)[None, :, None]
-                grad_q += tl.sum(by_row * row_e, 0)
+                grad_q += tl.sum(by_row * _row_embedding(row, dy, P), 0)
                 total = tl.sum(tl.sum(by_row * q, 1), 0) * scale
-                pointers = partial + dy * P.channels + channel
-                if first > 0:  # this program wrote there before, maybe by other threads
+                pointers = partial + dy * P.row_channels + channel
+                exists = channel < P.row_channels
+                if first > 0:  # this program wrote there before, perhaps by other threads
                     tl.debug_barrier()
-                    total += tl.load(pointers, mask=is_channel, other=0.0)
-                tl.store(pointers, total, mask=is_channel)
-        if P.has_col:
-            grad_q += tl.sum(by_col[:, :, None] * load_embedding(col, dx, P.x.kernel, P), 0)
+                    total += tl.load(pointers, mask=exists, other=0.0)
+                tl.store(pointers, total, mask=exists)
+        if P.col_channels > 0:
+            grad_q += tl.sum(by_col[:, :, None] * _col_embedding(col, dx, P), 0)
             totals = tl.sum(by_col[:, :, None] * q, 1) * scale
-            pointers = partial + (P.y.kernel + dx)[:, None] * P.channels + channel[None, :]
-            tl.store(pointers, totals, mask=(dx < P.x.kernel)[:, None] & is_channel[None, :])
-    return grad_q * scale
+            pointers = partial + P.y.kernel * P.row_channels + dx[:, None] * P.col_channels + (channel - FIRST)[None, :]
+            exists = (dx < P.x.kernel)[:, None] & ((channel >= FIRST) & (channel < P.channels))[None, :]
+            tl.store(pointers, totals, mask=exists)
+    return grad_q * scale, delta
 
 
 @triton.jit
@@ -129,7 +165,7 @@ def key_gradient(
     TAPS: tl.constexpr,
 ):  # fmt: skip
     """Gradients (M, C) of the keys and (M, VALUE_C) of the values at pixels (y, x), gathered from every query that sees
-    them: that whose tap t lies on a pixel begins its window t taps before it.
+    them: the query whose tap t lies on a pixel begins its window t taps before it.
     """
     M: tl.constexpr = k.shape[0]
     k = k.to(tl.float32)[None, :, :]
@@ -151,16 +187,16 @@ def key_gradient(
                 tl.float32
             )
             grad = load_pixels(
-                grad_output, query_y, query_x, inside, P.value_channels, P.value_pad, P.grad_layout
+                grad_output, query_y, query_x, inside, P.value_channels, P.value_pad, P.output_layout
             ).to(tl.float32)  # fmt: skip
             place = query_y * out_width + query_x
             lse = load_lse(lse_plane + place, inside)
             delta = tl.load(delta_plane + place, mask=inside, other=0.0)
             keys = k
-            if P.has_col:
-                keys = keys + load_embedding(col, dx, P.x.kernel, P)
-            if P.has_row:
-                keys = keys + load_embedding(row, dy + tl.arange(0, 1), P.y.kernel, P)
+            if P.col_channels > 0:
+                keys = keys + _col_embedding(col, dx, P)
+            if P.row_channels > 0:
+                keys = keys + _row_embedding(row, dy, P)
             logits = tl.sum(q * keys, 2)
             weights = tl.where(inside, tl.exp2(logits * (scale * LOG2E) - lse), 0.0)
             grad_weights = tl.sum(grad * v, 2)
