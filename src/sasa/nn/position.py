@@ -41,8 +41,8 @@ def embeddings_by_head(row: Tensor, col: Tensor, num_heads: int, position_split:
     """
     if position_split == "per_head":
         return (
-            row.reshape(num_heads, row.shape[0] // num_heads, row.shape[1]),
-            col.reshape(num_heads, col.shape[0] // num_heads, col.shape[1]),
+            row.view(num_heads, row.shape[0] // num_heads, row.shape[1]),
+            col.view(num_heads, col.shape[0] // num_heads, col.shape[1]),
         )
     by_head = (
         F.pad(row, (0, 0, 0, col.shape[0])).unflatten(0, (num_heads, -1)),

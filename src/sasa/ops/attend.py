@@ -17,6 +17,7 @@ from .memory_format import in_format_of
 from .operators import LOCAL, PROJECTED, split_heads
 from .pooling import average_pool
 from .precision import autocast, without_autocast
+from .projected import is_large
 from .window import Pair, window_of
 
 
@@ -131,14 +132,17 @@ def _projects_inside(
 ) -> bool:
     """Whether projections and attention are one step, so that queries, keys and values are not kept."""
     x, weight = tensors[:2]
+    head = weight.shape[0] // 3 // num_heads
     if is_the_equation(implementation) or is_transformed() or is_transformed_forward():
         return False  # PyTorch's own convolution has every derivative
-    if not needs_gradient(*tensors):
-        return x.device.type == "cpu"  # nothing is kept: a few images at a time take less memory
-    if recompute is not None or torch.compiler.is_compiling():
-        return bool(recompute)
-    projected = choose(implementation, x, weight.shape[0] // 3 // num_heads).projected
-    return projected is not None and projected.preferred(x, weight, num_heads)
+    tracked = needs_gradient(*tensors)
+    if torch.compiler.is_compiling() or (tracked and recompute is not None):
+        return bool(recompute) if tracked else x.device.type == "cpu"
+    projected = choose(implementation, x, head).projected
+    if projected is not None and projected.supports(x, weight, num_heads):
+        return not tracked or projected.preferred(x, weight, num_heads)
+    # Where nothing is kept, the queries, keys and values of a few images at a time take less memory.
+    return not tracked and x.device.type == "cpu" and is_large(x, weight)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,15 +7,32 @@ operations. So is all of forward mode: see :func:`is_transformed_forward`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from .derivatives import gradients, second_gradients
 from .precision import without_autocast
+
+
+class Registered(NamedTuple):
+    """A registered operator and the function behind it.
+
+    Attributes:
+        operator: what compilers, tracers, modes and profilers see.
+        function: what it calls in the end.
+    """
+
+    operator: Callable[..., tuple[Tensor, ...]]
+    function: Callable[..., tuple[Tensor, ...]]
+
+    def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Call the function unless somebody looks: PyTorch's dispatcher takes longer than a small layer."""
+        return self.operator(*arguments) if is_observed(arguments) else self.function(*arguments)
 
 
 class Operator(NamedTuple):
@@ -30,8 +47,8 @@ class Operator(NamedTuple):
             samples one after the other.
     """
 
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, ...]]
+    forward: Registered
+    backward: Registered
     equation: Callable[..., Tensor]
     fold: Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]] | None
 
@@ -54,6 +71,25 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 def is_transformed() -> bool:
     """Whether a transform of torch.func is active."""
     return torch._C._are_functorch_transforms_active()
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.Size, tuple, int, float, str, bool, type(None)})
+
+
+def is_observed(arguments: tuple[Any, ...]) -> bool:
+    """Whether anything but the result of an operator counts: it is traced, profiled, transformed or counted by a mode,
+    or its tensors are no plain ones with memory.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or profiler._is_profiler_enabled
+        or not _PLAIN.issuperset(map(type, arguments))
+        or arguments[0].is_meta
+    )
 
 
 def is_transformed_forward() -> bool:
@@ -116,6 +152,11 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, operator, options, *tensors):
         return _vmap(_Backward, info.batch_size, in_dims[2:], operator, options, tensors)
+
+
+for _function in (_Attention, _Backward):
+    # Function.apply asks for it at every call, and finding it takes longer than a small layer.
+    _function.forward.__signature__ = inspect.signature(_function.forward)
 
 
 def _vmap(function, samples, in_dims, operator, options, tensors):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +64,11 @@ def forward(
     output = in_huge_pages(memory_format.empty(query, value.shape[2], height, width))
     lse = query.new_empty((*query.shape[:2], height, width), dtype=sum_dtype(query))
     if query.shape[0] > 0:
-        problem = _local_problem(query, key, value, row, col, lse, window, scale)
-        _check(library().sasa_forward(problem, _tensor(output)))
+        layout = _layout(
+            query.shape[:3], value.shape[2], query.dtype, window, scale, 1, *_machine(),
+            (query.stride(), key.stride(), value.stride()), None, _half(row), _half(col), (output.stride(),),
+        )  # fmt: skip
+        _call(library().sasa_forward, layout, query, key, value, row, col, lse, output)
     return output, lse
 
 
@@ -80,9 +85,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key and value in their memory formats, and of row and col."""
     dense = [in_huge_pages(memory_format.empty(x, *x.shape[2:])) for x in (query, key, value)]
-    lse = lse.contiguous()
-    problem = _local_problem(query, key, value, row, col, lse, window, scale)
-    return dense[0], dense[1], dense[2], *_backward_into(dense, problem, grad_output, row, col, window)
+    inputs = (query, key, value), None, row, col, lse.contiguous()
+    embeddings = _backward_into(dense, grad_output, *inputs, query.shape[:3], window, scale, 1)
+    return dense[0], dense[1], dense[2], *embeddings
 
 
 def can_project(x: Tensor, weight: Tensor, num_heads: int) -> bool:
@@ -139,10 +144,14 @@ def forward_projected(
     in_huge_pages(output)
     lse = x.new_empty((x.shape[0], num_heads, height, width), dtype=sum_dtype(x))
     if x.shape[0] > 0:
-        problem = _problem((*lse.shape[:2], channels), channels, x.dtype, row, col, lse, window, scale, inside)
-        keep = _set_projection(problem, x, weight, bias)
-        _check(library().sasa_forward(problem, _heads(output, channels)))
-        del keep
+        batch, channel, *pixel = output.stride()
+        layout = _layout(
+            (x.shape[0], num_heads, channels), channels, x.dtype, window, scale, inside, *_machine(),
+            (_one_head(x),), (x.shape[1], weight.stride()), _half(row), _half(col),
+            ((batch, channels * channel, channel, *pixel),),
+        )  # fmt: skip
+        bias = None if bias is None else bias.contiguous()
+        _call(library().sasa_forward, layout, x, weight, bias, row, col, lse, output)
     return average_pool(output, pool // inside), lse
 
 
@@ -162,6 +171,7 @@ def backward_projected(
     """Gradients of input, weight, bias, row and col. Those of the projections exist for a few images at a time."""
     weight = weight.flatten(1)
     totals = projected.Totals(weight, bias, row, col)
+    bias = None if bias is None else bias.contiguous()
     grad_input = in_huge_pages(torch.empty_like(x))
     inside = _pooled_inside(window, pool)
     g = projected.before_pool(grad_output, window, pool // inside).unflatten(1, (num_heads, -1))
@@ -172,11 +182,8 @@ def backward_projected(
         if memory.shape != (pixels.shape[0], weight.shape[0]):
             memory = in_huge_pages(x.new_empty((pixels.shape[0], weight.shape[0])))
         dense = projected.heads_of(memory, images.shape, num_heads)
-        shape = dense[0].shape[:3]
-        problem = _problem(shape, shape[2], x.dtype, row, col, some_lse, window, scale, inside)
-        keep = _set_projection(problem, images, weight, bias)
-        totals.add_embeddings(_backward_into(dense, problem, g[part], row, col, window))
-        del keep
+        layer = (images, weight, bias), weight, row, col, some_lse
+        totals.add_embeddings(_backward_into(dense, g[part], *layer, dense[0].shape[:3], window, scale, inside))
         _projection_gradients(memory, pixels, weight, grad_input[part], totals)
     return grad_input, *totals.in_dtype_of(weight)
 
@@ -239,66 +246,62 @@ def in_huge_pages(fresh: Tensor) -> Tensor:
 
 def _backward_into(
     dense: Sequence[Tensor],
-    problem: CProblem,
     grad_output: Tensor,
-    row: Tensor | None,
-    col: Tensor | None,
-    window: Window,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Writes the gradients of query, key and value into ``dense``; returns those of row and col."""
-    grad_row, grad_col = (None if x is None else x.new_zeros(x.shape) for x in (row, col))
-    if (window.rows.outputs, window.cols.outputs) != (window.rows.size, window.cols.size):
-        dense[0].zero_()  # pixels that no window is centred on
-    if problem.batch > 0:
-        channels = problem.channels
-        embeddings = _embedding(grad_row, 0), _embedding(grad_col, channels)
-        gradients = CGradients(_tensor(grad_output), *map(_tensor, dense), *embeddings)
-        _check(library().sasa_backward(problem, gradients))
-    return grad_row, grad_col
-
-
-def _local_problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    weight: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
     lse: Tensor,
-    window: Window,
-    scale: float,
-) -> CProblem:
-    problem = _problem(query.shape[:3], value.shape[2], query.dtype, row, col, lse, window, scale, 1)
-    problem.query, problem.key, problem.value = _tensor(query), _tensor(key), _tensor(value)
-    return problem
-
-
-def _problem(
     shape: Sequence[int],
-    value_channels: int,
-    dtype: torch.dtype,
-    row: Tensor | None,
-    col: Tensor | None,
-    lse: Tensor,
     window: Window,
     scale: float,
     pool: int,
-) -> CProblem:
-    """A problem of shape (B, N, D) without its inputs."""
-    sizes = _sizes(
-        tuple(shape), value_channels, dtype, window, scale, pool, torch.get_num_threads(), capability_index()
-    )
-    problem = CProblem.from_buffer_copy(sizes)
-    if row is not None:
-        problem.row = _embedding(row, 0)
-    if col is not None:
-        problem.col = _embedding(col, shape[2])
-    problem.lse = lse.data_ptr()
-    return problem
+) -> tuple[Tensor | None, Tensor | None]:
+    """Writes the gradients of query, key and value into ``dense``; returns those of row and col.
+
+    ``shape`` is (B, N, D); ``inputs`` are query, key and value, or with a weight a layer's input, weight and bias.
+    """
+    grad_row, grad_col = (None if x is None else x.new_zeros(x.shape) for x in (row, col))
+    if (window.rows.outputs, window.cols.outputs) != (window.rows.size, window.cols.size):
+        dense[0].zero_()  # pixels that no window is centred on
+    if shape[0] > 0:
+        x = inputs[0]
+        images = tuple(x.stride() for x in inputs) if weight is None else (_one_head(x),)
+        layer = None if weight is None else (x.shape[1], weight.stride())
+        results = tuple(x.stride() for x in (grad_output, *dense))
+        layout = _layout(
+            tuple(shape), dense[2].shape[2], x.dtype, window, scale, pool, *_machine(), images, layer,
+            _half(row), _half(col), results,
+        )  # fmt: skip
+        tensors = *inputs, row, col, lse, grad_output, *dense, grad_row, grad_col
+        _call(library().sasa_backward, layout, *tensors)
+    return grad_row, grad_col
 
 
-@functools.lru_cache(maxsize=1024)
-def _sizes(
-    shape: tuple[int, ...],
+class _Layout(NamedTuple):
+    """The structures of a call in one piece of memory, complete but for the addresses of tensors.
+
+    Attributes:
+        memory: sasa_problem, sasa_projection, and sasa_tensor for an output or sasa_gradients.
+        addresses: where the addresses of the tensors go.
+        results: where the last structure begins.
+        projected: whether the problem has a projection.
+    """
+
+    memory: bytes
+    addresses: tuple[int, ...]
+    results: int
+    projected: bool
+
+
+_ADDRESS = struct.Struct("P")
+_PROJECTION = ctypes.sizeof(CProblem)  # where it begins
+_RESULTS = _PROJECTION + ctypes.sizeof(CProjection)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(
+    shape: tuple[int, int, int],
     value_channels: int,
     dtype: torch.dtype,
     window: Window,
@@ -306,59 +309,90 @@ def _sizes(
     pool: int,
     threads: int,
     capability: int,
-) -> bytes:
-    """A problem's sizes, kept from call to call: filling the structure takes longer than a small problem."""
-    return bytes(
-        CProblem(
-            dtype=_DTYPES.index(dtype),
-            border=BORDERS.index(window.border),
-            threads=threads,
-            capability=capability,
-            scale=scale,
-            batch=shape[0],
-            heads=shape[1],
-            channels=shape[2],
-            value_channels=value_channels,
-            rows=_axis(window.rows),
-            cols=_axis(window.cols),
-            pool=pool,
-        )
-    )
+    images: tuple[tuple[int, ...], ...],
+    layer: tuple[int, tuple[int, ...]] | None,
+    row: tuple[tuple[int, ...], int] | None,
+    col: tuple[tuple[int, ...], int] | None,
+    results: tuple[tuple[int, ...], ...],
+) -> _Layout:
+    """Kept from call to call: filling the structures takes longer than a small problem.
+
+    Args:
+        shape: (B, N, D).
+        value_channels: Dv.
+        dtype: of all tensors.
+        window: geometry.
+        scale: factor on the logits.
+        pool: 1 or 2.
+        threads: at most so many.
+        capability: the instruction set.
+        images: strides of query, key and value, or of a layer's input, as (B, N, D, H, W).
+        layer: a layer's input channels and its weight's strides; or None.
+        row: strides of the row embedding and its channels; or None.
+        col: likewise of the column embedding.
+        results: strides of the output, or of the gradients of output, query, key and value.
+    """
+    rows, cols = (_embedding(half, first) for half, first in ((row, 0), (col, shape[2] - (col[1] if col else 0))))
+    problem = CProblem(
+        dtype=_DTYPES.index(dtype), border=BORDERS.index(window.border), threads=threads, capability=capability,
+        scale=scale, batch=shape[0], heads=shape[1], channels=shape[2], value_channels=value_channels,
+        rows=_axis(window.rows), cols=_axis(window.cols), row=rows, col=cols, pool=pool,
+    )  # fmt: skip
+    projection = CProjection()
+    if layer is None:
+        problem.query, problem.key, problem.value = (CTensor(None, strides) for strides in images)
+        addresses = [getattr(CProblem, name).offset for name in ("query", "key", "value")]
+    else:
+        projection = CProjection(CTensor(None, images[0]), layer[0], None, layer[1][:2], None)
+        addresses = [_PROJECTION + getattr(CProjection, name).offset for name in ("input", "weight", "bias")]
+    addresses += [getattr(CProblem, name).offset for name in ("row", "col", "lse")]
+    tensors = [CTensor(None, strides) for strides in results]
+    if row is not None:
+        rows = _embedding((_contiguous(row[1], window.rows.kernel), row[1]), rows.first)
+    if col is not None:
+        cols = _embedding((_contiguous(col[1], window.cols.kernel), col[1]), cols.first)
+    last = tensors[0] if len(tensors) == 1 else CGradients(*tensors, rows, cols)
+    fields = ("output",) if len(tensors) == 1 else ("output", "query", "key", "value", "row", "col")
+    addresses += [_RESULTS + (0 if len(tensors) == 1 else getattr(CGradients, name).offset) for name in fields]
+    memory = bytes(problem) + bytes(projection) + bytes(last)
+    return _Layout(memory, tuple(addresses), _RESULTS, layer is not None)
 
 
-def _set_projection(
-    problem: CProblem, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[CProjection, Tensor | None]:
-    """Points the problem at the projection; what is returned must live as long as the call."""
-    bias = None if bias is None else bias.contiguous()
-    batch, *strides = x.stride()
-    structure = CProjection(
-        input=CTensor(x.data_ptr(), (batch, 0, *strides)),
-        in_channels=x.shape[1],
-        weight=weight.data_ptr(),
-        weight_stride=weight.stride()[:2],
-        bias=None if bias is None else bias.data_ptr(),
-    )
-    problem.projection = ctypes.pointer(structure)
-    return structure, bias
+def _call(function: Callable[[int, int], int], layout: _Layout, *tensors: Tensor | None) -> None:
+    """Call the library with the structures of ``layout`` and the addresses of the tensors that it lists."""
+    memory = bytearray(layout.memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for place, x in zip(layout.addresses, tensors, strict=True):
+        if x is not None:
+            _ADDRESS.pack_into(memory, place, x.data_ptr())
+    if layout.projected:
+        _ADDRESS.pack_into(memory, CProblem.projection.offset, start + _PROJECTION)
+    status = function(start, start + layout.results)
+    if status:
+        _check(status)
 
 
-def _tensor(x: Tensor) -> CTensor:
-    return CTensor(x.data_ptr(), x.stride())
+def _machine() -> tuple[int, int]:
+    return torch.get_num_threads(), capability_index()
 
 
-def _heads(x: Tensor, channels: int) -> CTensor:
-    """(B, N·D, H, W) as (B, N, D, H, W)."""
-    batch, channel, row, column = x.stride()
-    return CTensor(x.data_ptr(), (batch, channels * channel, channel, row, column))
+def _one_head(x: Tensor) -> tuple[int, ...]:
+    """Strides of a layer's input (B, C, H, W) as (B, 1, C, H, W)."""
+    batch, *rest = x.stride()
+    return batch, 0, *rest
 
 
-def _embedding(x: Tensor | None, end: int) -> CEmbedding:
-    """An embedding of a head's first channels (``end`` 0), or of the last of ``end`` channels."""
-    if x is None:
-        return CEmbedding()
-    count = x.shape[1]
-    return CEmbedding(x.data_ptr(), end - count if end else 0, count, x.stride())
+def _half(embedding: Tensor | None) -> tuple[tuple[int, ...], int] | None:
+    return None if embedding is None else (embedding.stride(), embedding.shape[1])
+
+
+def _contiguous(channels: int, taps: int) -> tuple[int, int, int]:
+    """Strides of a contiguous (N, channels, taps)."""
+    return channels * taps, taps, 1
+
+
+def _embedding(half: tuple[tuple[int, ...], int] | None, first: int) -> CEmbedding:
+    return CEmbedding() if half is None else CEmbedding(None, first, half[1], half[0])
 
 
 def _axis(axis: Axis) -> CAxis:

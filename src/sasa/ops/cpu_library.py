@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .cpu_structures import INTERFACE_VERSION, STRUCTURES, CGradients, CLinear, CProblem, CTensor
+from .cpu_structures import INTERFACE_VERSION, STRUCTURES, CLinear, CProblem
 
 CAPABILITY_VARIABLE = "SASA_CPU_CAPABILITY"
 _FILES = ("libsasa_cpu.so", "libsasa_cpu.dylib")
@@ -69,8 +69,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.sasa_use_huge_pages.restype = None
     for name in ("sasa_can_project", "sasa_prefers_projected", "sasa_can_pool"):
         getattr(library, name).argtypes = (ctypes.POINTER(CProblem),)
-    library.sasa_forward.argtypes = (ctypes.POINTER(CProblem), ctypes.POINTER(CTensor))
-    library.sasa_backward.argtypes = (ctypes.POINTER(CProblem), ctypes.POINTER(CGradients))
+    library.sasa_forward.argtypes = library.sasa_backward.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     library.sasa_linear_gradients.argtypes = (ctypes.POINTER(CLinear),)
 
 

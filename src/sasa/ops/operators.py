@@ -10,14 +10,14 @@ A layer's weight is (3·N·D, C, 1, 1). ``row`` (N, Dr, kh) belongs to the first
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import equation, flops, projected
-from .autograd import Operator
+from .autograd import Operator, Registered
 from .eager import sum_dtype
 from .implementations import Implementation, choose
 from .memory_format import empty, empty_image, in_format_of
@@ -33,6 +33,14 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 def _define(name: str, schema: str) -> None:
     torch.library.define(f"sasa::{name}", schema, tags=_TAGS)
+
+
+def _implements(name: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Registered]:
+    def register(function: Callable[..., tuple[Tensor, ...]]) -> Registered:
+        torch.library.impl(f"sasa::{name}", "default", function)
+        return Registered(getattr(torch.ops.sasa, name).default, function)
+
+    return register
 
 
 _define("local_attention", f"({_LOCAL}, {_SIZES}) -> (Tensor output, Tensor lse)")
@@ -55,7 +63,7 @@ def _kernel(name: str | None, images: Tensor, widest: int) -> Implementation:
     return chosen
 
 
-@torch.library.impl("sasa::local_attention", "default")
+@_implements("local_attention")
 def _local(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation):
     window = window_of(query, kernel_size, stride, dilation, border)
     run = _kernel(implementation, query, max(query.shape[2], value.shape[2])).forward
@@ -64,7 +72,7 @@ def _local(query, key, value, row, col, kernel_size, stride, dilation, border, s
     return in_format_of(query, output), lse
 
 
-@torch.library.impl("sasa::local_attention_backward", "default")
+@_implements("local_attention_backward")
 def _local_backward(
     grad_output, query, key, value, row, col, lse, kernel_size, stride, dilation, border, scale, implementation
 ):
@@ -76,7 +84,7 @@ def _local_backward(
     return (*dense, *_not_none(query, (row, col), grads[3:]))
 
 
-@torch.library.impl("sasa::projected_attention", "default")
+@_implements("projected_attention")
 def _projected(
     x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
 ):
@@ -90,7 +98,7 @@ def _projected(
         return projected.forward(chosen, output, lse, x, weight, bias, row, col, num_heads, window, scale, pool)
 
 
-@torch.library.impl("sasa::projected_attention_backward", "default")
+@_implements("projected_attention_backward")
 def _projected_backward(
     grad, x, weight, bias, row, col, lse, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
 ):
@@ -203,17 +211,7 @@ def _fold_heads(function, samples, in_dims, operator, options, tensors):
     return tuple(unfolded), tuple(0 if y.dim() == 2 else dim for y, dim in zip(unfolded, at, strict=True))
 
 
-LOCAL = Operator(
-    torch.ops.sasa.local_attention.default,
-    torch.ops.sasa.local_attention_backward.default,
-    _local_equation,
-    _fold_heads,
-)
-PROJECTED = Operator(
-    torch.ops.sasa.projected_attention.default,
-    torch.ops.sasa.projected_attention_backward.default,
-    _projected_equation,
-    None,
-)
+LOCAL = Operator(_local, _local_backward, _local_equation, _fold_heads)
+PROJECTED = Operator(_projected, _projected_backward, _projected_equation, None)
 
 flops.register()

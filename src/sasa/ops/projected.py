@@ -34,6 +34,11 @@ def parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
     yield from map(slice, bounds[:-1], bounds[1:])
 
 
+def is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether the queries, keys and values of the batch take more than PART_BYTES."""
+    return x.numel() // max(1, x.shape[1]) * weight.shape[0] * x.element_size() > PART_BYTES
+
+
 def pixels_of(x: Tensor) -> Tensor:
     """(B, C, H, W) as a matrix with a row for each pixel; a view for channels_last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
