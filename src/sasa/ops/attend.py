@@ -6,17 +6,20 @@ attend ── project ── attend_heads ── autograd.apply ── operator 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, equation
-from .autograd import apply, is_transformed, is_transformed_forward, needs_gradient
-from .implementations import choose, is_the_equation
+from .autograd import apply, is_observed, is_transformed, is_transformed_forward, needs_gradient
+from .cpu import half
+from .implementations import choose, is_the_equation, machine
 from .memory_format import in_format_of
-from .operators import LOCAL, PROJECTED, split_heads
+from .operators import LOCAL, PROJECTED, not_empty, split_heads
 from .pooling import average_pool
-from .precision import autocast, without_autocast
+from .precision import autocast, is_active, without_autocast
 from .projected import is_large
 from .window import Pair, window_of
 
@@ -62,12 +65,14 @@ def attend(
         ValueError: ``x`` doesn't fit the rest, or the implementation doesn't support the call.
         TypeError: ``x`` is no tensor.
     """
+    options = num_heads, kernel_size, stride, dilation, border, scale, pool, implementation
+    output = None if weight is None else _prepared(x, weight, bias, row, col, options)
+    if output is not None:
+        return output
     checks.layer_input(x, weight.shape[1] if weight is not None else x.shape[-3], weight)
     x, weight, bias, row, col = autocast(x, weight, bias, row, col)
-    options = kernel_size, stride, dilation, border, scale, implementation
     if x.dim() == 3:
-        x = x.unsqueeze(0)
-        return attend(x, weight, bias, row, col, num_heads, *options[:5], pool, implementation, recompute).squeeze(0)
+        return attend(x.unsqueeze(0), weight, bias, row, col, *options, recompute).squeeze(0)
     if weight is not None and _projects_inside((x, weight, bias, row, col), num_heads, implementation, recompute):
         checks.scale_of(scale, x.dtype)
         *sizes, (rows, cols) = checks.window_sizes(x.shape[2:], kernel_size, stride, dilation, border)
@@ -78,8 +83,44 @@ def attend(
             x, weight, bias, row, col,
         )  # fmt: skip
     qkv = x if weight is None else _project(x, weight, bias)
-    y = attend_heads(*split_heads(qkv, num_heads), row, col, *options).flatten(1, 2)
+    sizes = kernel_size, stride, dilation, border
+    y = attend_heads(*split_heads(qkv, num_heads), row, col, *sizes, scale, implementation).flatten(1, 2)
     return average_pool(y, pool)
+
+
+def _prepared(
+    x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, col: Tensor | None, options: tuple
+) -> Tensor | None:
+    """The output of a call without gradients by what was kept of an earlier call of the same layouts; None where there
+    is more to it. For a small layer the way there takes longer than the attention.
+    """
+    tensors = x, weight, bias, row, col
+    if is_observed(tensors) or needs_gradient(*tensors) or x.device != weight.device or is_active(x.device.type):
+        return None
+    layouts = x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, half(row), half(col)
+    call = _prepare(x.device.type, *layouts, *options, machine())
+    return None if call is None else call(x, weight, bias, not_empty(row), not_empty(col))[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(
+    device, shape, strides, dtype, weight_shape, weight_strides, weight_dtype, row, col,
+    num_heads, kernel_size, stride, dilation, border, scale, pool, implementation, machine,
+):  # fmt: skip
+    fits = len(shape) == 4 and shape[1] == weight_shape[1] and 0 not in shape and dtype == weight_dtype
+    if not fits or is_the_equation(implementation):
+        return None
+    x, weight = (torch.empty(1, dtype=dtype, device=device).expand(sizes) for sizes in (shape, weight_shape))
+    projected = choose(implementation, x, weight_shape[0] // 3 // num_heads).projected
+    if projected is None or not projected.supports(x, weight, num_heads):
+        return None
+    checks.scale_of(scale, dtype)
+    *sizes, _ = checks.window_sizes(shape[2:], kernel_size, stride, dilation, border)
+    if sizes[0] != kernel_size:
+        return None
+    halves = (None if half is None or half[1] == 0 else half for half in (row, col))
+    layouts = shape, strides, dtype, weight_shape[0], weight_strides, *halves
+    return projected.prepare(*layouts, num_heads, window_of(x, *sizes, border), scale, pool, *machine)
 
 
 def attend_heads(

@@ -7,7 +7,6 @@ operations. So is all of forward mode: see :func:`is_transformed_forward`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,8 +57,10 @@ def apply(operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None)
     if is_transformed_forward():
         with without_autocast(tensors[0]):
             return operator.equation(*tensors, *options)
-    if torch.compiler.is_compiling() or is_transformed() or needs_gradient(*tensors):
+    if torch.compiler.is_compiling() or is_transformed():
         return _Attention.apply(operator, options, *tensors)[0]
+    if needs_gradient(*tensors):
+        return _Untransformed.apply(operator, options, *tensors)[0]
     return operator.forward(*tensors, *options)[0]
 
 
@@ -132,6 +133,18 @@ class _Attention(torch.autograd.Function):
         return _vmap(_Attention, info.batch_size, in_dims[2:], operator, options, tensors)
 
 
+class _Untransformed(torch.autograd.Function):
+    """The same without ``setup_context``, which transforms need and which takes as long as a small layer to call."""
+
+    @staticmethod
+    def forward(ctx, operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        output = operator.forward(*tensors, *options)
+        _Attention.setup_context(ctx, (operator, options, *tensors), output)
+        return output
+
+    backward = _Attention.backward
+
+
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(operator: Operator, options: tuple[Any, ...], grad: Tensor, *tensors: Tensor | None):
@@ -152,11 +165,6 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, operator, options, *tensors):
         return _vmap(_Backward, info.batch_size, in_dims[2:], operator, options, tensors)
-
-
-for _function in (_Attention, _Backward):
-    # Function.apply asks for it at every call, and finding it takes longer than a small layer.
-    _function.forward.__signature__ = inspect.signature(_function.forward)
 
 
 def _vmap(function, samples, in_dims, operator, options, tensors):

@@ -65,8 +65,8 @@ def forward(
     lse = query.new_empty((*query.shape[:2], height, width), dtype=sum_dtype(query))
     if query.shape[0] > 0:
         layout = _layout(
-            query.shape[:3], value.shape[2], query.dtype, window, scale, 1, *_machine(),
-            (query.stride(), key.stride(), value.stride()), None, _half(row), _half(col), (output.stride(),),
+            query.shape[:3], value.shape[2], query.dtype, window, scale, 1, *machine(),
+            (query.stride(), key.stride(), value.stride()), None, half(row), half(col), (output.stride(),),
         )  # fmt: skip
         _call(library().sasa_forward, layout, query, key, value, row, col, lse, output)
     return output, lse
@@ -137,22 +137,56 @@ def forward_projected(
     """Output (B, N·D, H', W') of queries, keys and values that are projected tile by tile and never exist in memory,
     averaged over ``pool`` x ``pool`` windows, and the log-sum-exp (B, N, h, w).
     """
-    channels = weight.shape[0] // 3 // num_heads
-    height, width = window.rows.outputs, window.cols.outputs
+    layouts = x.shape, x.stride(), x.dtype, weight.shape[0], weight.stride(), half(row), half(col)
+    return prepare_projected(*layouts, num_heads, window, scale, pool, *machine())(x, weight, bias, row, col)
+
+
+@functools.lru_cache(maxsize=4096)
+def prepare_projected(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    outputs: int,
+    weight_strides: tuple[int, ...],
+    row: tuple[tuple[int, ...], int] | None,
+    col: tuple[tuple[int, ...], int] | None,
+    num_heads: int,
+    window: Window,
+    scale: float,
+    pool: int,
+    threads: int,
+    capability: int,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward of a layer's input of this layout, as a function of input, weight, bias, row and col; all that needs
+    only be worked out once.
+    """
+    batch, width = shape[0], outputs // 3
+    channels = width // num_heads
     inside = _pooled_inside(window, pool)
-    output = memory_format.empty_image(x, num_heads * channels, -(-height // inside), -(-width // inside))
-    in_huge_pages(output)
-    lse = x.new_empty((x.shape[0], num_heads, height, width), dtype=sum_dtype(x))
-    if x.shape[0] > 0:
-        batch, channel, *pixel = output.stride()
-        layout = _layout(
-            (x.shape[0], num_heads, channels), channels, x.dtype, window, scale, inside, *_machine(),
-            (_one_head(x),), (x.shape[1], weight.stride()), _half(row), _half(col),
-            ((batch, channels * channel, channel, *pixel),),
-        )  # fmt: skip
-        bias = None if bias is None else bias.contiguous()
-        _call(library().sasa_forward, layout, x, weight, bias, row, col, lse, output)
-    return average_pool(output, pool // inside), lse
+    rows, cols = -(-window.rows.outputs // inside), -(-window.cols.outputs // inside)
+    if strides[1] == 1 and strides[3] != 1:  # channels_last
+        order, image = (0, 3, 1, 2), (rows * cols * width, channels, 1, cols * width, width)
+        memory = batch, rows, cols, width
+    else:
+        order, image = (0, 1, 2, 3), (rows * cols * width, rows * cols * channels, rows * cols, cols, 1)
+        memory = batch, width, rows, cols
+    layout = _layout(
+        (batch, num_heads, channels), channels, dtype, window, scale, inside, threads, capability,
+        ((strides[0], 0, *strides[1:]),), (shape[1], weight_strides), row, col, (image,),
+    )  # fmt: skip
+    lse_shape = batch, num_heads, window.rows.outputs, window.cols.outputs
+    run, sums = library().sasa_forward, torch.promote_types(dtype, torch.float32)
+
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, col: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        output, lse = in_huge_pages(x.new_empty(memory)), x.new_empty(lse_shape, dtype=sums)
+        if batch > 0:
+            bias = None if bias is None else bias.contiguous()
+            _call(run, layout, x, weight, bias, row, col, lse, output)
+        return average_pool(output.permute(order), pool // inside), lse
+
+    return forward
 
 
 def backward_projected(
@@ -177,15 +211,16 @@ def backward_projected(
     g = projected.before_pool(grad_output, window, pool // inside).unflatten(1, (num_heads, -1))
     memory = x.new_empty(0)
     for part in projected.parts(x, weight):
-        images, some_lse = x[part], lse[part].contiguous()
+        images, some_lse, some_g, some_grad = (y if part == slice(None) else y[part] for y in (x, lse, g, grad_input))
         pixels = projected.pixels_of(images)
         if memory.shape != (pixels.shape[0], weight.shape[0]):
             memory = in_huge_pages(x.new_empty((pixels.shape[0], weight.shape[0])))
         dense = projected.heads_of(memory, images.shape, num_heads)
-        layer = (images, weight, bias), weight, row, col, some_lse
-        totals.add_embeddings(_backward_into(dense, g[part], *layer, dense[0].shape[:3], window, scale, inside))
-        _projection_gradients(memory, pixels, weight, grad_input[part], totals)
-    return grad_input, *totals.in_dtype_of(weight)
+        layer = (images, weight, bias), weight, row, col, some_lse.contiguous()
+        embeddings = _backward_into(dense, some_g, *layer, dense[0].shape[:3], window, scale, inside)
+        totals.add(None, None, *embeddings)
+        _projection_gradients(memory, pixels, weight, some_grad, totals)
+    return grad_input, *totals.rounded()
 
 
 def _projection_gradients(
@@ -195,23 +230,24 @@ def _projection_gradients(
     images = grad_images.permute(0, 2, 3, 1)
     if images.is_contiguous():
         grad_pixels = images.view(-1, weight.shape[1])
-        if linear_gradients(grad, pixels, weight, grad_pixels, totals.weight, totals.bias):
+        if linear_gradients(grad, pixels, weight, grad_pixels, totals):
             return
         torch.mm(grad, weight, out=grad_pixels)
     else:
         images.copy_((grad @ weight).view(images.shape))
-    totals.add_projection(grad, pixels)
+    totals.add(grad.mT @ pixels, None if totals.likes[1] is None else grad.sum(0))
 
 
 def linear_gradients(
-    grad: Tensor, pixels: Tensor, weight: Tensor, grad_input: Tensor, grad_weight: Tensor, grad_bias: Tensor | None
+    grad: Tensor, pixels: Tensor, weight: Tensor, grad_input: Tensor, totals: projected.Totals
 ) -> bool:
-    """Gradients of ``pixels @ weight.T + bias``: writes ``grad_input`` and adds to the other two. False, with nothing
+    """Gradients of ``pixels @ weight.T + bias``: writes ``grad_input`` and adds to the totals. False, with nothing
     done, if these matrices are not for this kernel.
     """
-    tensors = [grad, pixels, weight, grad_input, grad_weight] + ([] if grad_bias is None else [grad_bias])
+    tensors = grad, pixels, weight, grad_input
     if any(x.dtype != torch.float32 or x.device.type != "cpu" or not x.is_contiguous() for x in tensors):
         return False
+    grad_weight, grad_bias = totals.zeros(0), totals.zeros(1)
     problem = CLinear(
         threads=torch.get_num_threads(),
         capability=capability_index(),
@@ -222,7 +258,7 @@ def linear_gradients(
         input=pixels.data_ptr(),
         weight=weight.data_ptr(),
         grad_input=grad_input.data_ptr(),
-        grad_weight=grad_weight.data_ptr(),
+        grad_weight=None if grad_weight is None else grad_weight.data_ptr(),
         grad_bias=None if grad_bias is None else grad_bias.data_ptr(),
     )
     status = library().sasa_linear_gradients(problem)
@@ -270,8 +306,8 @@ def _backward_into(
         layer = None if weight is None else (x.shape[1], weight.stride())
         results = tuple(x.stride() for x in (grad_output, *dense))
         layout = _layout(
-            tuple(shape), dense[2].shape[2], x.dtype, window, scale, pool, *_machine(), images, layer,
-            _half(row), _half(col), results,
+            tuple(shape), dense[2].shape[2], x.dtype, window, scale, pool, *machine(), images, layer,
+            half(row), half(col), results,
         )  # fmt: skip
         tensors = *inputs, row, col, lse, grad_output, *dense, grad_row, grad_col
         _call(library().sasa_backward, layout, *tensors)
@@ -372,7 +408,8 @@ def _call(function: Callable[[int, int], int], layout: _Layout, *tensors: Tensor
         _check(status)
 
 
-def _machine() -> tuple[int, int]:
+def machine() -> tuple[int, int]:
+    """What a call depends on besides its arguments: number of threads and instruction set."""
     return torch.get_num_threads(), capability_index()
 
 
@@ -382,7 +419,8 @@ def _one_head(x: Tensor) -> tuple[int, ...]:
     return batch, 0, *rest
 
 
-def _half(embedding: Tensor | None) -> tuple[tuple[int, ...], int] | None:
+def half(embedding: Tensor | None) -> tuple[tuple[int, ...], int] | None:
+    """An embedding's strides and channels; None for none."""
     return None if embedding is None else (embedding.stride(), embedding.shape[1])
 
 

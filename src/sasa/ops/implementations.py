@@ -21,6 +21,8 @@ class Projected(NamedTuple):
         supports: given a layer's input, weight and number of heads, whether it computes them.
         preferred: given the same, whether projecting again in the backward is faster
             than keeping queries, keys and values.
+        prepare: all of forward that needs only be worked out once for inputs of one layout: see
+            :func:`sasa.ops.cpu.prepare_projected`.
         forward: of input, weight, bias, row, col, number of heads, window, scale and pool: the output
             (B, N·D, H', W') and the log-sum-exp (B, N, h, w).
         backward: of the output's gradient, input, weight, bias, row, col, log-sum-exp, number of heads, window, scale
@@ -29,6 +31,7 @@ class Projected(NamedTuple):
 
     supports: Callable[[Tensor, Tensor, int], bool]
     preferred: Callable[[Tensor, Tensor, int], bool]
+    prepare: Callable[..., Callable[..., tuple[Tensor, Tensor]]]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]
 
@@ -74,7 +77,9 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         cpu.backward,
         cpu.unsupported,
         _always,
-        Projected(cpu.can_project, cpu.prefers_projected, cpu.forward_projected, cpu.backward_projected),
+        Projected(
+            cpu.can_project, cpu.prefers_projected, cpu.prepare_projected, cpu.forward_projected, cpu.backward_projected
+        ),
     ),
     Implementation(
         "triton",
@@ -102,6 +107,11 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ),
 )
 _BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+
+
+def machine() -> tuple[int, ...]:
+    """What implementations depend on besides their arguments."""
+    return cpu.machine()
 
 
 def names() -> list[str]:

@@ -68,7 +68,7 @@ def _local(query, key, value, row, col, kernel_size, stride, dilation, border, s
     window = window_of(query, kernel_size, stride, dilation, border)
     run = _kernel(implementation, query, max(query.shape[2], value.shape[2])).forward
     with without_autocast(query):
-        output, lse = run(query, key, value, _not_empty(row), _not_empty(col), window, scale)
+        output, lse = run(query, key, value, not_empty(row), not_empty(col), window, scale)
     return in_format_of(query, output), lse
 
 
@@ -79,7 +79,7 @@ def _local_backward(
     window = window_of(query, kernel_size, stride, dilation, border)
     run = _kernel(implementation, query, max(query.shape[2], value.shape[2])).backward
     with without_autocast(query):
-        grads = run(grad_output, query, key, value, _not_empty(row), _not_empty(col), lse, window, scale)
+        grads = run(grad_output, query, key, value, not_empty(row), not_empty(col), lse, window, scale)
     dense = [in_format_of(x, grad) for x, grad in zip((query, key, value), grads[:3], strict=True)]
     return (*dense, *_not_none(query, (row, col), grads[3:]))
 
@@ -90,7 +90,7 @@ def _projected(
 ):
     window = window_of(x, kernel_size, stride, dilation, border)
     chosen, ours = _projecting(implementation, x, weight, num_heads)
-    row, col = _not_empty(row), _not_empty(col)
+    row, col = not_empty(row), not_empty(col)
     with without_autocast(x):
         if ours is not None:
             return ours.forward(x, weight, bias, row, col, num_heads, window, scale, pool)
@@ -104,7 +104,7 @@ def _projected_backward(
 ):
     window = window_of(x, kernel_size, stride, dilation, border)
     chosen, ours = _projecting(implementation, x, weight, num_heads)
-    tensors = grad, x, weight, bias, _not_empty(row), _not_empty(col), lse
+    tensors = grad, x, weight, bias, not_empty(row), not_empty(col), lse
     with without_autocast(x):
         if ours is not None:
             grads = ours.backward(*tensors, num_heads, window, scale, pool)
@@ -120,7 +120,7 @@ def _projecting(name: str | None, x: Tensor, weight: Tensor, num_heads: int):
     return chosen, ours if ours is not None and ours.supports(x, weight, num_heads) else None
 
 
-def _not_empty(embedding: Tensor | None) -> Tensor | None:
+def not_empty(embedding: Tensor | None) -> Tensor | None:
     """None for an embedding of no channels, as the row half of heads of width 1 is."""
     return None if embedding is None or embedding.numel() == 0 else embedding
 
@@ -183,7 +183,8 @@ def _projected_equation(
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     """(B, 3·N·D, H, W) as queries, keys and values, each (B, N, D, H, W): views."""
-    return qkv.unflatten(1, (3 * num_heads, -1)).chunk(3, dim=1)
+    batch, channels, height, width = qkv.shape
+    return qkv.view(batch, 3 * num_heads, channels // 3 // num_heads, height, width).chunk(3, dim=1)
 
 
 def _fold_heads(function, samples, in_dims, operator, options, tensors):

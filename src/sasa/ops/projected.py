@@ -30,6 +30,9 @@ def parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
     """Slices of the batch, equally large, whose queries, keys and values take up to PART_BYTES."""
     image = weight.shape[0] * x.shape[2] * x.shape[3] * x.element_size()
     count = min(-(-x.shape[0] * image // PART_BYTES), x.shape[0])
+    if count == 1:
+        yield slice(None)
+        return
     bounds = [x.shape[0] * part // max(1, count) for part in range(count + 1)]
     yield from map(slice, bounds[:-1], bounds[1:])
 
@@ -97,10 +100,9 @@ def backward(
         qkv = heads_of(F.linear(pixels, weight, bias), x[part].shape, num_heads)
         grads = implementation.backward(grad_unpooled[part], *qkv, row, col, lse[part], window, scale)
         grad = pixels_of(torch.cat([g.flatten(1, 2) for g in grads[:3]], dim=1))
-        totals.add_embeddings(grads[3:])
-        totals.add_projection(grad, pixels)
+        totals.add(grad.mT @ pixels, None if bias is None else grad.sum(0), *grads[3:])
         grad_input[part] = (grad @ weight).view(*x[part].permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-    return grad_input, *totals.in_dtype_of(weight)
+    return grad_input, *totals.rounded()
 
 
 def before_pool(grad: Tensor, window: Window, pool: int) -> Tensor:
@@ -118,23 +120,29 @@ def before_pool(grad: Tensor, window: Window, pool: int) -> Tensor:
 class Totals:
     """Gradients of a layer's parameters, summed over parts of the batch in float32 or better."""
 
-    def __init__(self, weight: Tensor, *others: Tensor | None) -> None:
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.weight = weight.new_zeros(weight.shape, dtype=dtype)
-        self.bias, *self.embeddings = (None if x is None else x.new_zeros(x.shape, dtype=dtype) for x in others)
+    def __init__(self, weight: Tensor, bias: Tensor | None, row: Tensor | None, col: Tensor | None) -> None:
+        self.likes = weight, bias, row, col
+        self.sums: list[Tensor | None] = [None] * 4
 
-    def add_embeddings(self, grads: tuple[Tensor | None, ...]) -> None:
-        """Add the gradients of row and col."""
-        for total, grad in zip(self.embeddings, grads, strict=True):
-            if total is not None and grad is not None:
+    def add(self, *grads: Tensor | None) -> None:
+        """Add gradients of weight, bias, row and col; None for what is missing."""
+        for i, grad in enumerate(grads):
+            total = self.sums[i]
+            if total is not None:
                 total += grad
+            elif grad is not None:
+                self.sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32))
 
-    def add_projection(self, grad: Tensor, pixels: Tensor) -> None:
-        """Add the gradients of weight and bias, given that of the projections: both matrices have a row a pixel."""
-        self.weight += grad.mT @ pixels
-        if self.bias is not None:
-            self.bias += grad.sum(0)
+    def zeros(self, i: int) -> Tensor | None:
+        """The sum of weight (0) or bias (1), to be added to in place."""
+        like = self.likes[i]
+        if self.sums[i] is None and like is not None:
+            self.sums[i] = like.new_zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32))
+        return self.sums[i]
 
-    def in_dtype_of(self, x: Tensor) -> tuple:
-        """Weight, bias, row and col, rounded."""
-        return tuple(None if t is None else t.to(x.dtype) for t in (self.weight, self.bias, *self.embeddings))
+    def rounded(self) -> tuple[Tensor | None, ...]:
+        """The gradients in the dtype of what they belong to; zeros for an empty batch."""
+        pairs = zip(self.likes, self.sums, strict=True)
+        return tuple(
+            None if x is None else x.new_zeros(x.shape) if total is None else total.to(x.dtype) for x, total in pairs
+        )
