@@ -36,14 +36,11 @@ def embeddings_by_head(row: Tensor, col: Tensor, num_heads: int, position_split:
             ``"last_head"``: as ``"across_heads"``, but every head is given the last head's r.
 
     Returns:
-        (N, Dr, kh) of every head's first Dr channels and (N, Dc, kw) of its last Dc. Split across heads, both cover all
-        channels and are zero in the heads of the other half.
+        (N·Dr, kh) of every head's first Dr channels and (N·Dc, kw) of its last Dc. Split across heads, (N, D, kh) and
+        (N, D, kw), zero in the heads of the other half.
     """
     if position_split == "per_head":
-        return (
-            row.view(num_heads, row.shape[0] // num_heads, row.shape[1]),
-            col.view(num_heads, col.shape[0] // num_heads, col.shape[1]),
-        )
+        return row, col
     by_head = (
         F.pad(row, (0, 0, 0, col.shape[0])).unflatten(0, (num_heads, -1)),
         F.pad(col, (0, 0, row.shape[0], 0)).unflatten(0, (num_heads, -1)),

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from .._extras import require
 from ..ops import checks
-from ..ops.attend import attend, attend_weights, split_heads
+from ..ops.attend import attend, attend_weights
+from ..ops.projected import split_heads
 from ..ops.window import BORDERS
 from .convolution_like import ConvolutionLike, runs_alone
 from .notebook import read_notebook_weights

@@ -17,10 +17,10 @@ from .autograd import apply, is_observed, is_transformed, is_transformed_forward
 from .cpu import half
 from .implementations import choose, is_the_equation, machine
 from .memory_format import in_format_of
-from .operators import LOCAL, PROJECTED, not_empty, split_heads
+from .operators import LOCAL, PROJECTED, by_head
 from .pooling import average_pool
 from .precision import autocast, is_active, without_autocast
-from .projected import is_large
+from .projected import is_large, split_heads
 from .window import Pair, window_of
 
 
@@ -46,8 +46,8 @@ def attend(
         x: (B, C, H, W) or (C, H, W); without a weight C = 3·N·D, the projections themselves: queries, keys, values.
         weight: (3·N·D, C, 1, 1), or None.
         bias: (3·N·D) or None.
-        row: (N, Dr, kh), added to the keys' first Dr channels by row of the window; or None.
-        col: (N, Dc, kw), added to the keys' last Dc channels by column; or None.
+        row: (N, Dr, kh) or (N·Dr, kh), added to the keys' first Dr channels by row of the window; or None.
+        col: (N, Dc, kw) or (N·Dc, kw), added to the keys' last Dc channels by column; or None.
         num_heads: N.
         kernel_size: (kh, kw); this and the rest as in :class:`sasa.RelativeSelfAttention`.
         stride: (height, width).
@@ -73,19 +73,17 @@ def attend(
     x, weight, bias, row, col = autocast(x, weight, bias, row, col)
     if x.dim() == 3:
         return attend(x.unsqueeze(0), weight, bias, row, col, *options, recompute).squeeze(0)
-    if weight is not None and _projects_inside((x, weight, bias, row, col), num_heads, implementation, recompute):
-        checks.scale_of(scale, x.dtype)
-        *sizes, (rows, cols) = checks.window_sizes(x.shape[2:], kernel_size, stride, dilation, border)
-        row, col = _taps(row, rows), _taps(col, cols)
-        return apply(
-            PROJECTED,
-            (num_heads, *sizes, border, scale, implementation, pool),
-            x, weight, bias, row, col,
-        )  # fmt: skip
-    qkv = x if weight is None else _project(x, weight, bias)
-    sizes = kernel_size, stride, dilation, border
-    y = attend_heads(*split_heads(qkv, num_heads), row, col, *sizes, scale, implementation).flatten(1, 2)
-    return average_pool(y, pool)
+    if weight is not None and not _projects_inside((x, weight, bias, row, col), num_heads, implementation, recompute):
+        x, weight, bias = _project(x, weight, bias), None, None
+    if weight is None and (is_the_equation(implementation) or is_transformed() or is_transformed_forward()):
+        sizes = kernel_size, stride, dilation, border
+        row, col = by_head(row, num_heads), by_head(col, num_heads)
+        y = attend_heads(*split_heads(x, num_heads), row, col, *sizes, scale, implementation)
+        return average_pool(y.flatten(1, 2), pool)
+    checks.scale_of(scale, x.dtype)
+    *sizes, (rows, cols) = checks.window_sizes(x.shape[2:], kernel_size, stride, dilation, border)
+    options = num_heads, *sizes, border, scale, implementation, pool
+    return apply(PROJECTED, options, x, weight, bias, _taps(row, rows), _taps(col, cols))
 
 
 def _prepared(
@@ -97,9 +95,18 @@ def _prepared(
     tensors = x, weight, bias, row, col
     if is_observed(tensors) or needs_gradient(*tensors) or x.device != weight.device or is_active(x.device.type):
         return None
-    layouts = x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, half(row), half(col)
+    layouts = (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        weight.shape,
+        weight.stride(),
+        weight.dtype,
+        half(row, options[0]),
+        half(col, options[0]),
+    )
     call = _prepare(x.device.type, *layouts, *options, machine())
-    return None if call is None else call(x, weight, bias, not_empty(row), not_empty(col))[0]
+    return None if call is None else call(x, weight, bias, _not_empty(row), _not_empty(col))[0]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -112,15 +119,22 @@ def _prepare(
         return None
     x, weight = (torch.empty(1, dtype=dtype, device=device).expand(sizes) for sizes in (shape, weight_shape))
     projected = choose(implementation, x, weight_shape[0] // 3 // num_heads).projected
-    if projected is None or not projected.supports(x, weight, num_heads):
+    inside = projected is not None and projected.supports(x, weight, num_heads)
+    if projected is None or (not inside and is_large(x, weight)):
         return None
     checks.scale_of(scale, dtype)
     *sizes, _ = checks.window_sizes(shape[2:], kernel_size, stride, dilation, border)
     if sizes[0] != kernel_size:
         return None
+    window = window_of(x, *sizes, border)
+    if not inside:
+        forward = projected.forward
+        return lambda x, weight, bias, row, col: forward(
+            _project(x, weight, bias), None, None, row, col, num_heads, window, scale, pool
+        )
     halves = (None if half is None or half[1] == 0 else half for half in (row, col))
     layouts = shape, strides, dtype, weight_shape[0], weight_strides, *halves
-    return projected.prepare(*layouts, num_heads, window_of(x, *sizes, border), scale, pool, *machine)
+    return projected.prepare(*layouts, num_heads, window, scale, pool, *machine)
 
 
 def attend_heads(
@@ -160,6 +174,7 @@ def attend_weights(
 ) -> Tensor:
     """Attention weights (B, N, kh·kw, H', W') of queries and keys (B, N, D, H, W)."""
     query, key, row, col = autocast(query, key, row, col)
+    row, col = by_head(row, query.shape[1]), by_head(col, query.shape[1])
     checks.scale_of(scale, query.dtype)
     fitted, *steps, _ = checks.window_sizes(query.shape[3:], kernel_size, stride, dilation, border)
     if fitted != kernel_size:  # every tap has its weight, also one that is always hidden
@@ -193,6 +208,10 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return qkv.contiguous(memory_format=torch.channels_last)  # PyTorch's float64 convolution doesn't keep it
     return qkv
+
+
+def _not_empty(embedding: Tensor | None) -> Tensor | None:
+    return None if embedding is None or embedding.numel() == 0 else embedding
 
 
 def _taps(embedding: Tensor | None, taps: slice) -> Tensor | None:

@@ -31,6 +31,7 @@ __all__ = ["CpuLibraryWarning", "backward", "capabilities", "capability", "forwa
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of sasa_dtype
 _HUGE_PAGES_FROM = 2**22  # bytes
+_LEAST_RECOMPUTED = 2**18  # bytes of queries, keys and values, which the cache holds from forward to backward
 
 
 class CpuLibraryWarning(UserWarning):
@@ -66,7 +67,7 @@ def forward(
     if query.shape[0] > 0:
         layout = _layout(
             query.shape[:3], value.shape[2], query.dtype, window, scale, 1, *machine(),
-            (query.stride(), key.stride(), value.stride()), None, half(row), half(col), (output.stride(),),
+            (query.stride(), key.stride(), value.stride()), None, half(row, query.shape[1]), half(col, query.shape[1]), (output.stride(),),
         )  # fmt: skip
         _call(library().sasa_forward, layout, query, key, value, row, col, lse, output)
     return output, lse
@@ -90,14 +91,17 @@ def backward(
     return dense[0], dense[1], dense[2], *embeddings
 
 
-def can_project(x: Tensor, weight: Tensor, num_heads: int) -> bool:
-    """Whether :func:`forward_projected` and its backward compute a layer: its heads must fill vectors."""
-    return _can_project(x.dtype, num_heads, weight.shape[0] // 3 // num_heads, capability_index())
+def can_project(x: Tensor, weight: Tensor | None, num_heads: int) -> bool:
+    """Whether :func:`forward_projected` and its backward compute a layer: to be projected, heads must fill vectors."""
+    return weight is None or _can_project(x.dtype, num_heads, weight.shape[0] // 3 // num_heads, capability_index())
 
 
 def prefers_projected(x: Tensor, weight: Tensor, num_heads: int) -> bool:
     """Whether projecting again in the backward is faster than keeping queries, keys and values."""
-    return _prefers_projected(x.dtype, num_heads, weight.shape[0] // 3 // num_heads, capability_index())
+    kept = x.numel() // x.shape[1] * weight.shape[0] * x.element_size()
+    return kept >= _LEAST_RECOMPUTED and _prefers_projected(
+        x.dtype, num_heads, weight.shape[0] // 3 // num_heads, capability_index()
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -125,7 +129,7 @@ def _pooled_inside(window: Window, pool: int) -> int:
 
 def forward_projected(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
@@ -137,7 +141,8 @@ def forward_projected(
     """Output (B, N·D, H', W') of queries, keys and values that are projected tile by tile and never exist in memory,
     averaged over ``pool`` x ``pool`` windows, and the log-sum-exp (B, N, h, w).
     """
-    layouts = x.shape, x.stride(), x.dtype, weight.shape[0], weight.stride(), half(row), half(col)
+    layer = (x.shape[1], None) if weight is None else (weight.shape[0], weight.stride())
+    layouts = x.shape, x.stride(), x.dtype, *layer, half(row, num_heads), half(col, num_heads)
     return prepare_projected(*layouts, num_heads, window, scale, pool, *machine())(x, weight, bias, row, col)
 
 
@@ -147,7 +152,7 @@ def prepare_projected(
     strides: tuple[int, ...],
     dtype: torch.dtype,
     outputs: int,
-    weight_strides: tuple[int, ...],
+    weight_strides: tuple[int, ...] | None,
     row: tuple[tuple[int, ...], int] | None,
     col: tuple[tuple[int, ...], int] | None,
     num_heads: int,
@@ -172,18 +177,22 @@ def prepare_projected(
         memory = batch, width, rows, cols
     layout = _layout(
         (batch, num_heads, channels), channels, dtype, window, scale, inside, threads, capability,
-        ((strides[0], 0, *strides[1:]),), (shape[1], weight_strides), row, col, (image,),
+        (_one_head(strides),) if weight_strides else (_heads(strides, channels),) * 3,
+        (shape[1], weight_strides) if weight_strides else None, row, col, (image,),
     )  # fmt: skip
+    step = width * strides[1] * dtype.itemsize  # bytes from the queries to the keys, and on to the values
     lse_shape = batch, num_heads, window.rows.outputs, window.cols.outputs
     run, sums = library().sasa_forward, torch.promote_types(dtype, torch.float32)
 
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, col: Tensor | None
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Tensor | None, col: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         output, lse = in_huge_pages(x.new_empty(memory)), x.new_empty(lse_shape, dtype=sums)
         if batch > 0:
             bias = None if bias is None else bias.contiguous()
-            _call(run, layout, x, weight, bias, row, col, lse, output)
+            first = x.data_ptr()
+            inputs = (first, first + step, first + 2 * step) if weight is None else (first, weight, bias)
+            _call(run, layout, *inputs, row, col, lse, output)
         return average_pool(output.permute(order), pool // inside), lse
 
     return forward
@@ -192,7 +201,7 @@ def prepare_projected(
 def backward_projected(
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
@@ -201,14 +210,18 @@ def backward_projected(
     window: Window,
     scale: float,
     pool: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight, bias, row and col. Those of the projections exist for a few images at a time."""
-    weight = weight.flatten(1)
-    totals = projected.Totals(weight, bias, row, col)
-    bias = None if bias is None else bias.contiguous()
     grad_input = in_huge_pages(torch.empty_like(x))
     inside = _pooled_inside(window, pool)
     g = projected.before_pool(grad_output, window, pool // inside).unflatten(1, (num_heads, -1))
+    if weight is None:
+        dense, qkv = projected.split_heads(grad_input, num_heads), projected.split_heads(x, num_heads)
+        inputs = qkv, None, row, col, lse.contiguous()
+        embeddings = _backward_into(dense, g, *inputs, dense[0].shape[:3], window, scale, inside)
+        return grad_input, None, None, *embeddings
+    totals, weight = projected.Totals(weight, bias, row, col), weight.flatten(1)
+    bias = None if bias is None else bias.contiguous()
     memory = x.new_empty(0)
     for part in projected.parts(x, weight):
         images, some_lse, some_g, some_grad = (y if part == slice(None) else y[part] for y in (x, lse, g, grad_input))
@@ -302,12 +315,12 @@ def _backward_into(
         dense[0].zero_()  # pixels that no window is centred on
     if shape[0] > 0:
         x = inputs[0]
-        images = tuple(x.stride() for x in inputs) if weight is None else (_one_head(x),)
+        images = tuple(x.stride() for x in inputs) if weight is None else (_one_head(x.stride()),)
         layer = None if weight is None else (x.shape[1], weight.stride())
         results = tuple(x.stride() for x in (grad_output, *dense))
         layout = _layout(
             tuple(shape), dense[2].shape[2], x.dtype, window, scale, pool, *machine(), images, layer,
-            half(row), half(col), results,
+            half(row, shape[1]), half(col, shape[1]), results,
         )  # fmt: skip
         tensors = *inputs, row, col, lse, grad_output, *dense, grad_row, grad_col
         _call(library().sasa_backward, layout, *tensors)
@@ -394,13 +407,13 @@ def _layout(
     return _Layout(memory, tuple(addresses), _RESULTS, layer is not None)
 
 
-def _call(function: Callable[[int, int], int], layout: _Layout, *tensors: Tensor | None) -> None:
+def _call(function: Callable[[int, int], int], layout: _Layout, *tensors: Tensor | int | None) -> None:
     """Call the library with the structures of ``layout`` and the addresses of the tensors that it lists."""
     memory = bytearray(layout.memory)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for place, x in zip(layout.addresses, tensors, strict=True):
         if x is not None:
-            _ADDRESS.pack_into(memory, place, x.data_ptr())
+            _ADDRESS.pack_into(memory, place, x if isinstance(x, int) else x.data_ptr())
     if layout.projected:
         _ADDRESS.pack_into(memory, CProblem.projection.offset, start + _PROJECTION)
     status = function(start, start + layout.results)
@@ -413,15 +426,26 @@ def machine() -> tuple[int, int]:
     return torch.get_num_threads(), capability_index()
 
 
-def _one_head(x: Tensor) -> tuple[int, ...]:
+def _one_head(strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a layer's input (B, C, H, W) as (B, 1, C, H, W)."""
-    batch, *rest = x.stride()
+    batch, *rest = strides
     return batch, 0, *rest
 
 
-def half(embedding: Tensor | None) -> tuple[tuple[int, ...], int] | None:
-    """An embedding's strides and channels; None for none."""
-    return None if embedding is None else (embedding.stride(), embedding.shape[1])
+def _heads(strides: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """Strides of (B, N·D, H, W) as (B, N, D, H, W)."""
+    batch, channel, *pixel = strides
+    return batch, channels * channel, channel, *pixel
+
+
+def half(embedding: Tensor | None, num_heads: int) -> tuple[tuple[int, ...], int] | None:
+    """Strides and channels of an embedding (N, channels, taps) or (N·channels, taps); None for none."""
+    if embedding is None:
+        return None
+    if embedding.dim() == 3:
+        return embedding.stride(), embedding.shape[1]
+    channels, (channel, tap) = embedding.shape[0] // num_heads, embedding.stride()
+    return (channels * channel, channel, tap), channels
 
 
 def _contiguous(channels: int, taps: int) -> tuple[int, int, int]:

@@ -66,13 +66,13 @@ def projected_backward_flops(grad_output, x, weight, bias, row, col, lse, num_he
     return 3 * _projection(x, weight) + backward_flops(None, query, query, query, row, col, lse, *options)
 
 
-def _query(x: Sequence[int], weight: Sequence[int], num_heads: int) -> tuple[int, ...]:
-    """Shape (B, N, D, H, W) of the projected queries."""
-    return x[0], num_heads, weight[0] // 3 // num_heads, x[2], x[3]
+def _query(x: Sequence[int], weight: Sequence[int] | None, num_heads: int) -> tuple[int, ...]:
+    """Shape (B, N, D, H, W) of the queries; without a weight ``x`` is the projections."""
+    return x[0], num_heads, (x[1] if weight is None else weight[0]) // 3 // num_heads, x[2], x[3]
 
 
-def _projection(x: Sequence[int], weight: Sequence[int]) -> int:
-    return 2 * x[0] * x[2] * x[3] * math.prod(weight)
+def _projection(x: Sequence[int], weight: Sequence[int] | None) -> int:
+    return 0 if weight is None else 2 * x[0] * x[2] * x[3] * math.prod(weight)
 
 
 def register() -> None:

@@ -4,8 +4,8 @@ Schemas and shapes for tracing (fake and meta tensors) are stated here once, FLO
 implementation. The operators carry no derivatives: see ``autograd.py``. Each forward also returns the log-sum-exp of
 the logits, from which its backward recomputes the weights; the output is not saved.
 
-A layer's weight is (3·N·D, C, 1, 1). ``row`` (N, Dr, kh) belongs to the first Dr channels of a head, ``col``
-(N, Dc, kw) to the last Dc.
+A layer's weight is (3·N·D, C, 1, 1); without it, the input is the projections. ``row`` (N, Dr, kh), or (N·Dr, kh),
+belongs to the first Dr channels of each head, ``col`` (N, Dc, kw) to the last Dc.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from .implementations import Implementation, choose
 from .memory_format import empty, empty_image, in_format_of
 from .pooling import average_pool
 from .precision import without_autocast
+from .projected import channels_of, split_heads
 from .window import Window, window_of
 
 _SIZES = "int[2] kernel_size, int[2] stride, int[2] dilation, str border, float scale, str? implementation"
 _LOCAL = "Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col"
-_PROJECTED = "Tensor input, Tensor weight, Tensor? bias, Tensor? row, Tensor? col"
+_PROJECTED = "Tensor input, Tensor? weight, Tensor? bias, Tensor? row, Tensor? col"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
@@ -79,7 +80,17 @@ def _local_backward(
     window = window_of(query, kernel_size, stride, dilation, border)
     run = _kernel(implementation, query, max(query.shape[2], value.shape[2])).backward
     with without_autocast(query):
-        grads = run(grad_output, query, key, value, not_empty(row), not_empty(col), lse, window, scale)
+        grads = run(
+            grad_output,
+            query,
+            key,
+            value,
+            by_head(row, query.shape[1]),
+            by_head(col, query.shape[1]),
+            lse,
+            window,
+            scale,
+        )
     dense = [in_format_of(x, grad) for x, grad in zip((query, key, value), grads[:3], strict=True)]
     return (*dense, *_not_none(query, (row, col), grads[3:]))
 
@@ -90,12 +101,13 @@ def _projected(
 ):
     window = window_of(x, kernel_size, stride, dilation, border)
     chosen, ours = _projecting(implementation, x, weight, num_heads)
-    row, col = not_empty(row), not_empty(col)
+    row, col = _halves(row, col, num_heads)
+    options = num_heads, window, scale, pool
     with without_autocast(x):
         if ours is not None:
-            return ours.forward(x, weight, bias, row, col, num_heads, window, scale, pool)
+            return ours.forward(x, weight, bias, row, col, *options)
         output, lse = _empty_results(x, weight, num_heads, window, pool)
-        return projected.forward(chosen, output, lse, x, weight, bias, row, col, num_heads, window, scale, pool)
+        return projected.forward(chosen, output, lse, x, weight, bias, row, col, *options)
 
 
 @_implements("projected_attention_backward")
@@ -104,41 +116,54 @@ def _projected_backward(
 ):
     window = window_of(x, kernel_size, stride, dilation, border)
     chosen, ours = _projecting(implementation, x, weight, num_heads)
-    tensors = grad, x, weight, bias, not_empty(row), not_empty(col), lse
+    tensors = grad, x, weight, bias, *_halves(row, col, num_heads), lse
     with without_autocast(x):
         if ours is not None:
             grads = ours.backward(*tensors, num_heads, window, scale, pool)
         else:
             grads = projected.backward(chosen, *tensors, num_heads, window, scale, pool)
-    return (grads[0], grads[1].view_as(weight), *_not_none(weight, (bias, row, col), grads[2:]))
+    return (grads[0], *_not_none(x, (weight, bias, row, col), grads[1:]))
 
 
-def _projecting(name: str | None, x: Tensor, weight: Tensor, num_heads: int):
+def _projecting(name: str | None, x: Tensor, weight: Tensor | None, num_heads: int):
     """The implementation, and its projected pair if that computes these."""
-    chosen = _kernel(name, x, weight.shape[0] // 3 // num_heads)
+    chosen = _kernel(name, x, channels_of(x, weight) // num_heads)
     ours = chosen.projected
     return chosen, ours if ours is not None and ours.supports(x, weight, num_heads) else None
 
 
+def by_head(embedding: Tensor | None, num_heads: int) -> Tensor | None:
+    """(N·channels, taps) as (N, channels, taps)."""
+    if embedding is None or embedding.dim() == 3:
+        return embedding
+    return embedding.view(num_heads, embedding.shape[0] // num_heads, embedding.shape[1])
+
+
 def not_empty(embedding: Tensor | None) -> Tensor | None:
-    """None for an embedding of no channels, as the row half of heads of width 1 is."""
+    """None for an embedding of no channels, as the row half of heads of width 1 is: implementations need not know."""
     return None if embedding is None or embedding.numel() == 0 else embedding
+
+
+def _halves(row: Tensor | None, col: Tensor | None, num_heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """The embeddings as implementations take them."""
+    return by_head(not_empty(row), num_heads), by_head(not_empty(col), num_heads)
 
 
 def _not_none(like: Tensor, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:
     """An operator can't return None: the gradient of a missing or empty tensor is an empty tensor."""
     return [
-        like.new_empty(0 if x is None else x.shape) if grad is None else grad
+        like.new_empty(0 if x is None else x.shape) if grad is None else grad.view_as(x)
         for x, grad in zip(tensors, grads, strict=True)
     ]
 
 
-def _empty_results(x: Tensor, weight: Tensor, num_heads: int, window: Window, pool: int) -> tuple[Tensor, Tensor]:
+def _empty_results(
+    x: Tensor, weight: Tensor | None, num_heads: int, window: Window, pool: int
+) -> tuple[Tensor, Tensor]:
     size = window.rows.outputs, window.cols.outputs
     pooled = size if pool == 1 else [(length + pool - 1) // pool for length in size]
-    return empty_image(x, weight.shape[0] // 3, *pooled), x.new_empty(
-        (x.shape[0], num_heads, *size), dtype=sum_dtype(x)
-    )
+    lse = x.new_empty((x.shape[0], num_heads, *size), dtype=sum_dtype(x))
+    return empty_image(x, channels_of(x, weight), *pooled), lse
 
 
 @torch.library.register_fake("sasa::local_attention")
@@ -164,8 +189,8 @@ def _projected_shapes(
 
 @torch.library.register_fake("sasa::projected_attention_backward")
 def _projected_backward_shapes(grad_output, x, weight, bias, row, col, lse, *options):
-    others = [weight.new_empty(0 if t is None else t.shape) for t in (bias, row, col)]
-    return torch.empty_like(x), torch.empty_like(weight), *others
+    others = [x.new_empty(0 if t is None else t.shape) for t in (weight, bias, row, col)]
+    return torch.empty_like(x), *others
 
 
 def _local_equation(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation=None):
@@ -176,15 +201,10 @@ def _local_equation(query, key, value, row, col, kernel_size, stride, dilation, 
 def _projected_equation(
     x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation=None, pool=1
 ):
-    query, key, value = split_heads(F.conv2d(x, weight, bias), num_heads)
+    query, key, value = split_heads(x if weight is None else F.conv2d(x, weight, bias), num_heads)
+    row, col = by_head(row, num_heads), by_head(col, num_heads)
     y = _local_equation(query, key, value, row, col, kernel_size, stride, dilation, border, scale)
     return average_pool(y.flatten(1, 2), pool)
-
-
-def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
-    """(B, 3·N·D, H, W) as queries, keys and values, each (B, N, D, H, W): views."""
-    batch, channels, height, width = qkv.shape
-    return qkv.view(batch, 3 * num_heads, channels // 3 // num_heads, height, width).chunk(3, dim=1)
 
 
 def _fold_heads(function, samples, in_dims, operator, options, tensors):

@@ -37,6 +37,17 @@ def parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
     yield from map(slice, bounds[:-1], bounds[1:])
 
 
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, 3·N·D, H, W) as queries, keys and values, each (B, N, D, H, W): views."""
+    batch, channels, height, width = qkv.shape
+    return qkv.view(batch, 3 * num_heads, channels // 3 // num_heads, height, width).chunk(3, dim=1)
+
+
+def channels_of(x: Tensor, weight: Tensor | None) -> int:
+    """N·D, of a layer's input and weight, or of the projections themselves."""
+    return (x.shape[1] if weight is None else weight.shape[0]) // 3
+
+
 def is_large(x: Tensor, weight: Tensor) -> bool:
     """Whether the queries, keys and values of the batch take more than PART_BYTES."""
     return x.numel() // max(1, x.shape[1]) * weight.shape[0] * x.element_size() > PART_BYTES
@@ -58,7 +69,7 @@ def forward(
     output: Tensor,
     lse: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
@@ -68,6 +79,9 @@ def forward(
     pool: int,
 ) -> tuple[Tensor, Tensor]:
     """Writes and returns the output (B, N·D, H', W') and the log-sum-exp (B, N, h, w)."""
+    if weight is None:
+        y, lse = implementation.forward(*split_heads(x, num_heads), row, col, window, scale)
+        return output.copy_(average_pool(y.flatten(1, 2), pool)), lse
     weight = weight.flatten(1)
     for part in parts(x, weight):
         qkv = heads_of(F.linear(pixels_of(x[part]), weight, bias), x[part].shape, num_heads)
@@ -80,7 +94,7 @@ def backward(
     implementation: Implementation,
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
@@ -89,12 +103,16 @@ def backward(
     window: Window,
     scale: float,
     pool: int,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight, bias, row and col."""
-    weight = weight.flatten(1)
-    totals = Totals(weight, bias, row, col)
     grad_input = torch.empty_like(x)
     grad_unpooled = before_pool(grad_output, window, pool).unflatten(1, (num_heads, -1))
+    if weight is None:
+        grads = implementation.backward(grad_unpooled, *split_heads(x, num_heads), row, col, lse, window, scale)
+        for to, grad in zip(split_heads(grad_input, num_heads), grads[:3], strict=True):
+            to.copy_(grad)
+        return grad_input, None, None, *grads[3:]
+    totals, weight = Totals(weight, bias, row, col), weight.flatten(1)
     for part in parts(x, weight):
         pixels = pixels_of(x[part])
         qkv = heads_of(F.linear(pixels, weight, bias), x[part].shape, num_heads)
@@ -137,12 +155,14 @@ class Totals:
         """The sum of weight (0) or bias (1), to be added to in place."""
         like = self.likes[i]
         if self.sums[i] is None and like is not None:
-            self.sums[i] = like.new_zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32))
+            shape = like.shape[:2]  # of a 1x1 convolution's weight as a matrix
+            self.sums[i] = like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
         return self.sums[i]
 
     def rounded(self) -> tuple[Tensor | None, ...]:
-        """The gradients in the dtype of what they belong to; zeros for an empty batch."""
+        """The gradients in the shape and dtype of what they belong to; zeros for an empty batch."""
         pairs = zip(self.likes, self.sums, strict=True)
         return tuple(
-            None if x is None else x.new_zeros(x.shape) if total is None else total.to(x.dtype) for x, total in pairs
+            None if x is None else x.new_zeros(x.shape) if total is None else total.to(x.dtype).view_as(x)
+            for x, total in pairs
         )
