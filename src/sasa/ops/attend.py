@@ -17,7 +17,7 @@ from .autograd import apply, is_observed, is_transformed, is_transformed_forward
 from .cpu import half
 from .implementations import choose, is_the_equation, machine
 from .memory_format import in_format_of
-from .operators import LOCAL, PROJECTED, by_head
+from .operators import LOCAL, PROJECTED, by_head, not_empty
 from .pooling import average_pool
 from .precision import autocast, is_active, without_autocast
 from .projected import is_large, split_heads
@@ -95,18 +95,10 @@ def _prepared(
     tensors = x, weight, bias, row, col
     if is_observed(tensors) or needs_gradient(*tensors) or x.device != weight.device or is_active(x.device.type):
         return None
-    layouts = (
-        x.shape,
-        x.stride(),
-        x.dtype,
-        weight.shape,
-        weight.stride(),
-        weight.dtype,
-        half(row, options[0]),
-        half(col, options[0]),
-    )
-    call = _prepare(x.device.type, *layouts, *options, machine())
-    return None if call is None else call(x, weight, bias, _not_empty(row), _not_empty(col))[0]
+    halves = half(row, options[0]), half(col, options[0])
+    layouts = x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype
+    call = _prepare(x.device.type, *layouts, *halves, *options, machine())
+    return None if call is None else call(x, weight, bias, not_empty(row), not_empty(col))[0]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -208,10 +200,6 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return qkv.contiguous(memory_format=torch.channels_last)  # PyTorch's float64 convolution doesn't keep it
     return qkv
-
-
-def _not_empty(embedding: Tensor | None) -> Tensor | None:
-    return None if embedding is None or embedding.numel() == 0 else embedding
 
 
 def _taps(embedding: Tensor | None, taps: slice) -> Tensor | None:

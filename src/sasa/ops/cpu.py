@@ -67,7 +67,8 @@ def forward(
     if query.shape[0] > 0:
         layout = _layout(
             query.shape[:3], value.shape[2], query.dtype, window, scale, 1, *machine(),
-            (query.stride(), key.stride(), value.stride()), None, half(row, query.shape[1]), half(col, query.shape[1]), (output.stride(),),
+            (query.stride(), key.stride(), value.stride()), None, half(row, query.shape[1]), half(col, query.shape[1]),
+            (output.stride(),),
         )  # fmt: skip
         _call(library().sasa_forward, layout, query, key, value, row, col, lse, output)
     return output, lse
@@ -173,7 +174,7 @@ def prepare_projected(
         order, image = (0, 3, 1, 2), (rows * cols * width, channels, 1, cols * width, width)
         memory = batch, rows, cols, width
     else:
-        order, image = (0, 1, 2, 3), (rows * cols * width, rows * cols * channels, rows * cols, cols, 1)
+        order, image = None, (rows * cols * width, rows * cols * channels, rows * cols, cols, 1)
         memory = batch, width, rows, cols
     layout = _layout(
         (batch, num_heads, channels), channels, dtype, window, scale, inside, threads, capability,
@@ -193,7 +194,7 @@ def prepare_projected(
             first = x.data_ptr()
             inputs = (first, first + step, first + 2 * step) if weight is None else (first, weight, bias)
             _call(run, layout, *inputs, row, col, lse, output)
-        return average_pool(output.permute(order), pool // inside), lse
+        return average_pool(output if order is None else output.permute(order), pool // inside), lse
 
     return forward
 
