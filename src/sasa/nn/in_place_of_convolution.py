@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..ops import checks
@@ -41,7 +42,7 @@ class Crop(nn.Module):
         right: columns on the right.
 
     Shape:
-        (..., H, W) to (..., H - top - bottom, W - left - right), a view.
+        (..., H, W) to (..., H - top - bottom, W - left - right).
 
     Raises:
         ValueError: an image with no pixels left.
@@ -62,12 +63,12 @@ class Crop(nn.Module):
 
 @fx.wrap
 def crop(x: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
-    """The image without its outermost rows and columns, a view."""
+    """The image without its outermost rows and columns."""
     height, width = x.shape[-2:]
     if height <= top + bottom or width <= left + right:
         least = top + bottom + 1, left + right + 1
         raise ValueError(f"x: expected at least {least[0]} x {least[1]} pixels, got {height} x {width}")
-    return x[..., top : height - bottom, left : width - right]
+    return F.pad(x, (-left, -right, -top, -bottom))  # no view: reentrant checkpoints let none be changed in place
 
 
 class AveragePool(nn.Module):

@@ -159,6 +159,7 @@ class AttentionStem(ConvolutionLike):
             y = attend_in_equal_blocks(blocks_of(x, *heights, *widths), *self._tensors(), factor, *self._options())
             y = F.max_pool2d(y if offset is not None else self.norm(y), (height, width))
             y = y.view(len(x), rows, cols, self.out_channels).permute(0, 3, 1, 2)
+            y = y.clone() if offset is None else y  # reentrant checkpoints don't let views be changed in place
         else:
             y = attend_in_blocks(x, *self._tensors(), factor, *self._options())
             y = max_of_blocks(y if offset is not None else self.norm(y), self.block_size)

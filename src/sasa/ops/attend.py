@@ -79,7 +79,8 @@ def attend(
         sizes = kernel_size, stride, dilation, border
         row, col = by_head(row, num_heads), by_head(col, num_heads)
         y = attend_heads(*split_heads(x, num_heads), row, col, *sizes, scale, implementation)
-        return average_pool(y.flatten(1, 2), pool)
+        # No view: reentrant checkpoints let none be changed in place.
+        return average_pool(torch.ops.aten._unsafe_view(y, (y.shape[0], y.shape[1] * y.shape[2], *y.shape[3:])), pool)
     checks.scale_of(scale, x.dtype)
     *sizes, (rows, cols) = checks.window_sizes(x.shape[2:], kernel_size, stride, dilation, border)
     options = num_heads, *sizes, border, scale, implementation, pool

@@ -170,31 +170,29 @@ def prepare_projected(
     channels = width // num_heads
     inside = _pooled_inside(window, pool)
     rows, cols = -(-window.rows.outputs // inside), -(-window.cols.outputs // inside)
+    memory = rows * cols * width, rows * cols, cols, 1
     if strides[1] == 1 and strides[3] != 1:  # channels_last
-        order, image = (0, 3, 1, 2), (rows * cols * width, channels, 1, cols * width, width)
-        memory = batch, rows, cols, width
-    else:
-        order, image = None, (rows * cols * width, rows * cols * channels, rows * cols, cols, 1)
-        memory = batch, width, rows, cols
+        memory = rows * cols * width, 1, cols * width, width
     layout = _layout(
         (batch, num_heads, channels), channels, dtype, window, scale, inside, threads, capability,
         (_one_head(strides),) if weight_strides else (_heads(strides, channels),) * 3,
-        (shape[1], weight_strides) if weight_strides else None, row, col, (image,),
+        (shape[1], weight_strides) if weight_strides else None, row, col, (_heads(memory, channels),),
     )  # fmt: skip
     step = width * strides[1] * dtype.itemsize  # bytes from the queries to the keys, and on to the values
-    lse_shape = batch, num_heads, window.rows.outputs, window.cols.outputs
+    output_shape, lse_shape = (batch, width, rows, cols), (batch, num_heads, window.rows.outputs, window.cols.outputs)
     run, sums = library().sasa_forward, torch.promote_types(dtype, torch.float32)
 
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Tensor | None, col: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        output, lse = in_huge_pages(x.new_empty(memory)), x.new_empty(lse_shape, dtype=sums)
+        output = in_huge_pages(x.new_empty_strided(output_shape, memory))
+        lse = x.new_empty(lse_shape, dtype=sums)
         if batch > 0:
             bias = None if bias is None else bias.contiguous()
             first = x.data_ptr()
             inputs = (first, first + step, first + 2 * step) if weight is None else (first, weight, bias)
             _call(run, layout, *inputs, row, col, lse, output)
-        return average_pool(output if order is None else output.permute(order), pool // inside), lse
+        return average_pool(output, pool // inside), lse
 
     return forward
 

@@ -16,9 +16,11 @@ def is_channels_last(x: Tensor) -> bool:
 def empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An empty (B, N, channels, height, width) tensor in the memory format of ``like``."""
     batch, heads = like.shape[:2]
-    if is_channels_last(like):
-        return like.new_empty((batch, height, width, heads, channels)).permute(0, 3, 4, 1, 2)
-    return like.new_empty((batch, heads, channels, height, width))
+    size = batch, heads, channels, height, width
+    if is_channels_last(like):  # no permuted view: an autograd.Function's output may then not be changed in place
+        image = heads * channels
+        return like.new_empty_strided(size, (height * width * image, channels, 1, width * image, image))
+    return like.new_empty(size)
 
 
 def in_format_of(like: Tensor, x: Tensor) -> Tensor:
@@ -30,6 +32,7 @@ def in_format_of(like: Tensor, x: Tensor) -> Tensor:
 
 def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An empty (B, channels, height, width) tensor in the memory format of ``like``, (B, C, H, W)."""
+    size = like.shape[0], channels, height, width
     if like.stride(1) == 1 and like.stride(3) != 1:
-        return like.new_empty((like.shape[0], height, width, channels)).permute(0, 3, 1, 2)
-    return like.new_empty((like.shape[0], channels, height, width))
+        return like.new_empty_strided(size, (height * width * channels, 1, width * channels, channels))
+    return like.new_empty(size)
