@@ -37,19 +37,22 @@ class ConvolutionLike(nn.Module):
         )
 
 
-def runs_alone(module: nn.Module) -> bool:
-    """Whether a module is a plain 1x1 convolution, and calling it runs that and nothing else: no hooks, no other
-    forward, nothing around it. Its weight and bias then say all.
-    """
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a 1x1 convolution as PyTorch has it: its forward is not replaced, its weight not computed."""
     return (
         type(module) is nn.Conv2d  # parametrized modules have a class of their own
         and "forward" not in module.__dict__  # as accelerate replaces it
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or nn.modules.module._has_any_global_hook()
-        )
+        and "_conv_forward" not in module.__dict__
         and (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    )
+
+
+def runs_alone(module: nn.Module) -> bool:
+    """Whether calling a module runs a plain 1x1 convolution and nothing else: its weight and bias then say all."""
+    return is_plain(module) and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
     )

@@ -11,16 +11,18 @@ from torch import Tensor, fx, nn
 from .._extras import require
 from ..ops import checks
 from ..ops.attend import attend, attend_weights
+from ..ops.memory_format import like_image
 from ..ops.projected import split_heads
 from ..ops.window import BORDERS
-from .convolution_like import ConvolutionLike, runs_alone
+from .convolution_like import ConvolutionLike, is_plain, runs_alone
 from .notebook import read_notebook_weights
 from .position import POSITION_SPLITS, POSITIONS, embedding_rows, embeddings_by_head, sinusoidal_encoding
 
 if TYPE_CHECKING:
     from torchinfo import ModelStatistics
 
-fx.wrap("attend")  # torch.fx.symbolic_trace records a call and does not look inside
+fx.wrap("attend")  # torch.fx.symbolic_trace records the call and does not look inside
+fx.wrap("like_image")
 
 
 @fx.wrap
@@ -180,13 +182,16 @@ class RelativeSelfAttention(ConvolutionLike):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend: (B, in_channels, H, W) to (B, out_channels, H', W'); without the batch, likewise."""
-        qkv, weight, bias = self.qkv, None, None
-        if runs_alone(qkv):
+        qkv = self.qkv
+        alone = runs_alone(qkv)
+        if not alone or self.position == "absolute":
+            if isinstance(x, Tensor) and x.dim() == 3:
+                return self.forward(x.unsqueeze(0)).squeeze(0)
+            x = prepare(x, self.in_channels, qkv.weight if is_plain(qkv) else None, self.position)
+        if alone:
             weight, bias = qkv.weight, qkv.bias
-        if weight is None or self.position == "absolute":
-            x = prepare(x, self.in_channels, weight, self.position)
-        if weight is None:
-            x = qkv(x)  # hooks, and whatever took the convolution's place, are honoured
+        else:  # hooks, and whatever took the convolution's place, are honoured
+            x, weight, bias = like_image(qkv(x), x), None, None
         sizes = self.kernel_size, self.stride, self.dilation, self.border
         options = self.scale, self.pool, self.implementation, self.recompute
         return attend(x, weight, bias, *self._embeddings(), self.num_heads, *sizes, *options)
@@ -195,7 +200,7 @@ class RelativeSelfAttention(ConvolutionLike):
         """What each pixel attends to, before any pooling: (B, num_heads, kh·kw, H', W'), taps row by row, summing to 1
         over the taps.
         """
-        weight = self.qkv.weight if runs_alone(self.qkv) else None
+        weight = self.qkv.weight if is_plain(self.qkv) else None
         qkv = self.qkv(prepare(x, self.in_channels, weight, self.position))
         sizes = self.kernel_size, self.stride, self.dilation, self.border
         query, key, _ = split_heads(qkv if x.dim() == 4 else qkv.unsqueeze(0), self.num_heads)

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from ..ops import checks
 from ..ops.attend import attend
-from .convolution_like import ConvolutionLike
+from .convolution_like import ConvolutionLike, is_plain, runs_alone
 
 # Bytes of one part of the batch where no gradient is wanted: outputs that are pooled before they leave the cache.
 PART_BYTES = 2**24
@@ -131,13 +131,28 @@ class AttentionStem(ConvolutionLike):
         if isinstance(x, fx.Proxy):  # torch.fx.symbolic_trace: the shape is unknown, the mode may change
             y = attend_in_blocks(x, *self._tensors(), None, *self._options())
             return max_of_blocks(self.norm(y), self.block_size)
-        checks.layer_input(x, self.in_channels, self.qk.weight)
+        alone = runs_alone(self.qk) and runs_alone(self.value)
+        checks.layer_input(x, self.in_channels, self.qk.weight if is_plain(self.qk) else None)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        if not alone:  # hooks, and whatever took a convolution's place, are honoured
+            tensors = self.row_embedding, self.col_embedding, self.mixture_embedding
+            y = attend_in_blocks(self._projected(x), None, None, *tensors, None, *self._options())
+            return max_of_blocks(self.norm(y), self.block_size)
         if self._wants_parts(x):
             images = max(1, PART_BYTES // (self.out_channels * x.shape[2] * x.shape[3] * x.element_size()))
             return torch.cat([self._pooled(part) for part in x.split(images)])
         return self._pooled(x)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and mixed values of every pixel: (B, 3·out_channels, H, W)."""
+        qk, values = self.qk(x), self.value(x).unflatten(1, (self.mixtures, self.out_channels))
+        row, col = (
+            embedding[:, torch.arange(pixels, device=x.device) % self.block_size]
+            for embedding, pixels in ((self.row_embedding, x.shape[2]), (self.col_embedding, x.shape[3]))
+        )
+        place = mixture_weights(row, col, self.mixture_embedding).to(values.dtype)
+        return torch.cat((qk, torch.einsum("bmchw,hwm->bchw", values, place)), 1)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.qk.weight, self.value.weight, self.row_embedding, self.col_embedding, self.mixture_embedding
@@ -217,8 +232,8 @@ def max_of_blocks(y: Tensor, size: int) -> Tensor:
 @fx.wrap
 def attend_in_blocks(
     x: Tensor,
-    qk: Tensor,
-    value: Tensor,
+    qk: Tensor | None,
+    value: Tensor | None,
     row: Tensor,
     col: Tensor,
     mixture: Tensor,
@@ -227,7 +242,10 @@ def attend_in_blocks(
     size: int,
     implementation: str | None,
 ) -> Tensor:
-    """Attention inside the blocks of an image, (B, C, H, W) to (B, out_channels, H, W); its values times ``factor``."""
+    """Attention inside the blocks of an image, (B, C, H, W) to (B, out_channels, H, W); its values times ``factor``.
+
+    Without weights the image is the projections: queries, keys and mixed values.
+    """
     rows, top = [], 0
     for height in cuts(x.shape[2], size):
         parts, left = [], 0
@@ -245,8 +263,8 @@ def attend_in_blocks(
 
 def attend_in_equal_blocks(
     blocks: Tensor,
-    qk: Tensor,
-    value: Tensor,
+    qk: Tensor | None,
+    value: Tensor | None,
     row: Tensor,
     col: Tensor,
     mixture: Tensor,
@@ -262,6 +280,12 @@ def attend_in_equal_blocks(
     the output's size: v = sum over m of W^m (p_m x), and as the p_m sum to 1, W_Q x is the sum of W_Q (p_m x).
     """
     height, width, channels = blocks.shape[1:]
+    reach = 2 * size - 1
+    options = num_heads, (reach, reach)
+    if qk is None or value is None:
+        return attend(
+            blocks.permute(0, 3, 1, 2), None, None, None, None, *options, border="mask", implementation=implementation
+        )
     mixtures = mixture.shape[1]
     place = mixture_weights(row[:, :height], col[:, :width], mixture).to(blocks.dtype).flatten(0, 1)
     weigh = torch.einsum("pm,cd->pcmd", place, torch.eye(channels, dtype=place.dtype, device=place.device))
@@ -270,5 +294,4 @@ def attend_in_equal_blocks(
     value = value.view(mixtures, -1, channels)
     value = (value if factor is None else value * factor).transpose(0, 1).flatten(1)
     weight = torch.cat((qk.flatten(1).repeat(1, mixtures), value))[:, :, None, None]
-    reach = 2 * size - 1
-    return attend(x, weight, None, None, None, num_heads, (reach, reach), border="mask", implementation=implementation)
+    return attend(x, weight, None, None, None, *options, border="mask", implementation=implementation)

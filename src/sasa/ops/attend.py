@@ -16,7 +16,7 @@ from . import checks, equation
 from .autograd import apply, is_observed, is_transformed, is_transformed_forward, needs_gradient
 from .cpu import half
 from .implementations import choose, is_the_equation, machine
-from .memory_format import in_format_of
+from .memory_format import in_format_of, like_image
 from .operators import LOCAL, PROJECTED, by_head, not_empty
 from .pooling import average_pool
 from .precision import autocast, is_active, without_autocast
@@ -197,10 +197,7 @@ def _projects_inside(
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Queries, keys and values of every pixel, (B, 3·N·D, H, W), in the memory format of ``x``."""
     with without_autocast(x):
-        qkv = F.conv2d(x, weight, bias)
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return qkv.contiguous(memory_format=torch.channels_last)  # PyTorch's float64 convolution doesn't keep it
-    return qkv
+        return like_image(F.conv2d(x, weight, bias), x)
 
 
 def _taps(embedding: Tensor | None, taps: slice) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -28,6 +29,13 @@ def in_format_of(like: Tensor, x: Tensor) -> Tensor:
     if x.is_contiguous() if not is_channels_last(like) else x.permute(0, 3, 4, 1, 2).is_contiguous():
         return x
     return empty(like, *x.shape[2:]).copy_(x)
+
+
+def like_image(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in channels_last if ``like``, (B, C, H, W), is: PyTorch's float64 convolution doesn't keep the format."""
+    if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
