@@ -21,6 +21,8 @@ from .position import POSITION_SPLITS, POSITIONS, embedding_rows, embeddings_by_
 if TYPE_CHECKING:
     from torchinfo import ModelStatistics
 
+_LEAST_SCALE = 2**-10  # that initial weights make up for: below it they would outgrow half precision
+
 fx.wrap("attend")  # torch.fx.symbolic_trace records the call and does not look inside
 fx.wrap("like_image")
 
@@ -167,7 +169,8 @@ class RelativeSelfAttention(ConvolutionLike):
         own from the start, as a convolution has, where W_Q x alone fades with x. The other biases start at 0.
         """
         std = self.in_channels**-0.5
-        query_std = (self.out_channels / self.num_heads) ** -0.5 / (abs(self.scale) or 1.0)
+        scale = abs(self.scale) if abs(self.scale) >= _LEAST_SCALE else 1.0
+        query_std = (self.out_channels / self.num_heads) ** -0.5 / scale
         nn.init.normal_(self.qkv.weight, std=std)
         with torch.no_grad():
             if self.qkv.bias is None:

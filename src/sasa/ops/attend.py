@@ -94,7 +94,13 @@ def _prepared(
     is more to it. For a small layer the way there takes longer than the attention.
     """
     tensors = x, weight, bias, row, col
-    if is_observed(tensors) or needs_gradient(*tensors) or x.device != weight.device or is_active(x.device.type):
+    if (
+        not isinstance(x, Tensor)
+        or is_observed(tensors)
+        or needs_gradient(*tensors)
+        or x.device != weight.device
+        or is_active(x.device.type)
+    ):
         return None
     halves = half(row, options[0]), half(col, options[0])
     layouts = x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype

@@ -73,6 +73,8 @@ def number(name: str, value: float) -> float:
     """``value`` as a float; raises TypeError unless it is a number, ValueError unless it is finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not isinstance(value, (int, float)):
+        value = float(value)  # one of NumPy's
     # A comparison, unlike math.isfinite and float(), also takes a number that torch.compile traces as a symbol.
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {value if isinstance(value, float) else repr(value)}")
