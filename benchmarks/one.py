@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 import sys
 
-from . import attention, layer, networks, scaling, stages
+from . import attention, calls, layer, networks, scaling, stages
 
-PARTS = {"attention": attention, "layer": layer, "stages": stages, "scaling": scaling, "networks": networks}
+PARTS = {
+    "attention": attention,
+    "layer": layer,
+    "stages": stages,
+    "scaling": scaling,
+    "networks": networks,
+    "calls": calls,
+}
 
 
 def main() -> None:

@@ -154,12 +154,28 @@ def networks(result: Result) -> Figure:
     return figure
 
 
+def calls(result: Result) -> Figure:
+    """Bars of the microseconds of a call."""
+    figure = new_figure("what a call costs: 8 channels, 3x3, an image of 2x2 pixels", result, 3)
+    panels = figure.subplots(1, len(result["cases"]), squeeze=False)[0]
+    for panel, case in zip(panels, result["cases"], strict=True):
+        names = list(case["peers"])
+        times = [case["peers"][name]["microseconds"] for name in names]
+        bars = panel.barh(names, times, color=[CONVOLUTION if "convolution" in name else OURS for name in names])
+        panel.bar_label(bars, [f"{time:.0f}" for time in times], padding=3, fontsize=8)
+        panel.set(xlabel="microseconds a call", title=case["case"])
+        panel.invert_yaxis()
+        panel.margins(x=0.15)
+    return figure
+
+
 PLOTS: dict[str, Callable[[Result], Figure]] = {
     "attention": lambda result: compared("attention", result),
     "layer": lambda result: compared("layer", result),
     "stages": stages,
     "scaling": scaling,
     "networks": networks,
+    "calls": calls,
 }
 
 

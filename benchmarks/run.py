@@ -1,11 +1,11 @@
 """Time and memory of sasa beside its peers on the CPU: checks results, measures, prints, writes and draws.
 
     python -m benchmarks.run                      everything; writes to benchmarks/results/
-    python -m benchmarks.run --only attention     one part: attention, layer, stages, scaling or networks
+    python -m benchmarks.run --only attention     one part: attention, layer, stages, scaling, networks or calls
     python -m benchmarks.run --quick              small problems only, for trying it out; writes to runs/bench/
 
-Every number comes from a process of its own; what is compared takes turns. Numbers are medians of the turns, ratios are
-of medians, with the lowest and highest ratio of the turns.
+Every number but those of calls comes from a process of its own; what is compared takes turns. Numbers are medians of
+the turns, ratios are of medians, with the lowest and highest ratio of the turns.
 """
 
 from __future__ import annotations

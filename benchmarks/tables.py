@@ -87,6 +87,18 @@ def networks(result: Result) -> Rows:
     return Rows("whole networks on the CPU", header, rows, 2, caption)
 
 
+def calls(result: Result) -> Rows:
+    """Microseconds of a call where there is next to nothing to compute."""
+    rows = []
+    for case in result["cases"]:
+        for name, peer in case["peers"].items():
+            ratio = f"{peer['ratio_to_convolution']:.2f} ({peer['ratio_lowest']:.2f} to {peer['ratio_highest']:.2f})"
+            rows.append([case["case"], name, f"{peer['microseconds']:.0f}", ratio])
+    header = ["call", "by", "µs", "times the convolution's (lowest to highest)"]
+    caption = f"{in_words(result['machine'])}. 8 channels, 3x3, an image of 2x2 pixels."
+    return Rows("what a call costs", header, rows, 2, caption)
+
+
 def targets(result: Result, words: str = "") -> Rows:
     """Figure, target, and whether it is reached; ``words`` say where, if not those of a CPU."""
     rows = []
@@ -107,6 +119,7 @@ ROWS = {
     "stages": stages,
     "scaling": scaling,
     "networks": networks,
+    "calls": calls,
     "targets": targets,
 }
 

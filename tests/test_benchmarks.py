@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from benchmarks import attention, layer, measure, networks, processes, run, scaling, stages, tables, targets
+from benchmarks import attention, calls, layer, measure, networks, processes, run, scaling, stages, tables, targets
 from benchmarks.machine import machine, sasa_capability
 from benchmarks.plots import draw
 from benchmarks.problems import ATTENTION, LAYERS, SERIES, AttentionProblem
@@ -230,12 +230,15 @@ def fake_results():
     for name in scaling.CHOSEN:
         seconds = [1e-9 * scaling.share(name, problem) for problem in SERIES[name]]
         series[name] = scaling.summarise(name, SERIES[name], [{"seconds": seconds}])
+    ratios = {"ratio_to_convolution": 2.0, "ratio_lowest": 1.5, "ratio_highest": 2.5}
+    one_call = {name: {"microseconds": 20.0, **ratios} for name in calls.layers()}
     return {
         "attention": compared(attention.CASES, ATTENTION),
         "layer": whole,
         "stages": {"machine": WHERE, "sgemm": speeds, "stages": entries},
         "scaling": {"machine": WHERE, "series": series},
         "networks": {"machine": WHERE, "cases": whole_networks},
+        "calls": {"machine": WHERE, "cases": [{"case": mode, "peers": one_call} for mode in calls.MODES]},
     }
 
 
@@ -294,6 +297,8 @@ def test_the_command_measures_writes_and_draws(quick, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(processes, "measured_alone", figures)
     monkeypatch.setattr(networks, "parameters", lambda name: 10**7)
+    monkeypatch.setattr(calls, "TURNS", 2)
+    monkeypatch.setattr(calls, "CALLS", 5)
     monkeypatch.setattr(layer, "import_seconds", lambda: {"median": 0.02})
     monkeypatch.setattr(sys, "argv", ["run", "--out", str(tmp_path), *(["--quick"] if quick else [])])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")

@@ -68,14 +68,14 @@ def _is_interpreted() -> bool:
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """As :func:`sasa.ops.reference.forward`."""
+    """As :func:`sasa.ops.eager.forward`."""
     from . import launch
 
     return launch.forward(*arguments)
 
 
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As :func:`sasa.ops.reference.backward`."""
+    """As :func:`sasa.ops.eager.backward`."""
     from . import launch
 
     return launch.backward(*arguments)
