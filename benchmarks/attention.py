@@ -56,7 +56,7 @@ CONVOLUTION = "convolution 3x3"
 PEERS = {
     "sasa": Peer(ours, channels_last=True),
     "sasa contiguous": Peer(ours),
-    "sasa reference": Peer(functools.partial(ours, implementation="reference"), channels_last=True),
+    "sasa reference": Peer(functools.partial(ours, implementation="eager"), channels_last=True),
     "FlexAttention compiled": Peer(flex, channels_last=True, compiled=True, border="mask"),
     "slices compiled": Peer(slices, compiled=True),
     "unfold + SDPA": Peer(unfolded_sdpa),

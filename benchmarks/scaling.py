@@ -24,13 +24,13 @@ from .processes import Figures, take_turns
 
 CHOSEN, QUICK = ("pixels", "taps"), ("small pixels", "small taps")
 # The plain PyTorch implementation holds k² logits a pixel: tens of gigabytes beyond this many pixels.
-MOST_PIXELS_OF_REFERENCE = 1024**2
+MOST_PIXELS_OF_EAGER = 1024**2
 
 
 def series(name: str) -> list[AttentionProblem]:
     """The problems of a series that this machine's implementation has the memory for."""
-    kernel = choose(None, torch.empty(1, 1, 1, 1, 1)).name != "reference"
-    return [p for p in SERIES[name] if kernel or p.size**2 <= MOST_PIXELS_OF_REFERENCE]
+    kernel = choose(None, torch.empty(1, 1, 1, 1, 1)).name != "eager"
+    return [p for p in SERIES[name] if kernel or p.size**2 <= MOST_PIXELS_OF_EAGER]
 
 
 def measured(case: str, peer: str) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class Tested(NamedTuple):
         return True
 
     @property
+    def has_operator(self) -> bool:
+        """Whether it is called through an operator; not so the equation, which PyTorch differentiates and traces."""
+        return not implementations.is_the_equation(self.name)
+
+    @property
     def rounds(self) -> bool:
         """Whether it rounds weights to half precision before they are multiplied: see ``oracles.assert_right``."""
         return self.name == "triton"
@@ -57,7 +62,7 @@ class Tested(NamedTuple):
         return torch.float64 if self.supports(torch.float64) else torch.float32
 
 
-FASTEST_ALONE = ("test_compile", "test_registration")  # what they test does not depend on the instruction set
+FASTEST_ALONE = ("test_compile", "test_operators")  # what they test does not depend on the instruction set
 
 
 def pytest_generate_tests(metafunc) -> None:

@@ -54,7 +54,7 @@ from sasa.cli import main
 raise SystemExit(main(["info"]))
 """)
     assert done.returncode == 0, done.stderr
-    assert "reference  plain PyTorch" in done.stdout
+    assert "eager      plain PyTorch" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ PEERS = {
     **{f"sasa {variant}": Peer(ours) for variant in VARIANTS},
     "sasa contiguous": Peer(ours, layout="contiguous"),
     "sasa mask": Peer(functools.partial(ours, border="mask"), border="mask"),
-    "sasa reference": Peer(functools.partial(ours, by="reference")),
+    "sasa reference": Peer(functools.partial(ours, by="eager")),
     "FlexAttention compiled": Peer(flex_attention, border="mask", compiled=True),
     "slices compiled": Peer(
         lambda problem, setting: slices(problem.size, problem.kernel_size, not setting.quick),
@@ -200,15 +200,15 @@ def forced(call: Call, variant: str, setting: Setting) -> Call:
 
 
 def check(case: Case, peer: str, call: Call, setting: Setting) -> float | None:
-    """Against the reference in float64, of the same inputs, with the peer's border."""
+    """Against plain PyTorch in float64, of the same inputs, with the peer's border."""
     way, precision = PEERS[peer], PRECISIONS[case.precision]
     if not way.position:
         return None
-    reference = ours(case.problem, setting, way.border, "reference")
+    precise = ours(case.problem, setting, way.border, "eager")
     tensors = [x.double() for x in inputs(case.problem, precision.dtype, "contiguous", setting.device)]
     tensors = [x.requires_grad_(case.mode == "training") for x in tensors]
     grad = gradient(case.problem, precision.dtype, "contiguous", setting.device).double()
-    expected = call_of(lambda: reference(*tensors), case.mode, tensors, grad)()
+    expected = call_of(lambda: precise(*tensors), case.mode, tensors, grad)()
     return largest_difference(call(), expected, precision.dtype, precision.tolerance)
 
 

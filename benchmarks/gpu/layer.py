@@ -104,12 +104,12 @@ def build(case: Case, peer: str, setting: Setting) -> Call:
 
 
 def check(case: Case, peer: str, call: Call, setting: Setting) -> float | None:
-    """Output and input's gradient against the reference in float64, of the same weights and input."""
+    """Output and input's gradient against plain PyTorch in float64, of the same weights and input."""
     if peer != OURS:
         return None
     precision = PRECISIONS[case.precision]
     layer = copy.deepcopy(layer_of(case, peer, setting)).double()
-    layer.implementation = "reference"
+    layer.implementation = "eager"
     x, grad = (tensor.double() for tensor in inputs(case, setting, channels_last=False))
     x.requires_grad_(case.mode == "training")
     expected = call_of(lambda: layer(x), case.mode, [x], grad)()

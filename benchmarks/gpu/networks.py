@@ -138,7 +138,7 @@ def build(case: Case, peer: str, setting: Setting) -> Call:
 
 
 def check(case: Case, peer: str, call: Call, setting: Setting) -> float | None:
-    """Logits of our networks in float32 against their reference in float64, on small images, once for each network."""
+    """Logits of our networks in float32 against plain PyTorch in float64, on small images, once for each network."""
     if not peer.startswith("sasa") or case.compiled or case.mode == "training":
         return None
     PRECISIONS["float32"].allow()
@@ -147,7 +147,7 @@ def check(case: Case, peer: str, call: Call, setting: Setting) -> float | None:
         right = network_of(peer, setting.device).eval().double()
         for module in right.modules():
             if hasattr(module, "implementation"):
-                module.implementation = "reference"
+                module.implementation = "eager"
         with torch.no_grad():
             results = network_of(peer, setting.device).eval()(x)
             return largest_difference([results], [right(x.double())], torch.float32, TOLERANCE)

@@ -47,7 +47,8 @@ def test_only_the_input_is_kept():
     parameters, lse = sum(p.numel() for p in keeps.parameters()), 2 * 8 * 40 * 40
     embeddings = 2 * 8 * 4 * 5  # as every head sees them
     assert saved_elements(recomputes, x) <= x.numel() + lse + parameters + embeddings
-    assert saved_elements(keeps, x) > x.numel() + 4 * 2 * 32 * 40 * 40
+    qkv = 3 * 2 * 32 * 40 * 40  # but not the output, which may be changed in place
+    assert 0 <= saved_elements(keeps, x) - (x.numel() + qkv + lse) <= parameters + embeddings
 
 
 def test_without_a_choice_the_faster_is_taken():
@@ -55,7 +56,7 @@ def test_without_a_choice_the_faster_is_taken():
     x = torch.randn(2, 12, 20, 20, requires_grad=True)
     if cpu.why_missing() is None:
         assert saved_elements(either, x) < saved_elements(keeps, x) / 3
-    either.implementation = "reference"
+    either.implementation = "eager"
     assert saved_elements(either, x) == saved_elements(keeps, x)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 import sasa
 from sasa import RelativeSelfAttention
 from sasa.nn.position import POSITION_SPLITS, POSITIONS
+from sasa.ops.operators import split_heads
 
 
 def naive_layer(layer, x):
@@ -113,9 +114,17 @@ def test_attention_weights_are_those_of_the_forward():
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     weights = layer.attention_weights(x)
     assert weights.shape == (2, 2, 9, 5, 6)
-    _, _, value = layer._project(x)
+    _, _, value = split_heads(layer.qkv(x), layer.num_heads)
     columns = nn.functional.unfold(value.flatten(1, 2), 3, padding=1).view(2, 2, 4, 9, 5, 6)
     torch.testing.assert_close((weights[:, :, None] * columns).sum(3).flatten(1, 2), layer(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": 2}, {"recompute": True}, {"position": "absolute"}], ids=str)
+def test_an_image_without_a_batch(options):
+    layer = RelativeSelfAttention(4, 8, 3, 2, **options)
+    x = torch.randn(1, 4, 5, 6)
+    assert torch.equal(layer(x[0]), layer(x)[0])
+    assert torch.equal(layer.attention_weights(x[0]), layer.attention_weights(x)[0])
 
 
 def test_channels_last_in_channels_last_out():
@@ -129,17 +138,22 @@ def test_channels_last_in_channels_last_out():
 def test_projections_are_views_of_one_product():
     layer = RelativeSelfAttention(4, 8, 3, 2)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        q, k, v = layer._project(torch.randn(2, 4, 6, 5).contiguous(memory_format=memory_format))
-        assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+        qkv = layer.qkv(torch.randn(2, 4, 6, 5).contiguous(memory_format=memory_format))
+        q, k, v = split_heads(qkv, layer.num_heads)
+        assert (
+            qkv.untyped_storage().data_ptr()
+            == q.untyped_storage().data_ptr()
+            == k.untyped_storage().data_ptr()
+            == v.untyped_storage().data_ptr()
+        )
 
 
 def test_both_terms_of_the_logits_and_the_values_start_with_variance_one():
     x = torch.randn(4, 64, 16, 16)
     for scale, bias in ((1.0, True), (0.25, True), (1.0, False)):
         layer = RelativeSelfAttention(64, 1024, 3, 64, scale=scale, bias=bias)
-        q, k, v = layer._project(x)
-        options = layer._options()
-        r = options["row_embedding"][..., 0] + options["col_embedding"][..., 0]
+        q, k, v = split_heads(layer.qkv(x), layer.num_heads)
+        r = torch.cat([half.unflatten(0, (layer.num_heads, -1))[..., 0] for half in layer._embeddings()], 1)
         for product in ((scale * q * k).sum(2), (scale * q * r[..., None, None]).sum(2), v):
             assert 0.75 < product.square().mean().item() < 1.25
 
@@ -243,7 +257,7 @@ def test_export_runs_for_other_sizes():
         ({"border": "same"}, ValueError, r"border: expected one of 'zero', 'mask', 'valid', got 'same'"),
         ({"position": "learned"}, ValueError, r"position: expected one of 'relative', .*, got 'learned'"),
         ({"position_split": "half"}, ValueError, r"position_split: expected one of 'per_head', .*, got 'half'"),
-        ({"implementation": "cudnn"}, ValueError, r"implementation: expected one of None, .*, got 'cudnn'"),
+        ({"implementation": "cudnn"}, ValueError, r"implementation: expected None or one of .*, got 'cudnn'"),
         ({"scale": float("nan")}, ValueError, r"scale: expected a finite number, got nan"),
         ({"scale": "1"}, TypeError, r"scale: expected a number, got str"),
     ],
@@ -254,7 +268,7 @@ def test_bad_arguments(arguments, error, message):
         RelativeSelfAttention(**(good | arguments))
 
 
-@pytest.mark.parametrize("shape", [(4, 5, 5), (1, 3, 5, 5), (1, 4, 5, 5, 5)])
+@pytest.mark.parametrize("shape", [(5, 5), (3, 5, 5), (1, 3, 5, 5), (1, 4, 5, 5, 5)])
 def test_bad_input_shape(shape):
     layer = RelativeSelfAttention(4, 8, 3, 2)
     with pytest.raises(ValueError, match=r"x: expected shape \(batch, in_channels=4, height, width\), got \("):

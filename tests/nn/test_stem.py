@@ -164,7 +164,7 @@ def test_bad_sizes(name):
     ("x", "message"),
     [
         (torch.randn(2, 4, 8, 8), r"x: expected shape \(batch, in_channels=3, height, width\), got \(2, 4, 8, 8\)"),
-        (torch.randn(3, 8, 8), r"x: expected shape"),
+        (torch.randn(4, 8, 8), r"x: expected shape"),
         (torch.randn(2, 3, 0, 8), r"x: expected at least one pixel, got shape \(2, 3, 0, 8\)"),
         (torch.randn(2, 3, 8, 8, dtype=torch.float64), r"x: expected dtype torch.float32 .*, got torch.float64"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"x: expected dtype torch.float32 .*, got torch.uint8"),

@@ -43,23 +43,26 @@ def results(run, layer: nn.Module, x: Tensor) -> list[Tensor]:
     return [output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])]
 
 
-def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
+def assert_same(got: list[Tensor], expected: list[Tensor], formats: int | None = None) -> None:
+    """Numbers, and strides: of the first ``formats`` tensors, or of all."""
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y)
+    for x, y in zip(got[:formats], expected[:formats], strict=True):
         assert x.stride() == y.stride()
 
 
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "scale": 0.5}], ids=["plain", "stride=2-scale=0.5"])
 def test_compiled_equals_eager(border, options, implementation):
-    """Forward and backward, in one graph, contiguous and channels_last."""
+    """Forward and backward, in one graph, contiguous and channels_last. Gradients of the equation have any format."""
     if implementation.device != "cpu":
         pytest.skip("on the CPU only")
     layer = Attention(border=border, implementation=implementation.name, **options)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 24, 7, 8).to(memory_format=memory_format)
-        assert_same(results(compiled, layer, x), results(layer, layer, x))
+        formats = None if implementation.has_operator else 1
+        assert_same(results(compiled, layer, x), results(layer, layer, x), formats)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
@@ -101,6 +104,48 @@ def test_scale_computed_from_a_dynamic_head_width():
     for width in (4, 6, 9):
         query = torch.randn(2, 2, width, 5, 6)
         torch.testing.assert_close(compiled(query), attend(query))
+
+
+@pytest.mark.parametrize("names", ["qqq", "qkk", "qqv", "qkq"])
+def test_one_tensor_in_several_places(names):
+    """As in attention of an image to itself."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, row: Tensor) -> Tensor:
+        given = {"q": query, "k": key, "v": value}
+        embeddings = {"row_embedding": row, "col_embedding": row}
+        return sasa.local_attention(*(given[name] for name in names), 3, **embeddings).sin().sum()
+
+    tensors = [*Case().tensors(torch.float32).values()][:4]
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    found, expected = (
+        torch.autograd.grad(run(*leaves), leaves, materialize_grads=True)
+        for run in (compiled, attend)
+        for leaves in [[x.clone().requires_grad_() for x in tensors]]
+    )
+    torch.testing.assert_close(found, expected)
+
+
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "grad of grad": lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum()),
+    "vmap": torch.func.vmap,
+    "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(f)),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # PyTorch's own decompositions
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_inside_of_a_compiled_function(name):
+    key = Case().tensors()["key"]
+
+    def total(query: Tensor) -> Tensor:
+        return sasa.local_attention(query, key, query, 3, border="mask").sin().sum()
+
+    transformed = TRANSFORMS[name](total)
+    x = torch.randn(*([2] if "vmap" in name else []), *key.shape, dtype=key.dtype)
+    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), transformed(x))
 
 
 @pytest.mark.parametrize("kernel_size", [3, (3, 3), [3, 3]], ids=str)

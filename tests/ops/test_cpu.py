@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import sasa
-from sasa.ops import cpu
+from sasa.ops import cpu, cpu_library
 from sasa.ops.window import window
 
 LAYOUTS = layouts()
@@ -158,14 +158,14 @@ assert before[0]
 @large
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @capabilities
-def test_errors_are_at_most_twice_those_of_the_reference(case, dtype, capability, monkeypatch):
+def test_errors_are_at_most_twice_those_of_the_fallback(case, dtype, capability, monkeypatch):
     """Largest errors against float64, of the output and of every gradient; and an epsilon of the largest number."""
-    monkeypatch.setattr(cpu, "_chosen", capability)
+    monkeypatch.setattr(cpu_library, "_chosen", cpu.capabilities().index(capability))
     tensors = case.tensors(dtype)
-    right = run({name: x.double() for name, x in tensors.items()}, case, "reference")
-    reference = run(tensors, case, "reference")
+    right = run({name: x.double() for name, x in tensors.items()}, case, "eager")
+    fallback = run(tensors, case, "eager")
     for name, got in run(tensors, case).items():
-        error, allowed = ((x.double() - right[name]).abs().max() for x in (got, reference[name]))
+        error, allowed = ((x.double() - right[name]).abs().max() for x in (got, fallback[name]))
         assert error <= 2 * allowed + torch.finfo(dtype).eps * right[name].abs().max(), name
 
 
@@ -173,7 +173,7 @@ def test_errors_are_at_most_twice_those_of_the_reference(case, dtype, capability
 @capabilities
 def test_halves_are_rounded_to_the_nearest_and_ties_to_even(dtype, capability, monkeypatch):
     """Windows of two pixels with equal weights: the mean of two numbers, any two of both signs, a step apart or far."""
-    monkeypatch.setattr(cpu, "_chosen", capability)
+    monkeypatch.setattr(cpu_library, "_chosen", cpu.capabilities().index(capability))
     bits = torch.cat([torch.arange(0, 2**15, 97), torch.arange(0x3C00, 0x3C40), torch.arange(40)]).to(torch.int16)
     finite = bits.view(dtype)[bits.view(dtype).isfinite()]
     value = torch.cat([finite, -finite])
@@ -187,11 +187,11 @@ def test_halves_are_rounded_to_the_nearest_and_ties_to_even(dtype, capability, m
 @pytest.mark.parametrize("spoilt", ["query", "key", "value", "row_embedding"])
 @pytest.mark.parametrize("by", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("border", BORDERS)
-def test_numbers_that_are_not_finite_spread_as_in_the_reference(border, by, spoilt, dtype):
+def test_numbers_that_are_not_finite_spread_as_in_the_fallback(border, by, spoilt, dtype):
     case = Case(size=(4, 5), border=border)
     tensors = case.tensors(dtype)
     tensors[spoilt].view(-1)[tensors[spoilt].numel() // 2] = by
-    expected = run(tensors, case, "reference")
+    expected = run(tensors, case, "eager")
     solution = solve_tensors(tensors, grad_of(expected["output"]), **case.options)
     assert torch.equal(expected["grad value"].isnan(), solution.right["grad value"].isnan())  # and as in the loops
     for name, got in run(tensors, case).items():
@@ -251,8 +251,8 @@ def forward_and_backward(tensors: dict[str, Tensor], case: Case, grad_output: Te
     names = ("query", "key", "value", "row_embedding", "col_embedding")
     inputs = [tensors.get(name) for name in names]
     geometry = window(*case.size, pair(case.kernel_size), pair(case.stride), pair(case.dilation), case.border)
-    output, lse = cpu.forward(*inputs, geometry, case.border, case.scale)
-    return [output, lse, *cpu.backward(grad_output, *inputs, output, lse, geometry, case.border, case.scale)]
+    output, lse = cpu.forward(*inputs, geometry, case.scale)
+    return [output, lse, *cpu.backward(grad_output, *inputs, lse, geometry, case.scale)]
 
 
 def run_between_guards(capability: str) -> None:
@@ -340,12 +340,12 @@ def _library_at(monkeypatch):
     """Puts the library elsewhere, or nowhere, and forgets the one that was loaded."""
 
     def forget() -> None:
-        cpu._load.cache_clear()
+        cpu_library.load.cache_clear()
         cpu._warn_once.cache_clear()
 
     def library_at(*paths: Path) -> None:
-        monkeypatch.setattr(cpu, "_places", lambda: iter(paths))
-        monkeypatch.setattr(cpu, "_chosen", None)
+        monkeypatch.setattr(cpu_library, "_places", lambda: iter(paths))
+        monkeypatch.setattr(cpu_library, "_chosen", None)
         forget()
 
     yield library_at
@@ -353,7 +353,7 @@ def _library_at(monkeypatch):
     forget()
 
 
-def assert_reference_is_used(reason: str) -> None:
+def assert_fallback_is_used(reason: str) -> None:
     """With one warning however many calls, and an error where the kernels are asked for; both give the reason."""
     tensors, case = Case().tensors(torch.float32), Case()
     with warnings.catch_warnings(record=True) as caught:
@@ -362,39 +362,51 @@ def assert_reference_is_used(reason: str) -> None:
     assert [warning.category for warning in caught] == [cpu.CpuLibraryWarning]
     assert re.search(reason, str(caught[0].message))
     for result in results:
-        assert_same_bits(result, run(tensors, case, "reference"))
+        assert_same_bits(result, run(tensors, case, "eager"))
     with pytest.raises(ValueError, match=f"implementation: cpu does not support this call: .*{reason}"):
         run(tensors, case, "cpu")
     assert cpu.capabilities() == []
     assert cpu.capability() is None
 
 
-def test_without_a_library_the_reference_is_used(library_at, tmp_path):
+def test_without_a_library_the_fallback_is_used(library_at, tmp_path):
     library_at(tmp_path / "libsasa_cpu.so")
-    assert_reference_is_used("the compiled kernels are missing")
+    assert_fallback_is_used("the compiled kernels are missing")
 
 
-def test_with_a_file_that_is_no_library_the_reference_is_used(library_at, tmp_path):
+def test_with_a_file_that_is_no_library_the_fallback_is_used(library_at, tmp_path):
     (tmp_path / "libsasa_cpu.so").write_text("no library")
     library_at(tmp_path / "libsasa_cpu.so")
-    assert_reference_is_used("the compiled kernels can't be loaded")
+    assert_fallback_is_used("the compiled kernels can't be loaded")
 
 
 @linux_only
-def test_with_a_library_of_something_else_the_reference_is_used(library_at):
+def test_with_a_library_of_something_else_the_fallback_is_used(library_at):
     library_at(Path(torch.__file__).parent / "lib" / "libc10.so")
-    assert_reference_is_used("the compiled kernels can't be loaded: .*sasa_interface_version")
+    assert_fallback_is_used("the compiled kernels can't be loaded: .*sasa_interface_version")
 
 
-def test_with_a_library_of_another_version_the_reference_is_used(library_at, monkeypatch):
-    places = list(cpu._places())
-    monkeypatch.setattr(cpu, "INTERFACE_VERSION", 0)
+def test_with_a_library_of_another_version_the_fallback_is_used(library_at, monkeypatch):
+    places = list(cpu_library._places())
+    monkeypatch.setattr(cpu_library, "INTERFACE_VERSION", 0)
     library_at(*places)
-    assert_reference_is_used("the compiled kernels are of another version of sasa")
+    assert_fallback_is_used("the compiled kernels are of another version of sasa")
+
+
+def test_with_a_library_of_other_structures_the_fallback_is_used(library_at, monkeypatch):
+    class Longer(ctypes.Structure):
+        _fields_ = (("problem", cpu_library.CProblem), ("more", ctypes.c_int64))
+
+    places = list(cpu_library._places())
+    structures = tuple(Longer if x is cpu_library.CProblem else x for x in cpu_library.STRUCTURES)
+    monkeypatch.setattr(cpu_library, "STRUCTURES", structures)
+    library_at(*places)
+    size = ctypes.sizeof(cpu_library.CProblem)
+    assert_fallback_is_used(f"expect {size} bytes of Longer, which has {size + 8} here")
 
 
 def test_an_editable_installation_finds_what_it_built(monkeypatch, tmp_path):
     """The library is looked for in every folder of the package."""
     monkeypatch.setattr(sasa.ops, "__path__", [str(tmp_path)])
     (tmp_path / "libsasa_cpu.so").touch()
-    assert tmp_path / "libsasa_cpu.so" in list(cpu._places())
+    assert tmp_path / "libsasa_cpu.so" in list(cpu_library._places())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sasa
-from sasa.ops import implementations, reference
+from sasa.ops import eager, implementations
 
 
 @pytest.fixture(name="used")
@@ -24,21 +24,26 @@ def _used(monkeypatch) -> list[str]:
 
         return run
 
-    def narrow_only(query: Tensor, value: Tensor) -> str | None:
-        return f"head width {query.shape[2]} is above 4" if query.shape[2] > 4 else None
+    def narrow_only(images: Tensor, widest: int) -> str | None:
+        return f"head width {widest} is above 4" if widest > 4 else None
 
-    of_reference = next(x for x in implementations.IMPLEMENTATIONS if x.name == "reference")
+    fallback = next(x for x in implementations.IMPLEMENTATIONS if x.name == "eager")
     added = [
-        of_reference._replace(
+        fallback._replace(
             name=name,
-            forward=noting(f"{name} forward", reference.forward),
-            backward=noting(f"{name} backward", reference.backward),
+            forward=noting(f"{name} forward", eager.forward),
+            backward=noting(f"{name} backward", eager.backward),
             unsupported=unsupported,
         )
         for name, unsupported in (("never", lambda *_: "broken"), ("narrow", narrow_only))
     ]
-    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", [*added, *implementations.IMPLEMENTATIONS])
+    use(monkeypatch, *added, *implementations.IMPLEMENTATIONS)
     return used
+
+
+def use(monkeypatch, *every: implementations.Implementation) -> None:
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", every)
+    monkeypatch.setattr(implementations, "_BY_NAME", {one.name: one for one in every})
 
 
 def run(width: int, name: str | None) -> None:
@@ -48,7 +53,7 @@ def run(width: int, name: str | None) -> None:
 
 def test_names(used):
     assert implementations.names()[:2] == ["never", "narrow"]
-    assert "reference" in implementations.names()
+    assert implementations.names()[-2:] == ["eager", "reference"]
 
 
 def test_fastest_that_supports_the_call_is_taken_forward_and_backward(used):
@@ -61,8 +66,16 @@ def test_an_implementation_that_does_not_support_the_call_is_passed_over(used):
     assert used == []
 
 
-def test_a_named_implementation_is_taken_at_its_word(used):
-    run(4, "reference")
+@pytest.mark.parametrize("width", [(5, 4), (4, 5)], ids=["query", "value"])
+def test_the_wider_of_queries_and_values_counts(width, used):
+    query, value = (torch.randn(1, 1, channels, 3, 3) for channels in width)
+    sasa.local_attention(query, query, value, 3)
+    assert used == []
+
+
+@pytest.mark.parametrize("other", ["eager", "reference"])
+def test_a_named_implementation_is_taken(other, used):
+    run(4, other)
     assert used == []
     run(4, "narrow")
     assert used == ["narrow forward", "narrow backward"]
@@ -78,14 +91,18 @@ def test_a_named_implementation_that_cannot_says_why(name, reason, used):
     assert used == []
 
 
-def test_when_none_can_all_reasons_are_given(used, monkeypatch):
-    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", implementations.IMPLEMENTATIONS[:2])
-    message = (
-        "implementation: never does not support this call: broken; "
-        "narrow does not support this call: head width 5 is above 4"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+def test_when_none_can_it_says_so(used, monkeypatch):
+    use(monkeypatch, *implementations.IMPLEMENTATIONS[:2])
+    with pytest.raises(ValueError, match="^implementation: none supports this call$"):
         run(5, None)
+
+
+@pytest.mark.parametrize("operator", ["local_attention", "local_attention_backward"])
+def test_the_equation_has_no_operator(operator):
+    x, lse = torch.zeros(1, 1, 2, 3, 3), torch.zeros(1, 1, 3, 3)
+    tensors = (x, x, x, None, None) if operator == "local_attention" else (x, x, x, x, None, None, lse)
+    with pytest.raises(ValueError, match="implementation: 'reference' is the equation, which has no operator"):
+        getattr(torch.ops.sasa, operator)(*tensors, (3, 3), (1, 1), (1, 1), "zero", 1.0, "reference")
 
 
 def test_weights_come_from_the_reference_alone(used):

@@ -58,6 +58,8 @@ def apply(operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None)
     if is_transformed_forward() or (torch.compiler.is_compiling() and is_transformed()):
         with without_autocast(tensors[0]):
             return operator.equation(*tensors, *options)
+    if torch.compiler.is_exporting():
+        return operator.forward(*tensors, *options)[0]  # a program to run, not to train
     if torch.compiler.is_compiling():
         return _Attention.apply(operator, options, *_distinct(tensors))[0]
     if is_transformed():
@@ -95,7 +97,9 @@ def is_observed(arguments: tuple[Any, ...]) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or is_transformed()
+        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # as is_grads_batched has it
+        or is_transformed_forward()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
@@ -134,7 +138,7 @@ class _Attention(torch.autograd.Function):
         if is_transformed_forward():
             with without_autocast(grad):
                 return None, None, *gradients(ctx.operator.equation, ctx.options, grad, tensors)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or is_transformed()):
             grads = ctx.operator.backward(grad, *tensors, lse, *ctx.options)
         else:
             grads = _Backward.apply(ctx.operator, ctx.options, grad, *tensors, lse)
