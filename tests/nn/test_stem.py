@@ -164,6 +164,7 @@ def test_bad_sizes(name):
     ("x", "message"),
     [
         (torch.randn(2, 4, 8, 8), r"x: expected shape \(batch, in_channels=3, height, width\), got \(2, 4, 8, 8\)"),
+        (torch.randn(8, 8), r"x: expected shape"),
         (torch.randn(4, 8, 8), r"x: expected shape"),
         (torch.randn(2, 3, 0, 8), r"x: expected at least one pixel, got shape \(2, 3, 0, 8\)"),
         (torch.randn(2, 3, 8, 8, dtype=torch.float64), r"x: expected dtype torch.float32 .*, got torch.float64"),
@@ -176,7 +177,12 @@ def test_bad_input(x, message):
         AttentionStem(3, 8)(x)
 
 
-def test_an_implementation_is_taken_at_its_word():
+def test_an_image_without_a_batch():
+    stem, x = AttentionStem(3, 8).eval(), torch.randn(1, 3, 9, 8)
+    torch.testing.assert_close(stem(x[0]), stem(x)[0])
+
+
+def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="implementation"):
         AttentionStem(3, 8, implementation="fastest")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 
@@ -11,10 +13,10 @@ class ConvolutionLike(nn.Module):
     Subclasses have ``in_channels``, ``out_channels``, ``kernel_size``, ``stride``, ``padding`` and ``dilation``.
     """
 
-    padding_mode = "zeros"
-    groups = 1
-    transposed = False
-    output_padding = (0, 0)
+    padding_mode: ClassVar[str] = "zeros"
+    groups: ClassVar[int] = 1
+    transposed: ClassVar[bool] = False
+    output_padding: ClassVar[tuple[int, int]] = (0, 0)
 
     def _projection(self) -> nn.Module:
         raise NotImplementedError

@@ -14,13 +14,15 @@ from .convolution_like import ConvolutionLike
 fx.wrap("average_pool")
 
 
-class AttentionInPlace(nn.Sequential, ConvolutionLike):
+class AttentionInPlace(nn.Sequential, ConvolutionLike):  # type: ignore[misc]  # PyTorch annotates _modules in two ways
     """Attention, then what gives its output the size of a convolution's.
 
     Args:
         parts: ``attention``, and ``crop`` or ``pool`` or both.
         conv: the convolution that it replaces; what it says of sizes is kept.
     """
+
+    attention: ConvolutionLike
 
     def __init__(self, parts: OrderedDict[str, nn.Module], conv: nn.Conv2d) -> None:
         super().__init__(parts)

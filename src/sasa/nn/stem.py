@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -116,8 +118,8 @@ class AttentionStem(ConvolutionLike):
         """How many times smaller the output is."""
         return self.block_size, self.block_size
 
-    padding = (0, 0)
-    dilation = (1, 1)
+    padding: ClassVar[tuple[int, int]] = (0, 0)
+    dilation: ClassVar[tuple[int, int]] = (1, 1)
 
     def _projection(self) -> nn.Module:
         return self.value
@@ -154,10 +156,10 @@ class AttentionStem(ConvolutionLike):
         place = mixture_weights(row, col, self.mixture_embedding).to(values.dtype)
         return torch.cat((qk, torch.einsum("bmchw,hwm->bchw", values, place)), 1)
 
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.qk.weight, self.value.weight, self.row_embedding, self.col_embedding, self.mixture_embedding
 
-    def _options(self) -> tuple:
+    def _options(self) -> tuple[int, int, str | None]:
         return self.num_heads, self.block_size, self.implementation
 
     def _wants_parts(self, x: Tensor) -> bool:

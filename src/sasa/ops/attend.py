@@ -82,8 +82,10 @@ def attend(
         # No view: reentrant checkpoints let none be changed in place.
         return average_pool(torch.ops.aten._unsafe_view(y, (y.shape[0], y.shape[1] * y.shape[2], *y.shape[3:])), pool)
     checks.scale_of(scale, x.dtype)
-    *sizes, (rows, cols) = checks.window_sizes(x.shape[2:], kernel_size, stride, dilation, border)
-    options = num_heads, *sizes, border, scale, implementation, pool
+    kernel_size, stride, dilation, (rows, cols) = checks.window_sizes(
+        x.shape[2:], kernel_size, stride, dilation, border
+    )
+    options = num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
     return apply(PROJECTED, options, x, weight, bias, _taps(row, rows), _taps(col, cols))
 
 
@@ -122,10 +124,10 @@ def _prepare(
     if projected is None or (not inside and is_large(x, weight)):
         return None
     checks.scale_of(scale, dtype)
-    *sizes, _ = checks.window_sizes(shape[2:], kernel_size, stride, dilation, border)
-    if sizes[0] != kernel_size:
+    fitted, stride, dilation, _ = checks.window_sizes(shape[2:], kernel_size, stride, dilation, border)
+    if fitted != kernel_size:
         return None
-    window = window_of(x, *sizes, border)
+    window = window_of(x, fitted, stride, dilation, border)
     if not inside:
         forward = projected.forward
         return lambda x, weight, bias, row, col: forward(
@@ -151,13 +153,16 @@ def attend_heads(
 ) -> Tensor:
     """Local attention of queries, keys and values, (B, N, D, H, W) to (B, N, Dv, H', W'); row and col as above."""
     checks.scale_of(scale, query.dtype)
-    *sizes, (rows, cols) = checks.window_sizes(query.shape[3:], kernel_size, stride, dilation, border)
+    kernel_size, stride, dilation, (rows, cols) = checks.window_sizes(
+        query.shape[3:], kernel_size, stride, dilation, border
+    )
     row, col = _taps(row, rows), _taps(col, cols)
     if is_the_equation(implementation):
         with without_autocast(query):
-            y = equation.attention(query, key, value, row, col, window_of(query, *sizes, border), scale)
+            window = window_of(query, kernel_size, stride, dilation, border)
+            y = equation.attention(query, key, value, row, col, window, scale)
         return in_format_of(query, y)
-    return apply(LOCAL, (*sizes, border, scale, implementation), query, key, value, row, col)
+    return apply(LOCAL, (kernel_size, stride, dilation, border, scale, implementation), query, key, value, row, col)
 
 
 def attend_weights(
@@ -175,15 +180,19 @@ def attend_weights(
     query, key, row, col = autocast(query, key, row, col)
     row, col = by_head(row, query.shape[1]), by_head(col, query.shape[1])
     checks.scale_of(scale, query.dtype)
-    fitted, *steps, _ = checks.window_sizes(query.shape[3:], kernel_size, stride, dilation, border)
+    fitted, stride, dilation, _ = checks.window_sizes(query.shape[3:], kernel_size, stride, dilation, border)
     if fitted != kernel_size:  # every tap has its weight, also one that is always hidden
-        checks.most_taps(query.shape[3:], kernel_size, steps[1])
+        checks.most_taps(query.shape[3:], kernel_size, dilation)
     with without_autocast(query):
-        return equation.weights(query, key, row, col, window_of(query, kernel_size, *steps, border), scale)
+        window = window_of(query, kernel_size, stride, dilation, border)
+        return equation.weights(query, key, row, col, window, scale)
 
 
 def _projects_inside(
-    tensors: tuple[Tensor | None, ...], num_heads: int, implementation: str | None, recompute: bool | None
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
+    num_heads: int,
+    implementation: str | None,
+    recompute: bool | None,
 ) -> bool:
     """Whether projections and attention are one step, so that queries, keys and values are not kept."""
     x, weight = tensors[:2]

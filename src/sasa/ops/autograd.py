@@ -52,7 +52,7 @@ class Operator(NamedTuple):
     fold: Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]] | None
 
 
-def apply(operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+def apply(operator: Operator, options: tuple[Any, ...], *tensors: *tuple[Tensor, *tuple[Tensor | None, ...]]) -> Tensor:
     """The operator's output, differentiable in every mode and to any order."""
     # Traced inside of a transform, the backward operator would be taken for one without derivatives of its own.
     if is_transformed_forward() or (torch.compiler.is_compiling() and is_transformed()):
@@ -120,7 +120,7 @@ def is_transformed_forward() -> bool:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return operator.forward(*tensors, *options)
 
     @staticmethod
@@ -131,7 +131,8 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, *grad_outputs):
+        grad = grad_outputs[0]
         *tensors, lse = ctx.saved_tensors
         if grad is None:
             return (None,) * (2 + len(tensors))
@@ -145,15 +146,15 @@ class _Attention(torch.autograd.Function):
         return None, None, *(None if x is None else g for x, g in zip(tensors, grads, strict=True))
 
     @staticmethod
-    def vmap(info, in_dims, operator, options, *tensors):
-        return _vmap(_Attention, info.batch_size, in_dims[2:], operator, options, tensors)
+    def vmap(info, in_dims, *args):
+        return _vmap(_Attention, info.batch_size, in_dims[2:], *args)
 
 
 class _Untransformed(torch.autograd.Function):
     """The same without ``setup_context``, which transforms need and which takes as long as a small layer to call."""
 
     @staticmethod
-    def forward(ctx, operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx, operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         output = operator.forward(*tensors, *options)
         _Attention.setup_context(ctx, (operator, options, *tensors), output)
         return output
@@ -179,11 +180,11 @@ class _Backward(torch.autograd.Function):
         return None, None, *seconds, None
 
     @staticmethod
-    def vmap(info, in_dims, operator, options, *tensors):
-        return _vmap(_Backward, info.batch_size, in_dims[2:], operator, options, tensors)
+    def vmap(info, in_dims, *args):
+        return _vmap(_Backward, info.batch_size, in_dims[2:], *args)
 
 
-def _vmap(function, samples, in_dims, operator, options, tensors):
+def _vmap(function, samples, in_dims, operator, options, *tensors):
     """A Function of many samples: folded together, or one after the other."""
     if operator.fold is not None:
         return operator.fold(function, samples, in_dims, operator, options, tensors)

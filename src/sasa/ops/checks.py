@@ -6,6 +6,7 @@ import functools
 import numbers
 import sys
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def pair(name: str, value: int | Sequence[int], minimum: int = 1) -> tuple[int, 
     return int(values[0]), int(values[1])
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     """Whether this is an int, or one of NumPy's; a bool is none."""
     return type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
 
@@ -201,7 +202,7 @@ def _window_sizes(
     return kernel_size, stride, dilation, taps
 
 
-def most_taps(size: tuple[int, int], kernel_size: Pair, dilation: Pair) -> None:
+def most_taps(size: Sequence[int], kernel_size: Pair, dilation: Pair) -> None:
     """Raise ValueError if a window has more taps beyond the image than are computed."""
     most = tuple(max(MOST_TAPS, 2 * reach(n, d) + 2) for n, d in zip(size, dilation, strict=True))
     if kernel_size[0] > most[0] or kernel_size[1] > most[1]:

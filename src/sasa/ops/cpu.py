@@ -87,7 +87,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key and value in their memory formats, and of row and col."""
     dense = [in_huge_pages(memory_format.empty(x, *x.shape[2:])) for x in (query, key, value)]
-    inputs = (query, key, value), None, row, col, lse.contiguous()
+    inputs = (query, key, value), (), row, col, lse.contiguous()
     embeddings = _backward_into(dense, grad_output, *inputs, query.shape[:3], window, scale, 1)
     return dense[0], dense[1], dense[2], *embeddings
 
@@ -209,14 +209,14 @@ def backward_projected(
     window: Window,
     scale: float,
     pool: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> projected.LayerGradients:
     """Gradients of input, weight, bias, row and col. Those of the projections exist for a few images at a time."""
     grad_input = in_huge_pages(torch.empty_like(x))
     inside = _pooled_inside(window, pool)
     g = projected.before_pool(grad_output, window, pool // inside).unflatten(1, (num_heads, -1))
     if weight is None:
         dense, qkv = projected.split_heads(grad_input, num_heads), projected.split_heads(x, num_heads)
-        inputs = qkv, None, row, col, lse.contiguous()
+        inputs = qkv, (), row, col, lse.contiguous()
         embeddings = _backward_into(dense, g, *inputs, dense[0].shape[:3], window, scale, inside)
         return grad_input, None, None, *embeddings
     totals, weight = projected.Totals(weight, bias, row, col), weight.flatten(1)
@@ -228,7 +228,7 @@ def backward_projected(
         if memory.shape != (pixels.shape[0], weight.shape[0]):
             memory = in_huge_pages(x.new_empty((pixels.shape[0], weight.shape[0])))
         dense = projected.heads_of(memory, images.shape, num_heads)
-        layer = (images, weight, bias), weight, row, col, some_lse.contiguous()
+        layer = (images,), (weight, bias), row, col, some_lse.contiguous()
         embeddings = _backward_into(dense, some_g, *layer, dense[0].shape[:3], window, scale, inside)
         totals.add(None, None, *embeddings)
         _projection_gradients(memory, pixels, weight, some_grad, totals)
@@ -295,8 +295,8 @@ def in_huge_pages(fresh: Tensor) -> Tensor:
 def _backward_into(
     dense: Sequence[Tensor],
     grad_output: Tensor,
-    inputs: tuple[Tensor | None, ...],
-    weight: Tensor | None,
+    inputs: tuple[Tensor, ...],
+    projection: tuple[Tensor, Tensor | None] | tuple[()],
     row: Tensor | None,
     col: Tensor | None,
     lse: Tensor,
@@ -307,21 +307,22 @@ def _backward_into(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Writes the gradients of query, key and value into ``dense``; returns those of row and col.
 
-    ``shape`` is (B, N, D); ``inputs`` are query, key and value, or with a weight a layer's input, weight and bias.
+    ``inputs`` are query, key and value, or a layer's input, whose weight and bias are its ``projection``. ``shape`` is
+    (B, N, D).
     """
     grad_row, grad_col = (None if x is None else x.new_zeros(x.shape) for x in (row, col))
     if (window.rows.outputs, window.cols.outputs) != (window.rows.size, window.cols.size):
         dense[0].zero_()  # pixels that no window is centred on
     if shape[0] > 0:
         x = inputs[0]
-        images = tuple(x.stride() for x in inputs) if weight is None else (_one_head(x.stride()),)
-        layer = None if weight is None else (x.shape[1], weight.stride())
+        images = (_one_head(x.stride()),) if projection else tuple(x.stride() for x in inputs)
+        layer = (x.shape[1], projection[0].stride()) if projection else None
         results = tuple(x.stride() for x in (grad_output, *dense))
         layout = _layout(
             tuple(shape), dense[2].shape[2], x.dtype, window, scale, pool, *machine(), images, layer,
             half(row, shape[1]), half(col, shape[1]), results,
         )  # fmt: skip
-        tensors = *inputs, row, col, lse, grad_output, *dense, grad_row, grad_col
+        tensors = *inputs, *projection, row, col, lse, grad_output, *dense, grad_row, grad_col
         _call(library().sasa_backward, layout, *tensors)
     return grad_row, grad_col
 

@@ -19,7 +19,7 @@ def gradients(
     def of_present(*present: Tensor) -> Tensor:
         return function(*_like(tensors, present), *options)
 
-    _, pull = torch.func.vjp(of_present, *_present(tensors))
+    pull = torch.func.vjp(of_present, *_present(tensors))[1]
     return _like(tensors, pull(grad))
 
 
@@ -39,7 +39,7 @@ def second_gradients(
     def of_present(grad: Tensor, *present: Tensor) -> tuple[Tensor, ...]:
         return _present(gradients(function, options, grad, _like(tensors, present)))
 
-    _, pull = torch.func.vjp(of_present, grad, *_present(tensors))
+    pull = torch.func.vjp(of_present, grad, *_present(tensors))[1]
     given = tuple(g for g, x in zip(grad_grads, tensors, strict=True) if x is not None)
     first, *rest = pull(given)
     return first, *_like(tensors, rest)

@@ -12,6 +12,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import cpu, eager, triton
+from .projected import LayerGradients
+
+Forward = Callable[..., tuple[Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]
 
 
 class Projected(NamedTuple):
@@ -29,11 +33,11 @@ class Projected(NamedTuple):
             and pool: gradients of input, weight, bias, row and col.
     """
 
-    supports: Callable[[Tensor, Tensor, int], bool]
+    supports: Callable[[Tensor, Tensor | None, int], bool]
     preferred: Callable[[Tensor, Tensor, int], bool]
-    prepare: Callable[..., Callable[..., tuple[Tensor, Tensor]]]
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]
+    prepare: Callable[..., Forward]
+    forward: Forward
+    backward: Callable[..., LayerGradients]
 
 
 class Implementation(NamedTuple):
@@ -53,8 +57,8 @@ class Implementation(NamedTuple):
 
     name: str
     summary: str
-    forward: Callable[..., tuple[Tensor, Tensor]] | None
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]] | None
+    forward: Forward | None
+    backward: Backward | None
     unsupported: Callable[[Tensor, int], str | None]
     automatic: Callable[[Tensor], bool]
     projected: Projected | None = None

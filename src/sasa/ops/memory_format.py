@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autograd import is_transformed
+
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of (B, N, D, H, W) are next to each other in memory, as in a view of a channels_last
@@ -28,11 +30,15 @@ def in_format_of(like: Tensor, x: Tensor) -> Tensor:
     """``x`` in the memory format of ``like``: itself, if it has it."""
     if x.is_contiguous() if not is_channels_last(like) else x.permute(0, 3, 4, 1, 2).is_contiguous():
         return x
+    if is_transformed():  # vmap writes into no tensor of one sample
+        return x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2) if is_channels_last(like) else x.contiguous()
     return empty(like, *x.shape[2:]).copy_(x)
 
 
 def like_image(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in channels_last if ``like``, (B, C, H, W), is: PyTorch's float64 convolution doesn't keep the format."""
+    if is_transformed():  # vmap can't tell
+        return x
     if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         return x.contiguous(memory_format=torch.channels_last)
     return x

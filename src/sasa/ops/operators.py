@@ -19,7 +19,7 @@ from torch import Tensor
 from . import equation, flops, projected
 from .autograd import Operator, Registered
 from .eager import sum_dtype
-from .implementations import Implementation, choose
+from .implementations import Backward, Forward, Projected, choose
 from .memory_format import empty, empty_image, in_format_of
 from .pooling import average_pool
 from .precision import without_autocast
@@ -57,17 +57,18 @@ _define(
 )
 
 
-def _kernel(name: str | None, images: Tensor, widest: int) -> Implementation:
+def _kernels(name: str | None, images: Tensor, widest: int) -> tuple[Forward, Backward, Projected | None]:
     chosen = choose(name, images, widest)
-    if chosen.forward is None:
+    forward, backward = chosen.forward, chosen.backward
+    if forward is None or backward is None:
         raise ValueError(f"implementation: {name!r} is the equation, which has no operator: call sasa.local_attention")
-    return chosen
+    return forward, backward, chosen.projected
 
 
 @_implements("local_attention")
 def _local(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation):
     window = window_of(query, kernel_size, stride, dilation, border)
-    run = _kernel(implementation, query, max(query.shape[2], value.shape[2])).forward
+    run, _, _ = _kernels(implementation, query, max(query.shape[2], value.shape[2]))
     with without_autocast(query):
         output, lse = run(query, key, value, not_empty(row), not_empty(col), window, scale)
     return in_format_of(query, output), lse
@@ -78,7 +79,7 @@ def _local_backward(
     grad_output, query, key, value, row, col, lse, kernel_size, stride, dilation, border, scale, implementation
 ):
     window = window_of(query, kernel_size, stride, dilation, border)
-    run = _kernel(implementation, query, max(query.shape[2], value.shape[2])).backward
+    _, run, _ = _kernels(implementation, query, max(query.shape[2], value.shape[2]))
     with without_autocast(query):
         grads = run(
             grad_output,
@@ -100,14 +101,14 @@ def _projected(
     x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
 ):
     window = window_of(x, kernel_size, stride, dilation, border)
-    chosen, ours = _projecting(implementation, x, weight, num_heads)
+    forward, _, ours = _projecting(implementation, x, weight, num_heads)
     row, col = _halves(row, col, num_heads)
     options = num_heads, window, scale, pool
     with without_autocast(x):
         if ours is not None:
             return ours.forward(x, weight, bias, row, col, *options)
         output, lse = _empty_results(x, weight, num_heads, window, pool)
-        return projected.forward(chosen, output, lse, x, weight, bias, row, col, *options)
+        return projected.forward(forward, output, lse, x, weight, bias, row, col, *options)
 
 
 @_implements("projected_attention_backward")
@@ -115,21 +116,22 @@ def _projected_backward(
     grad, x, weight, bias, row, col, lse, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
 ):
     window = window_of(x, kernel_size, stride, dilation, border)
-    chosen, ours = _projecting(implementation, x, weight, num_heads)
+    _, backward, ours = _projecting(implementation, x, weight, num_heads)
     tensors = grad, x, weight, bias, *_halves(row, col, num_heads), lse
     with without_autocast(x):
         if ours is not None:
             grads = ours.backward(*tensors, num_heads, window, scale, pool)
         else:
-            grads = projected.backward(chosen, *tensors, num_heads, window, scale, pool)
+            grads = projected.backward(backward, *tensors, num_heads, window, scale, pool)
     return (grads[0], *_not_none(x, (weight, bias, row, col), grads[1:]))
 
 
-def _projecting(name: str | None, x: Tensor, weight: Tensor | None, num_heads: int):
-    """The implementation, and its projected pair if that computes these."""
-    chosen = _kernel(name, x, channels_of(x, weight) // num_heads)
-    ours = chosen.projected
-    return chosen, ours if ours is not None and ours.supports(x, weight, num_heads) else None
+def _projecting(
+    name: str | None, x: Tensor, weight: Tensor | None, num_heads: int
+) -> tuple[Forward, Backward, Projected | None]:
+    """The kernels, and those that project if they compute these."""
+    forward, backward, ours = _kernels(name, x, channels_of(x, weight) // num_heads)
+    return forward, backward, ours if ours is not None and ours.supports(x, weight, num_heads) else None
 
 
 def by_head(embedding: Tensor | None, num_heads: int) -> Tensor | None:
@@ -152,7 +154,7 @@ def _halves(row: Tensor | None, col: Tensor | None, num_heads: int) -> tuple[Ten
 def _not_none(like: Tensor, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:
     """An operator can't return None: the gradient of a missing or empty tensor is an empty tensor."""
     return [
-        like.new_empty(0 if x is None else x.shape) if grad is None else grad.view_as(x)
+        like.new_empty(0) if x is None else like.new_empty(x.shape) if grad is None else grad.view_as(x)
         for x, grad in zip(tensors, grads, strict=True)
     ]
 

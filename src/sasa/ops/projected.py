@@ -19,7 +19,9 @@ from .pooling import average_pool
 from .window import Window
 
 if TYPE_CHECKING:
-    from .implementations import Implementation
+    from .implementations import Backward, Forward
+
+LayerGradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of input and parameters
 
 # Bytes of queries, keys and values that exist at once: enough for all cores, and few enough that the memory is used
 # again from one part to the next.
@@ -37,10 +39,11 @@ def parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
     yield from map(slice, bounds[:-1], bounds[1:])
 
 
-def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, 3·N·D, H, W) as queries, keys and values, each (B, N, D, H, W): views."""
     batch, channels, height, width = qkv.shape
-    return qkv.view(batch, 3 * num_heads, channels // 3 // num_heads, height, width).chunk(3, dim=1)
+    query, key, value = qkv.view(batch, 3 * num_heads, channels // 3 // num_heads, height, width).chunk(3, dim=1)
+    return query, key, value
 
 
 def channels_of(x: Tensor, weight: Tensor | None) -> int:
@@ -65,7 +68,7 @@ def heads_of(pixels: Tensor, shape: torch.Size, num_heads: int) -> tuple[Tensor,
 
 
 def forward(
-    implementation: Implementation,
+    attention: Forward,
     output: Tensor,
     lse: Tensor,
     x: Tensor,
@@ -80,18 +83,18 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Writes and returns the output (B, N·D, H', W') and the log-sum-exp (B, N, h, w)."""
     if weight is None:
-        y, lse = implementation.forward(*split_heads(x, num_heads), row, col, window, scale)
+        y, lse = attention(*split_heads(x, num_heads), row, col, window, scale)
         return output.copy_(average_pool(y.flatten(1, 2), pool)), lse
     weight = weight.flatten(1)
     for part in parts(x, weight):
         qkv = heads_of(F.linear(pixels_of(x[part]), weight, bias), x[part].shape, num_heads)
-        y, lse[part] = implementation.forward(*qkv, row, col, window, scale)
+        y, lse[part] = attention(*qkv, row, col, window, scale)
         output[part] = average_pool(y.flatten(1, 2), pool)
     return output, lse
 
 
 def backward(
-    implementation: Implementation,
+    attention: Backward,
     grad_output: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -103,12 +106,12 @@ def backward(
     window: Window,
     scale: float,
     pool: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> LayerGradients:
     """Gradients of input, weight, bias, row and col."""
     grad_input = torch.empty_like(x)
     grad_unpooled = before_pool(grad_output, window, pool).unflatten(1, (num_heads, -1))
     if weight is None:
-        grads = implementation.backward(grad_unpooled, *split_heads(x, num_heads), row, col, lse, window, scale)
+        grads = attention(grad_unpooled, *split_heads(x, num_heads), row, col, lse, window, scale)
         for to, grad in zip(split_heads(grad_input, num_heads), grads[:3], strict=True):
             to.copy_(grad)
         return grad_input, None, None, *grads[3:]
@@ -116,7 +119,7 @@ def backward(
     for part in parts(x, weight):
         pixels = pixels_of(x[part])
         qkv = heads_of(F.linear(pixels, weight, bias), x[part].shape, num_heads)
-        grads = implementation.backward(grad_unpooled[part], *qkv, row, col, lse[part], window, scale)
+        grads = attention(grad_unpooled[part], *qkv, row, col, lse[part], window, scale)
         grad = pixels_of(torch.cat([g.flatten(1, 2) for g in grads[:3]], dim=1))
         totals.add(grad.mT @ pixels, None if bias is None else grad.sum(0), *grads[3:])
         grad_input[part] = (grad @ weight).view(*x[part].permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
@@ -146,9 +149,11 @@ class Totals:
         """Add gradients of weight, bias, row and col; None for what is missing."""
         for i, grad in enumerate(grads):
             total = self.sums[i]
+            if grad is None:
+                continue
             if total is not None:
                 total += grad
-            elif grad is not None:
+            else:
                 self.sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32))
 
     def zeros(self, i: int) -> Tensor | None:
@@ -159,10 +164,11 @@ class Totals:
             self.sums[i] = like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
         return self.sums[i]
 
-    def rounded(self) -> tuple[Tensor | None, ...]:
+    def rounded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """The gradients in the shape and dtype of what they belong to; zeros for an empty batch."""
         pairs = zip(self.likes, self.sums, strict=True)
-        return tuple(
+        weight, bias, row, col = (
             None if x is None else x.new_zeros(x.shape) if total is None else total.to(x.dtype).view_as(x)
             for x, total in pairs
         )
+        return weight, bias, row, col
