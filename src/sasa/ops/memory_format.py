@@ -31,7 +31,9 @@ def in_format_of(like: Tensor, x: Tensor) -> Tensor:
     if x.is_contiguous() if not is_channels_last(like) else x.permute(0, 3, 4, 1, 2).is_contiguous():
         return x
     if is_transformed():  # vmap writes into no tensor of one sample
-        return x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2) if is_channels_last(like) else x.contiguous()
+        return (
+            x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2) if is_channels_last(like) else x.contiguous()
+        )
     return empty(like, *x.shape[2:]).copy_(x)
 
 

@@ -20,11 +20,12 @@ def average_pool(x: Tensor, size: int | tuple[int, int]) -> Tensor:
         rows, cols = min(rows, height), min(cols, width)
         if height % rows == 0 and width % cols == 0:
             return x if rows == cols == 1 else F.avg_pool2d(x, (rows, cols))
-    padded = F.pad(x, (0, -width % cols, 0, -height % rows))
-    return F.avg_pool2d(padded, (rows, cols)) * (_correction(height, rows, x)[:, None] * _correction(width, cols, x))
+    missing = (cols - width % cols) % cols, (rows - height % rows) % rows
+    y = F.avg_pool2d(F.pad(x, (0, missing[0], 0, missing[1])), (rows, cols))
+    return y * (_correction(height, rows, y.shape[-2], y)[:, None] * _correction(width, cols, y.shape[-1], y))
 
 
-def _correction(length: int, size: int, like: Tensor) -> Tensor:
+def _correction(length: int, size: int, windows: int, like: Tensor) -> Tensor:
     """Size of each window over the number of its pixels inside the image."""
-    starts = torch.arange(0, length, size, device=like.device)
+    starts = torch.arange(windows, device=like.device) * size
     return (size / (length - starts).clamp(max=size)).to(like.dtype)

@@ -76,8 +76,11 @@ class Window(NamedTuple):
     @property
     def taps(self) -> list[tuple[slice, slice]]:
         """The padded pixels under each of the kh·kw taps, row by row: the order of the attention weights."""
-        columns = [self.cols.tap(dx) for dx in range(self.cols.kernel)]
-        return [(self.rows.tap(dy), column) for dy in range(self.rows.kernel) for column in columns]
+        taps = []
+        for dy in range(self.rows.kernel):  # no comprehension: torch.export(strict=True) would fix its symbolic sizes
+            for dx in range(self.cols.kernel):
+                taps.append((self.rows.tap(dy), self.cols.tap(dx)))  # noqa: PERF401
+        return taps
 
     @property
     def sizes(self) -> tuple[Pair, Pair, Pair]:
