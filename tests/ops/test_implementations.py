@@ -93,7 +93,7 @@ def test_a_named_implementation_that_cannot_says_why(name, reason, used):
 
 def test_when_none_can_it_says_so(used, monkeypatch):
     use(monkeypatch, *implementations.IMPLEMENTATIONS[:2])
-    with pytest.raises(ValueError, match="^implementation: none supports this call$"):
+    with pytest.raises(ValueError, match=r"^implementation: none supports this call$"):
         run(5, None)
 
 
