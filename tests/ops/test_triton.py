@@ -48,7 +48,7 @@ def geometry_of(case: Case) -> Window:
 def run(tensors: dict[str, Tensor], grad_output: Tensor, case: Case) -> dict[str, Tensor]:
     """Output, log-sum-exp and gradients; ``tensors`` may hold embeddings of fewer channels than the head's."""
     given = [tensors[name].to(DEVICE) if name in tensors else None for name in NAMES]
-    kernels = implementations.choose("triton", given[0], given[2])
+    kernels = implementations.choose("triton", given[0], max(given[0].shape[2], given[2].shape[2]))
     geometry = geometry_of(case)
     output, lse = kernels.forward(*given, geometry, case.scale)
     grads = kernels.backward(grad_output.to(DEVICE), *given, lse, geometry, case.scale)

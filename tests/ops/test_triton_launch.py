@@ -22,8 +22,8 @@ LAYOUTS = layouts()
 
 
 def choice(**kind) -> str:
-    value = torch.empty(1, 1, kind.pop("value_width", 4), 3, 3, **kind)
-    return implementations.choose(None, torch.empty(1, 1, 4, 3, 3, **kind), value).name
+    widest = kind.pop("value_width", 4)
+    return implementations.choose(None, torch.empty(1, 1, 4, 3, 3, **kind), widest).name
 
 
 def test_the_interpreter_is_never_chosen_by_default():
@@ -31,10 +31,10 @@ def test_the_interpreter_is_never_chosen_by_default():
 
 
 @ON_GPU
-def test_unsupported_calls_go_to_the_reference_by_default():
+def test_unsupported_calls_go_to_the_fallback_by_default():
     assert choice(device="cuda") == "triton"
-    assert choice(device="cuda", dtype=torch.float64) == "reference"
-    assert choice(device="cuda", value_width=129) == "reference"
+    assert choice(device="cuda", dtype=torch.float64) == "eager"
+    assert choice(device="cuda", value_width=129) == "eager"
 
 
 @pytest.mark.parametrize(
