@@ -24,6 +24,9 @@ def _same_start():
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
+    for name, kept in vars(torch.nn.modules.module).items():
+        if name.startswith("_global_") and isinstance(kept, dict):
+            kept.clear()  # PyTorch leaves notes of global hooks that were removed
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 

@@ -49,12 +49,15 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def runs_alone(module: nn.Module) -> bool:
-    """Whether calling a module runs a plain 1x1 convolution and nothing else: its weight and bias then say all."""
+def runs_alone(module: nn.Module, globally: bool = True) -> bool:
+    """Whether calling a module runs a plain 1x1 convolution and nothing else: its weight and bias then say all.
+
+    ``globally``: hooks on all modules count too.
+    """
     return is_plain(module) and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or nn.modules.module._has_any_global_hook()
+        or (globally and nn.modules.module._has_any_global_hook())
     )

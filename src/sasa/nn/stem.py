@@ -133,7 +133,7 @@ class AttentionStem(ConvolutionLike):
         if isinstance(x, fx.Proxy):  # torch.fx.symbolic_trace: the shape is unknown, the mode may change
             y = attend_in_blocks(x, *self._tensors(), None, *self._options())
             return max_of_blocks(self.norm(y), self.block_size)
-        alone = runs_alone(self.qk) and runs_alone(self.value)
+        alone = runs_alone(self.qk, globally=False) and runs_alone(self.value, globally=False)
         checks.layer_input(x, self.in_channels, self.qk.weight if is_plain(self.qk) else None)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)

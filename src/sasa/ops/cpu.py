@@ -31,7 +31,6 @@ __all__ = ["CpuLibraryWarning", "backward", "capabilities", "capability", "forwa
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of sasa_dtype
 _HUGE_PAGES_FROM = 2**22  # bytes
-_LEAST_RECOMPUTED = 2**18  # bytes of queries, keys and values, which the cache holds from forward to backward
 
 
 class CpuLibraryWarning(UserWarning):
@@ -99,10 +98,7 @@ def can_project(x: Tensor, weight: Tensor | None, num_heads: int) -> bool:
 
 def prefers_projected(x: Tensor, weight: Tensor, num_heads: int) -> bool:
     """Whether projecting again in the backward is faster than keeping queries, keys and values."""
-    kept = x.numel() // x.shape[1] * weight.shape[0] * x.element_size()
-    return kept >= _LEAST_RECOMPUTED and _prefers_projected(
-        x.dtype, num_heads, weight.shape[0] // 3 // num_heads, capability_index()
-    )
+    return _prefers_projected(x.dtype, num_heads, weight.shape[0] // 3 // num_heads, capability_index())
 
 
 @functools.lru_cache(maxsize=1024)
