@@ -16,10 +16,12 @@ def average_pool(x: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Means over windows of ``size`` with as large a stride: (..., H, W) to (..., ceil(H / size), ceil(W / size))."""
     height, width = x.shape[-2:]
     rows, cols = (size, size) if isinstance(size, int) else size
+    if rows == cols == 1:
+        return x
     if not torch.compiler.is_compiling():  # compiled code serves every size
         rows, cols = min(rows, height), min(cols, width)
         if height % rows == 0 and width % cols == 0:
-            return x if rows == cols == 1 else F.avg_pool2d(x, (rows, cols))
+            return F.avg_pool2d(x, (rows, cols))
     missing = (cols - width % cols) % cols, (rows - height % rows) % rows
     y = F.avg_pool2d(F.pad(x, (0, missing[0], 0, missing[1])), (rows, cols))
     return y * (_correction(height, rows, y.shape[-2], y)[:, None] * _correction(width, cols, y.shape[-1], y))
