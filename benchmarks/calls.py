@@ -1,6 +1,6 @@
 """What one call costs where there is next to nothing to compute: the layer beside the convolution it replaces.
 
-Everything runs in this process, the layers taking turns, medians of many calls; both on an image of 2 x 2 pixels.
+Everything runs in this process on one thread, the layers taking turns: medians of many calls on 2 x 2 pixels.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def turn(found: dict[str, nn.Module], mode: str, calls: int) -> dict[str, list[f
 
 def run(quick: bool, say: Callable[[str], object]) -> dict[str, Any]:
     """Both modes: medians of the turns, ratios to the convolution of the same turn."""
-    threads = torch.get_num_threads()
+    here = machine()
     torch.set_num_threads(1)  # PyTorch's convolution would wake others for a few numbers
     try:
-        return {"machine": machine(), "cases": measure_in_turns(quick, say)}
+        return {"machine": here, "cases": measure_in_turns(quick, say)}
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(here["threads"])
 
 
 def measure_in_turns(quick: bool, say: Callable[[str], object]) -> list[dict[str, Any]]:

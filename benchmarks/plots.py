@@ -156,7 +156,7 @@ def networks(result: Result) -> Figure:
 
 def calls(result: Result) -> Figure:
     """Bars of the microseconds of a call."""
-    figure = new_figure("what a call costs: 8 channels, 3x3, an image of 2x2 pixels", result, 3)
+    figure = new_figure("what a call costs: 8 channels, 3x3, an image of 2x2 pixels, one thread", result, 3)
     panels = figure.subplots(1, len(result["cases"]), squeeze=False)[0]
     for panel, case in zip(panels, result["cases"], strict=True):
         names = list(case["peers"])

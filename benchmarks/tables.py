@@ -95,7 +95,7 @@ def calls(result: Result) -> Rows:
             ratio = f"{peer['ratio_to_convolution']:.2f} ({peer['ratio_lowest']:.2f} to {peer['ratio_highest']:.2f})"
             rows.append([case["case"], name, f"{peer['microseconds']:.0f}", ratio])
     header = ["call", "by", "µs", "times the convolution's (lowest to highest)"]
-    caption = f"{in_words(result['machine'])}. 8 channels, 3x3, an image of 2x2 pixels."
+    caption = f"{in_words(result['machine'])}. 8 channels, 3x3, an image of 2x2 pixels, one thread."
     return Rows("what a call costs", header, rows, 2, caption)
 
 
