@@ -14,6 +14,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import sasa
+from sasa.ops.operators import LOCAL
 
 LAYOUTS = layouts()
 NAMES = ("query", "key", "value", "row_embedding", "col_embedding")
@@ -53,6 +54,14 @@ def leaves(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [x if x is None else x.detach().requires_grad_() for x in tensors]
 
 
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda q: f(q).square().sum())(x[0]),
+    "jvp": lambda f, x: torch.func.jvp(f, (x[0],), (x[1],)),
+    "vmap": lambda f, x: torch.func.vmap(f)(x),
+    "per-sample gradients": lambda f, x: torch.func.vmap(torch.func.grad(lambda q: f(q).square().sum()))(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda q: f(q).square().sum())(x[0]),
+}
+
 # opcheck itself looks at .grad of tensors that are no leaves.
 opchecks = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
@@ -60,13 +69,13 @@ opchecks = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor th
 @opchecks
 @problems
 def test_opcheck(case, layout, dtype, implementation):
-    """Schema, fake tensors and AOT dispatch with dynamic shapes, of both operators, which carry no derivatives."""
+    """Schema, fake tensors and AOT dispatch with dynamic shapes, of both operators, gradients of the forward."""
     if not implementation.has_operator:
         pytest.skip("the equation has no operator")
     if not implementation.supports(dtype) or implementation.device != "cpu":
         pytest.skip(f"{implementation.name} does not compute {dtype} on the CPU")
     tensors, options = arguments(case, layout, dtype, implementation.name)
-    opcheck(FORWARD, (*tensors, *options))
+    opcheck(FORWARD, (*leaves(tensors), *options))
     output, lse = FORWARD(*tensors, *options)
     opcheck(BACKWARD, (LAYOUTS.get(layout, Tensor.contiguous)(torch.randn_like(output)), *tensors, lse, *options))
 
@@ -84,12 +93,40 @@ def test_opcheck_of_halves(widths, implementation):
     opcheck(BACKWARD, (output, *tensors, lse, *options))
 
 
-def test_operators_give_no_gradient_in_silence():
-    """Who calls one as if it were differentiable is warned by PyTorch."""
-    tensors, options = arguments(Case(), "contiguous", torch.float32)
-    output, _ = FORWARD(*leaves(tensors), *options)
-    with pytest.warns(UserWarning, match="sasa::local_attention: an autograd kernel was not registered"):
-        output.sum().backward()
+@problems
+@pytest.mark.parametrize("name", [None, "eager"])
+def test_derivatives_of_an_operator_called_by_itself(case, layout, dtype, name):
+    """As an exported program calls it: those of the function around it, of the first order and the second."""
+    tensors, options = arguments(case, layout, dtype, name)
+    given = leaves(tensors)
+    present = [x for x in given if x is not None]
+    expected = sasa.local_attention(
+        **{name: x for name, x in zip(NAMES, given, strict=True) if x is not None}, **case.options, implementation=name
+    )
+    output, _ = FORWARD(*given, *options)
+    for y in (output, expected):
+        y.tanh_()  # whoever receives it may change it in place
+    found = [
+        torch.autograd.grad(torch.autograd.grad(y.square().sum(), present, create_graph=True)[0].sum(), present)
+        for y in (output, expected)
+    ]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # PyTorch's own rules for jvp
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_an_operator_called_by_itself(transform):
+    tensors, options = arguments(Case(size=(4, 3)), "contiguous", torch.float64)
+    x = torch.randn(2, *tensors[0].shape, dtype=torch.float64)
+    results = [
+        TRANSFORMS[transform](function, x)
+        for function in (
+            lambda q: FORWARD(q, *tensors[1:], *options)[0],
+            lambda q: LOCAL.equation(q, *tensors[1:], *options),
+        )
+    ]
+    torch.testing.assert_close(*results)
 
 
 def kinds(results) -> list[tuple]:

@@ -1,8 +1,9 @@
 """How PyTorch differentiates the operators: one ``autograd.Function`` over a forward and a backward operator.
 
-The operators themselves carry no derivatives, so that torch.func can transform what calls them. The output is not
-saved: whoever receives it may change it in place. Derivatives of the backward are those of the equation, in plain ATen
-operations. So is all of forward mode: see :func:`is_transformed_forward`.
+The Function is what torch.func transforms; derivatives registered with an operator would be lost there. An operator
+carries the same backward all the same, for exported programs, which call it by itself. The output is not saved: whoever
+receives it may change it in place. Derivatives of the backward are those of the equation, in plain ATen operations. So
+is all of forward mode: see :func:`is_transformed_forward`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def apply(operator: Operator, options: tuple[Any, ...], *tensors: *tuple[Tensor,
         with without_autocast(tensors[0]):
             return operator.equation(*tensors, *options)
     if torch.compiler.is_exporting():
-        return operator.forward(*tensors, *options)[0]  # a program to run, not to train
+        return operator.forward(*tensors, *options)[0]
     if torch.compiler.is_compiling():
         return _Attention.apply(operator, options, *_distinct(tensors))[0]
     if is_transformed():
@@ -67,6 +68,23 @@ def apply(operator: Operator, options: tuple[Any, ...], *tensors: *tuple[Tensor,
     if needs_gradient(*tensors):
         return _Untransformed.apply(operator, options, *tensors)[0]
     return operator.forward(*tensors, *options)[0]
+
+
+def register(operator: Operator) -> None:
+    """Derivatives of an operator that is called by itself, by an exported program or as ``torch.ops.sasa``."""
+    forward = operator.forward.operator
+
+    def differentiable(*arguments: Any) -> tuple[Tensor, ...]:
+        tensors, options = arguments[:5], arguments[5:]
+        transformed = is_transformed() or is_transformed_forward()
+        if needs_gradient(*tensors) and not transformed:
+            return _Attention.apply(operator, options, *tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            output, lse = forward(*arguments)
+        # PyTorch applies no Function while it is at a transform's operator.
+        return operator.equation(*tensors, *options) if transformed else output, lse
+
+    torch.library.impl(forward.name(), "Autograd", differentiable)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

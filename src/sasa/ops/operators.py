@@ -1,7 +1,7 @@
 """The registered operators: ``torch.ops.sasa.local_attention``, ``projected_attention`` and their backwards.
 
 Schemas and shapes for tracing (fake and meta tensors) are stated here once, FLOPs in ``flops.py``, and hold for every
-implementation. The operators carry no derivatives: see ``autograd.py``. Each forward also returns the log-sum-exp of
+implementation; their derivatives are in ``autograd.py``. Each forward also returns the log-sum-exp of
 the logits, from which its backward recomputes the weights; the output is not saved.
 
 A layer's weight is (3·N·D, C, 1, 1); without it, the input is the projections. ``row`` (N, Dr, kh), or (N·Dr, kh),
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import equation, flops, projected
-from .autograd import Operator, Registered
+from .autograd import Operator, Registered, register
 from .eager import sum_dtype
 from .implementations import Backward, Forward, Projected, choose
 from .memory_format import empty, empty_image, in_format_of
@@ -37,11 +37,11 @@ def _define(name: str, schema: str) -> None:
 
 
 def _implements(name: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Registered]:
-    def register(function: Callable[..., tuple[Tensor, ...]]) -> Registered:
+    def implement(function: Callable[..., tuple[Tensor, ...]]) -> Registered:
         torch.library.impl(f"sasa::{name}", "default", function)
         return Registered(getattr(torch.ops.sasa, name).default, function)
 
-    return register
+    return implement
 
 
 _define("local_attention", f"({_LOCAL}, {_SIZES}) -> (Tensor output, Tensor lse)")
@@ -237,4 +237,6 @@ def _fold_heads(function, samples, in_dims, operator, options, tensors):
 LOCAL = Operator(_local, _local_backward, _local_equation, _fold_heads)
 PROJECTED = Operator(_projected, _projected_backward, _projected_equation, None)
 
+register(LOCAL)
+register(PROJECTED)
 flops.register()
