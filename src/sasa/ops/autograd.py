@@ -55,14 +55,12 @@ class Operator(NamedTuple):
 
 def apply(operator: Operator, options: tuple[Any, ...], *tensors: *tuple[Tensor, *tuple[Tensor | None, ...]]) -> Tensor:
     """The operator's output, differentiable in every mode and to any order."""
-    # Traced inside of a transform, the backward operator would be taken for one without derivatives of its own.
+    # torch.compile traces no vmap rule of a Function.
     if is_transformed_forward() or (torch.compiler.is_compiling() and is_transformed()):
         with without_autocast(tensors[0]):
             return operator.equation(*tensors, *options)
-    if torch.compiler.is_exporting():
-        return operator.forward(*tensors, *options)[0]
     if torch.compiler.is_compiling():
-        return _Attention.apply(operator, options, *_distinct(tensors))[0]
+        return operator.forward(*tensors, *options)[0]
     if is_transformed():
         return _Attention.apply(operator, options, *tensors)[0]
     if needs_gradient(*tensors):
@@ -90,15 +88,6 @@ def register(operator: Operator) -> None:
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether a backward through a result of these will be wanted."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _distinct(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """The tensors, a repeated one as a view of itself: Dynamo traces no Function that gets a tensor twice."""
-    distinct: list[Tensor | None] = []
-    for x in tensors:
-        repeated = x is not None and any(x is other for other in distinct)
-        distinct.append(x.view_as(x) if x is not None and repeated else x)
-    return distinct
 
 
 def is_transformed() -> bool:
@@ -157,7 +146,7 @@ class _Attention(torch.autograd.Function):
         if is_transformed_forward():
             with without_autocast(grad):
                 return None, None, *gradients(ctx.operator.equation, ctx.options, grad, tensors)
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or is_transformed()):
+        if not (torch.is_grad_enabled() or is_transformed()):
             grads = ctx.operator.backward(grad, *tensors, lse, *ctx.options)
         else:
             grads = _Backward.apply(ctx.operator, ctx.options, grad, *tensors, lse)
