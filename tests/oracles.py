@@ -209,7 +209,7 @@ def solve_tensors(tensors: dict[str, Tensor], grad_output: Tensor, **options) ->
     return Solution(tensors, grad_output, right, units(wide, grad_output.double(), right["lse"], options["scale"]))
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=4096)
 def solve(case: Case, dtype: torch.dtype = torch.float64) -> Solution:
     """The solution of a case whose tensors were rounded to ``dtype``; kept, as each implementation asks for it."""
     tensors = case.tensors(dtype)

@@ -89,12 +89,16 @@ def test_one_image_without_a_batch():
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_stem_in_one_graph(training):
+@pytest.mark.parametrize(
+    ("training", "memory_format"),
+    [(True, torch.contiguous_format), (False, torch.channels_last)],
+    ids=["train", "eval"],
+)
+def test_stem_in_one_graph(training, memory_format):
     """With gradients in both modes, and without."""
     stem = sasa.AttentionStem(3, 8, 2).train(training)
     compiled = torch.compile(stem, backend="aot_eager", fullgraph=True, dynamic=False)
-    x = torch.randn(2, 3, 7, 9)
+    x = torch.randn(2, 3, 7, 9).to(memory_format=memory_format)
     assert_same(compiled, stem, x)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), stem(x))

