@@ -105,10 +105,11 @@ ORDER = ("ops", "nn", "models", "train", "viz", "study")
 def test_flops_are_known_whichever_is_imported_first(order):
     code = f"""
 {order}
-import torch
+import sys, torch
 q = torch.zeros(1, 1, 4, 5, 5, requires_grad=True)
 with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
     sasa.local_attention(q, q, q, 3).sum().backward()
+assert not any(type(finder).__module__.startswith("sasa") for finder in sys.meta_path), sys.meta_path
 print(counter.get_total_flops())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

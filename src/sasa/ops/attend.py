@@ -1,25 +1,23 @@
 """The way from arguments that were checked to an implementation: :func:`attend`, which layers call, and its core.
 
 attend ── project ── attend_heads ── autograd.apply ── operator ── implementation
-└── both at once, where the implementation projects: autograd.apply ── operator ── implementation
+├── both at once, where the implementation projects: autograd.apply ── operator ── implementation
+└── where a plain call of the same layout came before: what prepared.py kept of it ── implementation
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, equation
-from .autograd import apply, is_observed, is_transformed, is_transformed_forward, needs_gradient
-from .cpu import half
-from .implementations import choose, is_the_equation, machine
-from .memory_format import in_format_of, like_image
-from .operators import LOCAL, PROJECTED, by_head, not_empty
+from .autograd import apply, is_transformed, is_transformed_forward, needs_gradient
+from .implementations import choose, is_the_equation
+from .memory_format import in_format_of
+from .operators import LOCAL, PROJECTED, by_head
 from .pooling import average_pool
-from .precision import autocast, is_active, without_autocast
+from .precision import autocast, without_autocast
+from .prepared import prepared, project
 from .projected import is_large, split_heads
 from .window import Pair, window_of
 
@@ -66,7 +64,7 @@ def attend(
         TypeError: ``x`` is no tensor.
     """
     options = num_heads, kernel_size, stride, dilation, border, scale, pool, implementation
-    output = None if weight is None else _prepared(x, weight, bias, row, col, options)
+    output = None if weight is None else prepared(x, weight, bias, row, col, options, recompute)
     if output is not None:
         return output
     checks.layer_input(x, weight.shape[1] if weight is not None else x.shape[-3], weight)
@@ -74,7 +72,7 @@ def attend(
     if x.dim() == 3:
         return attend(x.unsqueeze(0), weight, bias, row, col, *options, recompute).squeeze(0)
     if weight is not None and not _projects_inside((x, weight, bias, row, col), num_heads, implementation, recompute):
-        x, weight, bias = _project(x, weight, bias), None, None
+        x, weight, bias = project(x, weight, bias), None, None
     if weight is None and (is_the_equation(implementation) or is_transformed() or is_transformed_forward()):
         sizes = kernel_size, stride, dilation, border
         row, col = by_head(row, num_heads), by_head(col, num_heads)
@@ -87,55 +85,6 @@ def attend(
     )
     options = num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
     return apply(PROJECTED, options, x, weight, bias, _taps(row, rows), _taps(col, cols))
-
-
-def _prepared(
-    x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, col: Tensor | None, options: tuple
-) -> Tensor | None:
-    """The output of a call without gradients by what was kept of an earlier call of the same layouts; None where there
-    is more to it. For a small layer the way there takes longer than the attention.
-    """
-    tensors = x, weight, bias, row, col
-    if (
-        not isinstance(x, Tensor)
-        or is_observed(tensors)
-        or needs_gradient(*tensors)
-        or x.device != weight.device
-        or is_active(x.device.type)
-    ):
-        return None
-    halves = half(row, options[0]), half(col, options[0])
-    layouts = x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype
-    call = _prepare(x.device.type, *layouts, *halves, *options, machine())
-    return None if call is None else call(x, weight, bias, not_empty(row), not_empty(col))[0]
-
-
-@functools.lru_cache(maxsize=4096)
-def _prepare(
-    device, shape, strides, dtype, weight_shape, weight_strides, weight_dtype, row, col,
-    num_heads, kernel_size, stride, dilation, border, scale, pool, implementation, machine,
-):  # fmt: skip
-    fits = len(shape) == 4 and shape[1] == weight_shape[1] and 0 not in shape and dtype == weight_dtype
-    if not fits or is_the_equation(implementation):
-        return None
-    x, weight = (torch.empty(1, dtype=dtype, device=device).expand(sizes) for sizes in (shape, weight_shape))
-    projected = choose(implementation, x, weight_shape[0] // 3 // num_heads).projected
-    inside = projected is not None and projected.supports(x, weight, num_heads)
-    if projected is None or (not inside and is_large(x, weight)):
-        return None
-    checks.scale_of(scale, dtype)
-    fitted, stride, dilation, _ = checks.window_sizes(shape[2:], kernel_size, stride, dilation, border)
-    if fitted != kernel_size:
-        return None
-    window = window_of(x, fitted, stride, dilation, border)
-    if not inside:
-        forward = projected.forward
-        return lambda x, weight, bias, row, col: forward(
-            _project(x, weight, bias), None, None, row, col, num_heads, window, scale, pool
-        )
-    halves = (None if half is None or half[1] == 0 else half for half in (row, col))
-    layouts = shape, strides, dtype, weight_shape[0], weight_strides, *halves
-    return projected.prepare(*layouts, num_heads, window, scale, pool, *machine)
 
 
 def attend_heads(
@@ -207,12 +156,6 @@ def _projects_inside(
         return not tracked or projected.preferred(x, weight, num_heads)
     # Where nothing is kept, the queries, keys and values of a few images at a time take less memory.
     return not tracked and x.device.type == "cpu" and is_large(x, weight)
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Queries, keys and values of every pixel, (B, 3·N·D, H, W), in the memory format of ``x``."""
-    with without_autocast(x):
-        return like_image(F.conv2d(x, weight, bias), x)
 
 
 def _taps(embedding: Tensor | None, taps: slice) -> Tensor | None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad, profiler
 
 from .derivatives import gradients, second_gradients
@@ -27,7 +28,7 @@ class Registered(NamedTuple):
         function: what it calls in the end.
     """
 
-    operator: Callable[..., tuple[Tensor, ...]]
+    operator: torch._ops.OpOverload
     function: Callable[..., tuple[Tensor, ...]]
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
@@ -47,8 +48,8 @@ class Operator(NamedTuple):
             samples one after the other.
     """
 
-    forward: Registered
-    backward: Registered
+    forward: Registered | Callable[..., tuple[Tensor, ...]]
+    backward: Registered | Callable[..., tuple[Tensor, ...]]
     equation: Callable[..., Tensor]
     fold: Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]] | None
 
@@ -64,13 +65,17 @@ def apply(operator: Operator, options: tuple[Any, ...], *tensors: *tuple[Tensor,
     if is_transformed():
         return _Attention.apply(operator, options, *tensors)[0]
     if needs_gradient(*tensors):
-        return _Untransformed.apply(operator, options, *tensors)[0]
+        return apply_here(operator, *tensors, options=options)
     return operator.forward(*tensors, *options)[0]
 
 
-def register(operator: Operator) -> None:
+def apply_here(operator: Operator, *tensors: Tensor | None, options: tuple[Any, ...] = ()) -> Tensor:
+    """The operator's output, differentiable, where no transform is active and nothing is compiled."""
+    return _Untransformed.apply(operator, options, *tensors)
+
+
+def register(forward: torch._ops.OpOverload, operator: Operator) -> None:
     """Derivatives of an operator that is called by itself, by an exported program or as ``torch.ops.sasa``."""
-    forward = operator.forward.operator
 
     def differentiable(*arguments: Any) -> tuple[Tensor, ...]:
         tensors, options = arguments[:5], arguments[5:]
@@ -105,7 +110,7 @@ def is_observed(arguments: tuple[Any, ...]) -> bool:
     return (
         torch.compiler.is_compiling()
         or is_transformed()
-        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # as is_grads_batched has it
+        or is_legacy_batchedtensor(arguments[0])  # as is_grads_batched has it
         or is_transformed_forward()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
@@ -161,9 +166,11 @@ class _Untransformed(torch.autograd.Function):
     """The same without ``setup_context``, which transforms need and which takes as long as a small layer to call."""
 
     @staticmethod
-    def forward(ctx, operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        output = operator.forward(*tensors, *options)
-        _Attention.setup_context(ctx, (operator, options, *tensors), output)
+    def forward(ctx, operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+        ctx.operator, ctx.options = operator, options
+        output, lse = operator.forward(*tensors, *options)
+        ctx.save_for_backward(*tensors, lse)
+        ctx.set_materialize_grads(False)
         return output
 
     backward = _Attention.backward

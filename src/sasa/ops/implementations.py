@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import cpu, eager, triton
+from . import cpu, cpu_call, cpu_projected, eager, triton
 from .projected import LayerGradients
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
@@ -26,7 +26,7 @@ class Projected(NamedTuple):
         preferred: given the same, whether projecting again in the backward is faster
             than keeping queries, keys and values.
         prepare: all of forward that needs only be worked out once for inputs of one layout: see
-            :func:`sasa.ops.cpu.prepare_projected`.
+            :func:`sasa.ops.cpu_projected.prepare`.
         forward: of input, weight, bias, row, col, number of heads, window, scale and pool: the output
             (B, N·D, H', W') and the log-sum-exp (B, N, h, w).
         backward: of the output's gradient, input, weight, bias, row, col, log-sum-exp, number of heads, window, scale
@@ -82,7 +82,11 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         cpu.unsupported,
         _always,
         Projected(
-            cpu.can_project, cpu.prefers_projected, cpu.prepare_projected, cpu.forward_projected, cpu.backward_projected
+            cpu_projected.can_project,
+            cpu_projected.prefers_projected,
+            cpu_projected.prepare,
+            cpu_projected.forward,
+            cpu_projected.backward,
         ),
     ),
     Implementation(
@@ -115,7 +119,7 @@ _BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTA
 
 def machine() -> tuple[int, ...]:
     """What implementations depend on besides their arguments."""
-    return cpu.machine()
+    return cpu_call.machine()
 
 
 def names() -> list[str]:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .autograd import is_transformed
 
+EmbeddingLayout = tuple[tuple[int, ...], int]  # strides of (N, channels, taps), and channels
+
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of (B, N, D, H, W) are next to each other in memory, as in a view of a channels_last
@@ -52,3 +54,13 @@ def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     if like.stride(1) == 1 and like.stride(3) != 1:
         return like.new_empty_strided(size, (height * width * channels, 1, width * channels, channels))
     return like.new_empty(size)
+
+
+def layout_of(embedding: Tensor | None, num_heads: int) -> EmbeddingLayout | None:
+    """Strides and channels of an embedding, (N, channels, taps) or (N·channels, taps); None for none."""
+    if embedding is None:
+        return None
+    if embedding.dim() == 3:
+        return embedding.stride(), embedding.shape[1]
+    channels, (channel, tap) = embedding.shape[0] // num_heads, embedding.stride()
+    return (channels * channel, channel, tap), channels

@@ -93,7 +93,7 @@ def _local_backward(
             scale,
         )
     dense = [in_format_of(x, grad) for x, grad in zip((query, key, value), grads[:3], strict=True)]
-    return (*dense, *_not_none(query, (row, col), grads[3:]))
+    return (*dense, *not_none(query, (row, col), grads[3:]))
 
 
 @_implements("projected_attention")
@@ -123,7 +123,7 @@ def _projected_backward(
             grads = ours.backward(*tensors, num_heads, window, scale, pool)
         else:
             grads = projected.backward(backward, *tensors, num_heads, window, scale, pool)
-    return (grads[0], *_not_none(x, (weight, bias, row, col), grads[1:]))
+    return (grads[0], *not_none(x, (weight, bias, row, col), grads[1:]))
 
 
 def _projecting(
@@ -151,10 +151,14 @@ def _halves(row: Tensor | None, col: Tensor | None, num_heads: int) -> tuple[Ten
     return by_head(not_empty(row), num_heads), by_head(not_empty(col), num_heads)
 
 
-def _not_none(like: Tensor, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:
+def not_none(like: Tensor, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:
     """An operator can't return None: the gradient of a missing or empty tensor is an empty tensor."""
     return [
-        like.new_empty(0) if x is None else like.new_empty(x.shape) if grad is None else grad.view_as(x)
+        like.new_empty(0 if x is None else x.shape)
+        if x is None or grad is None
+        else grad
+        if grad.shape == x.shape
+        else grad.view_as(x)
         for x, grad in zip(tensors, grads, strict=True)
     ]
 
@@ -237,6 +241,6 @@ def _fold_heads(function, samples, in_dims, operator, options, tensors):
 LOCAL = Operator(_local, _local_backward, _local_equation, _fold_heads)
 PROJECTED = Operator(_projected, _projected_backward, _projected_equation, None)
 
-register(LOCAL)
-register(PROJECTED)
+register(_local.operator, LOCAL)
+register(_projected.operator, PROJECTED)
 flops.register()

@@ -156,14 +156,6 @@ class Totals:
             else:
                 self.sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32))
 
-    def zeros(self, i: int) -> Tensor | None:
-        """The sum of weight (0) or bias (1), to be added to in place."""
-        like = self.likes[i]
-        if self.sums[i] is None and like is not None:
-            shape = like.shape[:2]  # of a 1x1 convolution's weight as a matrix
-            self.sums[i] = like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
-        return self.sums[i]
-
     def rounded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """The gradients in the shape and dtype of what they belong to; zeros for an empty batch."""
         pairs = zip(self.likes, self.sums, strict=True)

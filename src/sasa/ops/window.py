@@ -83,6 +83,11 @@ class Window(NamedTuple):
         return taps
 
     @property
+    def skips_pixels(self) -> bool:
+        """Whether no window is centred on some pixels: their queries are not used."""
+        return (self.rows.outputs, self.cols.outputs) != (self.rows.size, self.cols.size)
+
+    @property
     def sizes(self) -> tuple[Pair, Pair, Pair]:
         """Kernel size, stride and dilation, as the operators take them."""
         rows, cols = self.rows, self.cols

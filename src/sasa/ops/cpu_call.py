@@ -1,0 +1,168 @@
+"""Calls of the C++ library (``csrc/local_attention.h``) with the addresses of CPU tensors.
+
+What a call says of its tensors besides their addresses is filled in once for tensors of one layout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cpu_library import capability_index, load
+from .cpu_structures import CAxis, CEmbedding, CGradients, CProblem, CProjection, CTensor
+from .memory_format import EmbeddingLayout
+from .window import BORDERS, Axis, Window
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of sasa_dtype
+_HUGE_PAGES_FROM = 2**22  # bytes
+
+
+class Layout(NamedTuple):
+    """The structures of a call in one piece of memory, complete but for the addresses of tensors.
+
+    Attributes:
+        memory: sasa_problem, sasa_projection, and sasa_tensor for an output or sasa_gradients.
+        addresses: where the addresses of the tensors go.
+        results: where the last structure begins.
+        projected: whether the problem has a projection.
+    """
+
+    memory: bytes
+    addresses: tuple[int, ...]
+    results: int
+    projected: bool
+
+
+_ADDRESS = struct.Struct("P")
+_PROJECTION = ctypes.sizeof(CProblem)  # where it begins
+_RESULTS = _PROJECTION + ctypes.sizeof(CProjection)
+
+
+@functools.lru_cache(maxsize=4096)
+def layout(
+    shape: tuple[int, int, int],
+    value_channels: int,
+    dtype: torch.dtype,
+    window: Window,
+    scale: float,
+    pool: int,
+    threads: int,
+    capability: int,
+    images: tuple[tuple[int, ...], ...],
+    layer: tuple[int, tuple[int, ...]] | None,
+    row: EmbeddingLayout | None,
+    col: EmbeddingLayout | None,
+    results: tuple[tuple[int, ...], ...],
+) -> Layout:
+    """Kept from call to call: filling the structures takes longer than a small problem.
+
+    Args:
+        shape: (B, N, D).
+        value_channels: Dv.
+        dtype: of all tensors.
+        window: geometry.
+        scale: factor on the logits.
+        pool: 1 or 2.
+        threads: at most so many.
+        capability: the instruction set.
+        images: strides of query, key and value, or of a layer's input, as (B, N, D, H, W).
+        layer: a layer's input channels and its weight's strides; or None.
+        row: strides of the row embedding and its channels; or None.
+        col: likewise of the column embedding.
+        results: strides of the output, or of the gradients of output, query, key and value.
+    """
+    rows, cols = (_embedding(half, first) for half, first in ((row, 0), (col, shape[2] - (col[1] if col else 0))))
+    problem = CProblem(
+        dtype=DTYPES.index(dtype), border=BORDERS.index(window.border), threads=threads, capability=capability,
+        scale=scale, batch=shape[0], heads=shape[1], channels=shape[2], value_channels=value_channels,
+        rows=axis_of(window.rows), cols=axis_of(window.cols), row=rows, col=cols, pool=pool,
+    )  # fmt: skip
+    projection = CProjection()
+    if layer is None:
+        problem.query, problem.key, problem.value = (CTensor(None, strides) for strides in images)
+        addresses = [getattr(CProblem, name).offset for name in ("query", "key", "value")]
+    else:
+        projection = CProjection(CTensor(None, images[0]), layer[0], None, layer[1][:2], None)
+        addresses = [_PROJECTION + getattr(CProjection, name).offset for name in ("input", "weight", "bias")]
+    addresses += [getattr(CProblem, name).offset for name in ("row", "col", "lse")]
+    tensors = [CTensor(None, strides) for strides in results]
+    if row is not None:
+        rows = _embedding((_contiguous(row[1], window.rows.kernel), row[1]), rows.first)
+    if col is not None:
+        cols = _embedding((_contiguous(col[1], window.cols.kernel), col[1]), cols.first)
+    last = tensors[0] if len(tensors) == 1 else CGradients(*tensors, rows, cols)
+    fields = ("output",) if len(tensors) == 1 else ("output", "query", "key", "value", "row", "col")
+    addresses += [_RESULTS + (0 if len(tensors) == 1 else getattr(CGradients, name).offset) for name in fields]
+    memory = bytes(problem) + bytes(projection) + bytes(last)
+    return Layout(memory, tuple(addresses), _RESULTS, layer is not None)
+
+
+def call(function: Callable[[int, int], int], kept: Layout, *tensors: Tensor | int | None) -> None:
+    """Call the library with the structures of ``kept`` and the addresses of the tensors that it lists."""
+    memory = bytearray(kept.memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for place, x in zip(kept.addresses, tensors, strict=True):
+        if x is not None:
+            _ADDRESS.pack_into(memory, place, x if isinstance(x, int) else x.data_ptr())
+    if kept.projected:
+        _ADDRESS.pack_into(memory, CProblem.projection.offset, start + _PROJECTION)
+    status = function(start, start + kept.results)
+    if status:
+        check(status)
+
+
+def machine() -> tuple[int, int]:
+    """What a call depends on besides its arguments: number of threads and instruction set."""
+    return torch.get_num_threads(), capability_index()
+
+
+def strides_of_one_head(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a layer's input (B, C, H, W) as (B, 1, C, H, W)."""
+    batch, *rest = strides
+    return batch, 0, *rest
+
+
+def strides_of_heads(strides: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """Strides of (B, N·D, H, W) as (B, N, D, H, W)."""
+    batch, channel, *pixel = strides
+    return batch, channels * channel, channel, *pixel
+
+
+def _contiguous(channels: int, taps: int) -> tuple[int, int, int]:
+    """Strides of a contiguous (N, channels, taps)."""
+    return channels * taps, taps, 1
+
+
+def _embedding(half: EmbeddingLayout | None, first: int) -> CEmbedding:
+    return CEmbedding() if half is None else CEmbedding(None, first, half[1], half[0])
+
+
+def axis_of(axis: Axis) -> CAxis:
+    """Geometry of an axis as the library takes it."""
+    return CAxis(axis.size, axis.outputs, axis.kernel, axis.stride, axis.dilation, axis.before)
+
+
+def check(status: int) -> None:
+    """Raise for a status that says that nothing was computed."""
+    if status == 1:
+        raise MemoryError("local attention on the CPU: not enough memory for the workspace of a thread")
+    if status:
+        raise RuntimeError(f"local attention on the CPU: the library refused its arguments (status {status})")
+
+
+def in_huge_pages(fresh: Tensor) -> Tensor:
+    """``fresh``, a new dense tensor, backed by huge pages where the system has them: half of the time of writing a
+    large tensor for the first time is page faults.
+    """
+    size = fresh.numel() * fresh.element_size()
+    if size >= _HUGE_PAGES_FROM:
+        found, _ = load()
+        if found is not None and fresh.device.type == "cpu":
+            found.sasa_use_huge_pages(fresh.data_ptr(), size)
+    return fresh

@@ -1,0 +1,145 @@
+"""Layers called again with an input of the same layout: what depends on the layout alone is worked out once.
+
+For a small layer that takes longer than the attention. The results are those of the whole way, :func:`attend`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+from .autograd import Operator, apply_here, is_observed, needs_gradient
+from .implementations import Forward, Projected, choose, is_the_equation, machine
+from .memory_format import EmbeddingLayout, layout_of, like_image
+from .operators import PROJECTED, not_empty, not_none
+from .precision import is_active, without_autocast
+from .projected import is_large
+from .window import Pair, window_of
+
+Call = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], Tensor]
+
+
+def prepared(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row: Tensor | None,
+    col: Tensor | None,
+    options: tuple[Any, ...],
+    recompute: bool | None,
+) -> Tensor | None:
+    """The output, if the call is a plain one that an implementation prepares; else None. Arguments as of ``attend``;
+    ``options`` are those between ``col`` and ``recompute``.
+    """
+    tensors = x, weight, bias, row, col
+    if not isinstance(x, Tensor) or is_observed(tensors) or x.device != weight.device or is_active(x.device.type):
+        return None
+    layouts = x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype
+    embeddings = layout_of(row, options[0]), layout_of(col, options[0])
+    tracked = needs_gradient(*tensors)
+    call = _prepare(x.device.type, *layouts, *embeddings, *options, recompute if tracked else None, tracked, machine())
+    return None if call is None else call(*tensors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(
+    device: str,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    weight_shape: torch.Size,
+    weight_strides: tuple[int, ...],
+    weight_dtype: torch.dtype,
+    row: EmbeddingLayout | None,
+    col: EmbeddingLayout | None,
+    num_heads: int,
+    kernel_size: Pair,
+    stride: Pair,
+    dilation: Pair,
+    border: str,
+    scale: float,
+    pool: int,
+    implementation: str | None,
+    recompute: bool | None,
+    tracked: bool,
+    machine: tuple[int, ...],
+) -> Call | None:
+    """The call for these layouts; None for those that are checked, cast or cropped each time."""
+    fits = len(shape) == 4 and shape[1] == weight_shape[1] and 0 not in shape and dtype == weight_dtype
+    if not fits or is_the_equation(implementation):
+        return None
+    x, weight = (torch.empty(1, dtype=dtype, device=device).expand(sizes) for sizes in (shape, weight_shape))
+    kernels = choose(implementation, x, weight_shape[0] // 3 // num_heads).projected
+    if kernels is None:
+        return None
+    inside = kernels.supports(x, weight, num_heads)
+    if tracked:
+        wanted = kernels.preferred(x, weight, num_heads) if recompute is None else recompute
+        if wanted and not inside:
+            return None
+        inside = inside and wanted
+    elif not inside and is_large(x, weight):
+        return None
+    checks.scale_of(scale, dtype)
+    fitted, stride, dilation, _ = checks.window_sizes(shape[2:], kernel_size, stride, dilation, border)
+    if fitted != kernel_size:
+        return None
+    window = window_of(x, fitted, stride, dilation, border)
+    computed = num_heads, window, scale, pool
+    if inside:
+        present = (half if half is not None and half[1] > 0 else None for half in (row, col))
+        layouts = shape, strides, dtype, weight_shape[0], weight_strides, *present
+        run = kernels.prepare(*layouts, *computed, *machine)
+    else:
+        run = functools.partial(_run, kernels, computed)
+
+    def forward(x, weight, bias, row, col):
+        return run(x, weight, bias, not_empty(row), not_empty(col))
+
+    if tracked:
+        options = num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
+        call = functools.partial(apply_here, _operator(kernels, forward, computed, options))
+    else:
+        call = functools.partial(_without_gradient, forward)
+    return call if inside else functools.partial(_projected_first, call)
+
+
+def _run(kernels: Projected, computed: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    return kernels.forward(*tensors, *computed)
+
+
+def _without_gradient(forward: Forward, *tensors: Tensor | None) -> Tensor:
+    return forward(*tensors)[0]
+
+
+def _projected_first(
+    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, col: Tensor | None
+) -> Tensor:
+    return call(project(x, weight, bias), None, None, row, col)
+
+
+def _operator(kernels: Projected, forward: Forward, computed: tuple[Any, ...], options: tuple[Any, ...]) -> Operator:
+    """The registered operator with its options, which are looked at no more."""
+
+    def backward(grad, x, weight, bias, row, col, lse):
+        if is_observed((grad,)) or is_active(grad.device.type):
+            return PROJECTED.backward(grad, x, weight, bias, row, col, lse, *options)
+        grads = kernels.backward(grad, x, weight, bias, not_empty(row), not_empty(col), lse, *computed)
+        return grads[0], *not_none(x, (weight, bias, row, col), grads[1:])
+
+    def equation(*tensors):
+        return PROJECTED.equation(*tensors, *options)
+
+    return Operator(forward, backward, equation, None)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Queries, keys and values of every pixel, (B, 3·N·D, H, W), in the memory format of ``x``."""
+    with without_autocast(x):
+        return like_image(F.conv2d(x, weight, bias), x)

@@ -1,0 +1,81 @@
+"""Calls of a layout that was seen before: the bits of the whole way, and every way back from them."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import sasa
+from sasa.ops import attend, prepared
+
+LAYERS = [
+    {"num_heads": 8},
+    {"num_heads": 8, "pool": 2, "bias": False},
+    {"num_heads": 8, "pool": 3, "stride": 2},
+    {"num_heads": 2, "border": "mask", "dilation": 2},
+    {"num_heads": 2, "pool": 2, "position": "none"},
+    {"num_heads": 2, "recompute": True, "border": "valid"},
+    {"num_heads": 8, "recompute": False, "position_split": "across_heads"},
+    {"num_heads": 16},  # of width 1: the row half has no channels
+]
+layers = pytest.mark.parametrize("options", LAYERS, ids=str)
+
+
+def results(layer, x):
+    """Output and gradients, without gradients too."""
+    with torch.no_grad():
+        alone = layer(x)
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    output = layer(x)
+    output.tanh().sum().backward()
+    return [alone, output.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+
+@layers
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
+def test_bits_are_those_of_the_whole_way(options, memory_format, monkeypatch):
+    layer = sasa.RelativeSelfAttention(6, 16, 3, **options)
+    x = torch.randn(2, 6, 7, 9).to(memory_format=memory_format)
+    first, again = results(layer, x), results(layer, x)
+    monkeypatch.setattr(attend, "prepared", lambda *_: None)
+    whole = results(layer, x)
+    for one, two, three in zip(first, again, whole, strict=True):
+        assert torch.equal(one, three) and torch.equal(two, three)
+        assert one.stride() == three.stride()
+    assert not any(grad is None for grad in first)  # distributed training waits for every parameter's
+
+
+@layers
+def test_second_derivatives(options, monkeypatch):
+    layer = sasa.RelativeSelfAttention(6, 16, 3, **options).double()
+    x = torch.randn(1, 6, 5, 5, dtype=torch.float64, requires_grad=True)
+
+    def second():
+        (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, layer.qkv.weight])
+
+    ours = second()
+    monkeypatch.setattr(attend, "prepared", lambda *_: None)
+    torch.testing.assert_close(ours, second())
+
+
+def test_a_backward_that_is_watched_calls_the_operator():
+    layer = sasa.RelativeSelfAttention(6, 16, 3, 8)
+    output = layer(torch.randn(2, 6, 7, 9, requires_grad=True))
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert [str(name) for name in counter.get_flop_counts()["Global"]] == ["sasa.projected_attention_backward"]
+
+
+def test_the_number_of_threads_is_looked_at_in_every_call():
+    layer, x = sasa.RelativeSelfAttention(6, 16, 3, 8, scale=0.123), torch.randn(2, 6, 7, 9)
+    threads = torch.get_num_threads()
+    before = prepared._prepare.cache_info().misses
+    with torch.no_grad():
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                layer(x)
+        finally:
+            torch.set_num_threads(threads)
+    assert prepared._prepare.cache_info().misses == before + 2
