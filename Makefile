@@ -15,10 +15,11 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
 
-# in two processes, whose threads sleep while they wait for each other; training and studies start processes of their own
+# in two processes, whose threads sleep while they wait for each other; training and studies, which start processes of
+# their own, on one thread each
 test: sanitize
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore=tests/train --ignore=tests/study
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train tests/study
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/train tests/study
 
 # the kernels alone, on a grid of problems: bad addresses, undefined behaviour, races between threads
 CORES := $(shell getconf _NPROCESSORS_ONLN)
