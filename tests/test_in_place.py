@@ -79,6 +79,18 @@ def assert_module_is_harmless(module, x, change="all", run=lambda module, after,
 # --- the operator ---
 
 
+@every_change
+def test_attention_weights(change):
+    case = Case(border="mask")
+    query, key, *_ = case.tensors().values()
+    assert_harmless(
+        lambda after, *tensors: after(sasa.local_attention_weights(*tensors, **case.options)), [query, key], change
+    )
+    layer = sasa.RelativeSelfAttention(6, 8, 3, 2).double()
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    assert_harmless(lambda after, x: after(layer.attention_weights(x)), [x], change)
+
+
 @pytest.mark.parametrize("embeddings", ["none", "both"])
 @pytest.mark.parametrize("name", [None, *implementations.names()])
 @every_change

@@ -134,7 +134,9 @@ def attend_weights(
         checks.most_taps(query.shape[3:], kernel_size, dilation)
     with without_autocast(query):
         window = window_of(query, kernel_size, stride, dilation, border)
-        return equation.weights(query, key, row, col, window, scale)
+        weights = equation.weights(query, key, row, col, window, scale)
+    # The softmax's own result is saved for its backward; who receives a copy may change it in place.
+    return weights.clone() if needs_gradient(weights) else weights
 
 
 def _projects_inside(
