@@ -50,7 +50,7 @@ def tensors(heads=8, width=5, inputs=7, kernel=(3, 5), dtype=torch.float64, devi
 
 def projected_attention(x, weight, bias, row, col, **chosen):
     """As one operator, which keeps only its input."""
-    return attend(x, weight[:, :, None, None], bias, row, col, recompute=True, **chosen)
+    return attend(x, weight[:, :, None, None], bias, row, col, **{"recompute": True} | chosen)
 
 
 def one_after_the_other(x, weight, bias, row, col, num_heads, kernel_size, implementation, pool=1, **rest):
@@ -93,6 +93,35 @@ def test_results_and_gradients_are_those_of_the_two_steps(implementation, case, 
     assert_close(ours, theirs)
     vector = torch.randn_like(ours)
     assert_close(torch.autograd.grad(ours, args, vector), torch.autograd.grad(theirs, args, vector))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("widths", [(2, 3), (1, 2), (4, 3), (1, 5)], ids=str)
+@pytest.mark.parametrize("heads", [3, 8])
+def test_embeddings_of_some_channels(implementation, heads, widths, recompute):
+    """A row half of the first channels and a column half of the last, side by side, with a gap or overlapping, are
+    embeddings with zeros elsewhere.
+    """
+    args = tensors(heads, size=(5, 6), batch=2, dtype=implementation.precise, device=implementation.device)
+    first, last = widths
+    args[3:] = (x.detach().requires_grad_() for x in (args[3][:, :first], args[4][:, 5 - last :]))
+    ours = projected_attention(*args, **options(implementation.name, num_heads=heads, recompute=recompute))
+    padded = F.pad(args[3], (0, 0, 0, 5 - first)), F.pad(args[4], (0, 0, 5 - last, 0))
+    theirs = one_after_the_other(*args[:3], *padded, **options("eager", num_heads=heads))
+    assert_close(ours, theirs)
+    vector = torch.randn_like(ours)
+    assert_close(torch.autograd.grad(ours, args, vector), torch.autograd.grad(theirs, args, vector))
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_many_gradients_at_once(implementation, pool):
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` takes them."""
+    args = tensors(dtype=implementation.precise, device=implementation.device, size=(3, 4), batch=2)
+    output = projected_attention(*args, **options(implementation.name, pool=pool))
+    vectors = torch.randn(3, *output.shape, dtype=output.dtype, device=output.device)
+    grads = torch.autograd.grad(output, args, vectors, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(output, args, vector, retain_graph=True) for vector in vectors]
+    assert_close(grads, tuple(map(torch.stack, zip(*each, strict=True))))
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
