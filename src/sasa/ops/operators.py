@@ -1,8 +1,8 @@
 """The registered operators: ``torch.ops.sasa.local_attention``, ``projected_attention`` and their backwards.
 
-Schemas and shapes for tracing (fake and meta tensors) are stated here once, FLOPs in ``flops.py``, and hold for every
-implementation; their derivatives are in ``autograd.py``. Each forward also returns the log-sum-exp of
-the logits, from which its backward recomputes the weights; the output is not saved.
+Schemas and shapes for tracing (fake and meta tensors) are stated here once, FLOPs in ``flops.py``, derivatives in
+``autograd.py``, and hold for every implementation. Each forward also returns the log-sum-exp of the logits, from which
+its backward recomputes the weights; the output is not saved.
 
 A layer's weight is (3·N·D, C, 1, 1); without it, the input is the projections. ``row`` (N, Dr, kh), or (N·Dr, kh),
 belongs to the first Dr channels of each head, ``col`` (N, Dc, kw) to the last Dc.
