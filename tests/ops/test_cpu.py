@@ -363,6 +363,15 @@ def assert_fallback_is_used(reason: str) -> None:
     assert re.search(reason, str(caught[0].message))
     for result in results:
         assert_same_bits(result, run(tensors, case, "eager"))
+    for module in (sasa.RelativeSelfAttention(3, 8, 3, 8, pool=2), sasa.AttentionStem(3, 8, 2)):
+        x = torch.randn(1, 3, 8, 8)
+        output = module(x)
+        output.sum().backward()
+        module.implementation = "eager"
+        assert torch.equal(output, module(x))
+        module.implementation = None
+        with torch.no_grad():
+            assert module.eval()(x).shape == output.shape
     with pytest.raises(ValueError, match=f"implementation: cpu does not support this call: .*{reason}"):
         run(tensors, case, "cpu")
     assert cpu.capabilities() == []

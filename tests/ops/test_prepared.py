@@ -59,6 +59,24 @@ def test_second_derivatives(options, monkeypatch):
     torch.testing.assert_close(ours, second())
 
 
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("name", ["qkv.bias", "row_embedding", "col_embedding"])
+def test_a_parameter_of_another_kind_raises(name, tracked, heads):
+    """Kernels are given its address alone and would read garbage; after calls of the right kind too."""
+    layer, x = sasa.RelativeSelfAttention(6, 16, 3, heads), torch.randn(2, 6, 7, 9)
+    parameter, short = layer.get_parameter(name), name.rpartition(".")[2]
+    whole = parameter.data
+    with torch.set_grad_enabled(tracked):
+        layer(x)
+        parameter.data = whole.double()
+        with pytest.raises(ValueError, match=f"^{short}: expected dtype torch.float32 as x has, got torch.float64"):
+            layer(x)
+        setattr(layer.qkv if name == "qkv.bias" else layer, short, torch.nn.Parameter(whole.to("meta")))
+        with pytest.raises(ValueError, match=f"^{short}: expected device cpu as x is on, got meta"):
+            layer(x)
+
+
 def test_a_backward_that_is_watched_calls_the_operator():
     layer = sasa.RelativeSelfAttention(6, 16, 3, 8)
     output = layer(torch.randn(2, 6, 7, 9, requires_grad=True))

@@ -178,6 +178,11 @@ def test_half_precision(case, dtype, variant):
     check(case, dtype)
 
 
+def test_half_precision_over_several_tiles():
+    with triton.using("halo"):  # on tensor cores, as half precision is by default
+        check(SEVERAL_TILES, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 def test_error_of_half_precision_is_that_of_rounding(dtype, variant):
     """At most twice that of the reference, which computes in float32 and rounds once, and some last places."""

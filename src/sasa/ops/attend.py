@@ -12,13 +12,13 @@ from torch import Tensor
 
 from . import checks, equation
 from .autograd import apply, is_transformed, is_transformed_forward, needs_gradient
-from .implementations import choose, is_the_equation
+from .implementations import is_the_equation
 from .memory_format import in_format_of
 from .operators import LOCAL, PROJECTED, by_head
 from .pooling import average_pool
 from .precision import autocast, without_autocast
-from .prepared import prepared, project
-from .projected import is_large, split_heads
+from .prepared import prepared, project, projects_inside
+from .projected import split_heads
 from .window import Pair, window_of
 
 
@@ -60,7 +60,7 @@ def attend(
         (B, N·D, H', W'), or (N·D, H', W'), in the memory format of ``x``.
 
     Raises:
-        ValueError: ``x`` doesn't fit the rest, or the implementation doesn't support the call.
+        ValueError: ``x`` or a parameter doesn't fit the rest, or the implementation doesn't support the call.
         TypeError: ``x`` is no tensor.
     """
     options = num_heads, kernel_size, stride, dilation, border, scale, pool, implementation
@@ -69,11 +69,17 @@ def attend(
         return output
     checks.layer_input(x, weight.shape[1] if weight is not None else x.shape[-3], weight)
     x, weight, bias, row, col = autocast(x, weight, bias, row, col)
+    checks.parameters_fit(x, weight=weight, bias=bias, row_embedding=row, col_embedding=col)
     if x.dim() == 3:
         return attend(x.unsqueeze(0), weight, bias, row, col, *options, recompute).squeeze(0)
-    if weight is not None and not _projects_inside((x, weight, bias, row, col), num_heads, implementation, recompute):
+    by_equation = is_the_equation(implementation) or is_transformed() or is_transformed_forward()
+    tracked = needs_gradient(x, weight, bias, row, col)
+    if weight is not None and (
+        by_equation  # then PyTorch's own convolution projects, which has every derivative
+        or not projects_inside(x, weight, num_heads, implementation, recompute, tracked)
+    ):
         x, weight, bias = project(x, weight, bias), None, None
-    if weight is None and (is_the_equation(implementation) or is_transformed() or is_transformed_forward()):
+    if weight is None and by_equation:
         sizes = kernel_size, stride, dilation, border
         row, col = by_head(row, num_heads), by_head(col, num_heads)
         y = attend_heads(*split_heads(x, num_heads), row, col, *sizes, scale, implementation)
@@ -137,27 +143,6 @@ def attend_weights(
         weights = equation.weights(query, key, row, col, window, scale)
     # The softmax's own result is saved for its backward; who receives a copy may change it in place.
     return weights.clone() if needs_gradient(weights) else weights
-
-
-def _projects_inside(
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
-    num_heads: int,
-    implementation: str | None,
-    recompute: bool | None,
-) -> bool:
-    """Whether projections and attention are one step, so that queries, keys and values are not kept."""
-    x, weight = tensors[:2]
-    head = weight.shape[0] // 3 // num_heads
-    if is_the_equation(implementation) or is_transformed() or is_transformed_forward():
-        return False  # PyTorch's own convolution has every derivative
-    tracked = needs_gradient(*tensors)
-    if torch.compiler.is_compiling() or (tracked and recompute is not None):
-        return bool(recompute) if tracked else x.device.type == "cpu"
-    projected = choose(implementation, x, head).projected
-    if projected is not None and projected.supports(x, weight, num_heads):
-        return not tracked or projected.preferred(x, weight, num_heads)
-    # Where nothing is kept, the queries, keys and values of a few images at a time take less memory.
-    return not tracked and x.device.type == "cpu" and is_large(x, weight)
 
 
 def _taps(embedding: Tensor | None, taps: slice) -> Tensor | None:

@@ -1,8 +1,8 @@
 """How PyTorch differentiates the operators: one ``autograd.Function`` over a forward and a backward operator.
 
-The Function is what torch.func transforms; derivatives registered with an operator would be lost there. An operator
-carries the same backward all the same, for exported programs, which call it by itself. The output is not saved: whoever
-receives it may change it in place. Derivatives of the backward are those of the equation, in plain ATen operations. So
+torch.func transforms the Function; it loses derivatives that only an operator has. Exported programs call an operator
+directly, so each forward operator has the Function's derivatives too: see :func:`register`. The output is not saved, so
+that it may be changed in place. Derivatives of the backward are those of the equation, in plain ATen operations. So
 is all of forward mode: see :func:`is_transformed_forward`.
 """
 
@@ -32,7 +32,7 @@ class Registered(NamedTuple):
     function: Callable[..., tuple[Tensor, ...]]
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """Call the function unless somebody looks: PyTorch's dispatcher takes longer than a small layer."""
+        """Call the function unless the call is observed: PyTorch's dispatcher takes longer than a small layer."""
         return self.operator(*arguments) if is_observed(arguments) else self.function(*arguments)
 
 
@@ -48,8 +48,8 @@ class Operator(NamedTuple):
             samples one after the other.
     """
 
-    forward: Registered | Callable[..., tuple[Tensor, ...]]
-    backward: Registered | Callable[..., tuple[Tensor, ...]]
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
     equation: Callable[..., Tensor]
     fold: Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]] | None
 
@@ -75,7 +75,7 @@ def apply_here(operator: Operator, *tensors: Tensor | None, options: tuple[Any, 
 
 
 def register(forward: torch._ops.OpOverload, operator: Operator) -> None:
-    """Derivatives of an operator that is called by itself, by an exported program or as ``torch.ops.sasa``."""
+    """Give an operator derivatives where it is called directly, by an exported program or as ``torch.ops.sasa``."""
 
     def differentiable(*arguments: Any) -> tuple[Tensor, ...]:
         tensors, options = arguments[:5], arguments[5:]
@@ -84,8 +84,10 @@ def register(forward: torch._ops.OpOverload, operator: Operator) -> None:
             return _Attention.apply(operator, options, *tensors)
         with torch._C._AutoDispatchBelowAutograd():
             output, lse = forward(*arguments)
-        # PyTorch applies no Function while it is at a transform's operator.
-        return operator.equation(*tensors, *options) if transformed else output, lse
+        if transformed:  # PyTorch applies no Function while a transform dispatches an operator
+            with without_autocast(tensors[0]):
+                output = operator.equation(*tensors, *options)
+        return output, lse
 
     torch.library.impl(forward.name(), "Autograd", differentiable)
 

@@ -112,6 +112,13 @@ def same_kind(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: expected device {first.device} as {first_name} is on, got {tensor.device}")
 
 
+def parameters_fit(x: Tensor, **parameters: Tensor | None) -> None:
+    """Raise ValueError unless a layer's parameters have the dtype of ``x`` and are on its device: kernels are given
+    addresses alone.
+    """
+    same_kind(x=x, **{name: parameter for name, parameter in parameters.items() if parameter is not None})
+
+
 def shapes(
     query: Tensor,
     key: Tensor,

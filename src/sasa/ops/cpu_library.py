@@ -117,8 +117,11 @@ _chosen: int | None = None
 
 
 def capability_index() -> int:
-    """The instruction set in use as the library counts them; see :func:`capability`."""
-    return _chosen if _chosen is not None else capabilities().index(capability() or "")
+    """The instruction set in use as the library counts them, see :func:`capability`; -1 without a library."""
+    if _chosen is not None:
+        return _chosen
+    name = capability()
+    return -1 if name is None else capabilities().index(name)
 
 
 def capability() -> str | None:

@@ -154,13 +154,13 @@ def _halves(row: Tensor | None, col: Tensor | None, num_heads: int) -> tuple[Ten
 def not_none(like: Tensor, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:
     """An operator can't return None: the gradient of a missing or empty tensor is an empty tensor."""
     return [
-        like.new_empty(0 if x is None else x.shape)
-        if x is None or grad is None
-        else grad
-        if grad.shape == x.shape
-        else grad.view_as(x)
+        like.new_empty(0 if x is None else x.shape) if x is None or grad is None else _shaped(grad, x.shape)
         for x, grad in zip(tensors, grads, strict=True)
     ]
+
+
+def _shaped(grad: Tensor, shape: torch.Size) -> Tensor:
+    return grad if grad.shape == shape else grad.view(shape)
 
 
 def _empty_results(

@@ -1,8 +1,8 @@
 """Average pooling whose last windows may be cut by the border, as ``nn.AvgPool2d(size, ceil_mode=True)``.
 
 That module is not used: Inductor's backward of ``avg_pool2d(ceil_mode=True)`` divides the gradients of windows that the
-border cuts by the size of whole ones (seen with PyTorch 2.15). Here the image is
-padded to whole windows, and the means of those that are cut are corrected.
+border cuts by the size of whole ones (seen with PyTorch 2.15). Here the image is padded to whole windows, and the means
+of those that are cut are corrected.
 """
 
 from __future__ import annotations

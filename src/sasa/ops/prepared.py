@@ -1,6 +1,7 @@
-"""Layers called again with an input of the same layout: what depends on the layout alone is worked out once.
+"""Calls of a layer with the layouts of an earlier call: what depends on the layouts alone is computed once.
 
-For a small layer that takes longer than the attention. The results are those of the whole way, :func:`attend`.
+In a small layer that takes longer than the attention. The results are those of the whole way,
+:func:`sasa.ops.attend.attend`.
 """
 
 from __future__ import annotations
@@ -38,24 +39,39 @@ def prepared(
     ``options`` are those between ``col`` and ``recompute``.
     """
     tensors = x, weight, bias, row, col
-    if not isinstance(x, Tensor) or is_observed(tensors) or x.device != weight.device or is_active(x.device.type):
+    if not isinstance(x, Tensor) or is_observed(tensors) or is_active(x.device.type):
         return None
-    layouts = x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype
+    kinds = tuple([None if y is None else (y.dtype, y.device) for y in tensors])
+    layouts = kinds, x.shape, x.stride(), weight.shape, weight.stride()
     embeddings = layout_of(row, options[0]), layout_of(col, options[0])
     tracked = needs_gradient(*tensors)
-    call = _prepare(x.device.type, *layouts, *embeddings, *options, recompute if tracked else None, tracked, machine())
+    call = _prepare(*layouts, *embeddings, *options, recompute if tracked else None, tracked, machine())
     return None if call is None else call(*tensors)
+
+
+def projects_inside(
+    x: Tensor, weight: Tensor, num_heads: int, implementation: str | None, recompute: bool | None, tracked: bool
+) -> bool:
+    """Whether projections and attention are one step, so that queries, keys and values are not kept.
+
+    ``tracked``: whether there will be a backward. The rest is as in :func:`sasa.ops.attend.attend`.
+    """
+    if torch.compiler.is_compiling() or (tracked and recompute is not None):
+        return bool(recompute) if tracked else x.device.type == "cpu"
+    kernels = choose(implementation, x, weight.shape[0] // 3 // num_heads).projected
+    if kernels is not None and kernels.supports(x, weight, num_heads):
+        return not tracked or kernels.preferred(x, weight, num_heads)
+    # Where nothing is kept, the queries, keys and values of a few images at a time take less memory.
+    return not tracked and x.device.type == "cpu" and is_large(x, weight)
 
 
 @functools.lru_cache(maxsize=4096)
 def _prepare(
-    device: str,
+    kinds: tuple[tuple[torch.dtype, torch.device] | None, ...],
     shape: torch.Size,
     strides: tuple[int, ...],
-    dtype: torch.dtype,
     weight_shape: torch.Size,
     weight_strides: tuple[int, ...],
-    weight_dtype: torch.dtype,
     row: EmbeddingLayout | None,
     col: EmbeddingLayout | None,
     num_heads: int,
@@ -71,20 +87,14 @@ def _prepare(
     machine: tuple[int, ...],
 ) -> Call | None:
     """The call for these layouts; None for those that are checked, cast or cropped each time."""
-    fits = len(shape) == 4 and shape[1] == weight_shape[1] and 0 not in shape and dtype == weight_dtype
-    if not fits or is_the_equation(implementation):
+    fits = len(shape) == 4 and shape[1] == weight_shape[1] and 0 not in shape
+    if kinds[0] is None or len(set(kinds) - {None}) > 1 or not fits or is_the_equation(implementation):
         return None
+    dtype, device = kinds[0]
     x, weight = (torch.empty(1, dtype=dtype, device=device).expand(sizes) for sizes in (shape, weight_shape))
     kernels = choose(implementation, x, weight_shape[0] // 3 // num_heads).projected
-    if kernels is None:
-        return None
-    inside = kernels.supports(x, weight, num_heads)
-    if tracked:
-        wanted = kernels.preferred(x, weight, num_heads) if recompute is None else recompute
-        if wanted and not inside:
-            return None
-        inside = inside and wanted
-    elif not inside and is_large(x, weight):
+    inside = projects_inside(x, weight, num_heads, implementation, recompute, tracked)
+    if kernels is None or (inside and not kernels.supports(x, weight, num_heads)):
         return None
     checks.scale_of(scale, dtype)
     fitted, stride, dilation, _ = checks.window_sizes(shape[2:], kernel_size, stride, dilation, border)
@@ -125,7 +135,7 @@ def _projected_first(
 
 
 def _operator(kernels: Projected, forward: Forward, computed: tuple[Any, ...], options: tuple[Any, ...]) -> Operator:
-    """The registered operator with its options, which are looked at no more."""
+    """The projected operator with its options."""
 
     def backward(grad, x, weight, bias, row, col, lse):
         if is_observed((grad,)) or is_active(grad.device.type):
