@@ -127,6 +127,18 @@ def test_half_precision_and_autocast(dtype):
             torch.testing.assert_close(stem(x).float(), expected, atol=0.06, rtol=0.06)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (9, 7)], ids=str)
+def test_half_precision_with_a_norm_in_float32(size):
+    stem = AttentionStem(3, 16).bfloat16().eval()
+    stem.norm.float()
+    x = torch.randn(2, 3, *size, dtype=torch.bfloat16)
+    output = stem(x)
+    with torch.no_grad():
+        alone = stem(x)
+    assert alone.dtype == output.dtype == torch.bfloat16
+    torch.testing.assert_close(alone, output, atol=0.06, rtol=0.06)
+
+
 def test_an_empty_batch():
     assert AttentionStem(3, 8).eval()(torch.randn(0, 3, 9, 8)).shape == (0, 8, 3, 2)
 

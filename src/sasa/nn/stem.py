@@ -180,7 +180,7 @@ class AttentionStem(ConvolutionLike):
         else:
             y = attend_in_blocks(x, *self._tensors(), factor, *self._options())
             y = max_of_blocks(y if offset is not None else self.norm(y), self.block_size)
-        return y if offset is None else y + offset
+        return y if offset is None else y + offset.to(y.dtype)  # batch norms are often left in float32
 
     def _normalisation(self) -> tuple[Tensor | None, Tensor | None]:
         """Batch norm as a factor on the values and an offset of the output where it is no more than that: in
@@ -294,6 +294,6 @@ def attend_in_equal_blocks(
     x = torch.bmm(blocks.flatten(1, 2).transpose(0, 1), weigh.flatten(2))  # pixel by pixel of the block
     x = x.unflatten(0, (height, width)).permute(2, 3, 0, 1)
     value = value.view(mixtures, -1, channels)
-    value = (value if factor is None else value * factor).transpose(0, 1).flatten(1)
+    value = (value if factor is None else (value * factor).to(value.dtype)).transpose(0, 1).flatten(1)
     weight = torch.cat((qk.flatten(1).repeat(1, mixtures), value))[:, :, None, None]
     return attend(x, weight, None, None, None, *options, border="mask", implementation=implementation)
