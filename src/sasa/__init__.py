@@ -3,6 +3,7 @@
 Source: Ramachandran et al., *Stand-Alone Self-Attention in Vision Models*, NeurIPS 2019, arXiv 1906.05909.
 """
 
+from .nn.attention_conv import AttentionConv2d
 from .nn.conversion_plan import ConversionReport
 from .nn.convert import conversion_report, convert
 from .nn.relative_self_attention import RelativeSelfAttention
@@ -11,6 +12,7 @@ from .ops.local_attention import local_attention, local_attention_weights
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttentionConv2d",
     "AttentionStem",
     "ConversionReport",
     "RelativeSelfAttention",

@@ -1,8 +1,16 @@
 """Modules built on the operation. Knows nothing of networks."""
 
+from .attention_conv import AttentionConv2d
 from .conversion_plan import ConversionReport
 from .convert import conversion_report, convert
 from .relative_self_attention import RelativeSelfAttention
 from .stem import AttentionStem
 
-__all__ = ["AttentionStem", "ConversionReport", "RelativeSelfAttention", "conversion_report", "convert"]
+__all__ = [
+    "AttentionConv2d",
+    "AttentionStem",
+    "ConversionReport",
+    "RelativeSelfAttention",
+    "conversion_report",
+    "convert",
+]

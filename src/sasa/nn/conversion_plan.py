@@ -14,11 +14,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..ops import checks
 from . import replace
+from .attention_conv import AttentionConv2d
 from .stem import AttentionStem
 
 Where = Callable[[str, nn.Module], bool]
 
 OPTIONS = ("position", "position_split", "border", "bias", "scale", "implementation", "recompute")
+OPTIONS_KEPT = ("strength", "implementation", "recompute")  # of AttentionConv2d
 
 
 @dataclass(frozen=True)
@@ -89,26 +91,42 @@ class Plan:
         stem: bool,
         stride_mode: str,
         grouped: bool,
+        keep_function: bool,
         options: dict[str, Any],
     ) -> None:
         if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
             raise TypeError(f"model: expected an nn.Module written in Python, got {type(model).__name__}")
         if where is not None and not callable(where):
             raise TypeError(f"where: expected a function of name and module, or None, got {type(where).__name__}")
+        known = OPTIONS_KEPT if checks.flag("keep_function", keep_function) else OPTIONS
         for name in options:
-            if name not in OPTIONS:
-                raise TypeError(f"{name}: not an argument of convert; layer options are {', '.join(OPTIONS)}")
+            if name not in known:
+                if name in OPTIONS + OPTIONS_KEPT:
+                    raise TypeError(f"{name}: not an option of keep_function={keep_function}, got {options[name]!r}")
+                raise TypeError(f"{name}: not an argument of convert; layer options are {', '.join(known)}")
         checks.positive("num_heads", num_heads)
         checks.choice("stride_mode", stride_mode, replace.STRIDE_MODES)
         self.kernel_size = checks.pair("kernel_size", kernel_size)
         self.num_heads, self.where, self.stride_mode, self.grouped = num_heads, where, stride_mode, grouped
-        self.options = options
+        self.keep_function, self.options = keep_function, options
+        given = {
+            "kernel_size": (self.kernel_size, (7, 7)),
+            "num_heads": (num_heads, 8),
+            "stride_mode": (stride_mode, "pool"),
+        }
+        for name, (value, default) in given.items():
+            if keep_function and value != default:
+                raise ValueError(
+                    f"{name}: expected no choice with keep_function=True, which has it from the convolution, got {value!r}"
+                )
         modules = dict(model.named_modules())
         owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
         self._tied = {key for key, count in owners.items() if count > 1}
         stem_names = _stem(modules)
         self.resnet = (
-            next((name for name, module in modules.items() if _has_resnet_stem(module)), None) if stem else None
+            next((name for name, module in modules.items() if _has_resnet_stem(module)), None)
+            if stem and not keep_function
+            else None
         )
         in_resnet_stem = _joined(self.resnet, "conv1") if self.resnet is not None else None
         self.names: list[str] = []
@@ -150,10 +168,15 @@ class Plan:
             )
         if why is None and any(id(p) in self._tied for p in conv.parameters(recurse=False)):
             why = "it shares its parameters with another module"
-        why = why or replace.why_left_alone(conv, self.grouped, self.stride_mode)
+        if self.keep_function:
+            why = why or replace.why_not_kept(conv)
+        else:
+            why = why or replace.why_left_alone(conv, self.grouped, self.stride_mode)
         if why is not None:
             return Entry(name, was, why=why)
         self.names.append(name)
+        if self.keep_function:
+            return Entry(name, was, replace.in_words(self.build(conv, device="meta")))
         heads = replace.nearest_heads(self.num_heads, conv.out_channels)
         note = "" if heads == self.num_heads else f"{self.num_heads} heads don't divide {conv.out_channels} channels"
         return Entry(name, was, replace.in_words(self.build(conv, device="meta")), note)
@@ -161,6 +184,8 @@ class Plan:
     def build(self, conv: nn.Module, **device: Any) -> nn.Module:
         """What takes a convolution's place."""
         assert isinstance(conv, nn.Conv2d)  # noqa: S101  (names holds no other)
+        if self.keep_function:
+            return AttentionConv2d(conv, **self.options, **device).train(conv.training)
         return replace.replacement(conv, self.kernel_size, self.num_heads, self.stride_mode, self.options | device)
 
     def build_stem(self, resnet: nn.Module, **device: Any) -> AttentionStem:

@@ -22,6 +22,7 @@ def convert(
     stem: bool = False,
     stride_mode: str = "pool",
     grouped: bool = False,
+    keep_function: bool = False,
     inplace: bool = False,
     verbose: bool = False,
     **options: Any,
@@ -30,8 +31,9 @@ def convert(
 
     Every map keeps its size, whatever the image's. The attention's parameters are fresh, on the device and in the
     dtype of the convolution's; train (or fine-tune) the network before use. Source: arXiv 1906.05909, section 3.2.
+    With ``keep_function=True`` the network computes what it did, to rounding, and can be fine-tuned from there.
 
-    What becomes of a convolution larger than 1x1:
+    What becomes of a convolution larger than 1x1, unless its function is kept:
 
     - stride 1, padding that keeps the size: :class:`RelativeSelfAttention`, with a bias if the convolution has one;
     - a stride: attention of every pixel, then an average pool of the stride (``stride_mode="pool"``, the paper's), or
@@ -56,10 +58,15 @@ def convert(
             activation, max pool) becomes :class:`AttentionStem`; others are treated as all convolutions are.
         stride_mode: ``"pool"`` or ``"strided"``.
         grouped: also convert depthwise and grouped convolutions, though attention has projections of all channels.
+        keep_function: put :class:`AttentionConv2d` in the place of convolutions, which computes the same until it is
+            trained on: of any stride, padding and dilation, grouped and depthwise ones too. It has the convolution's
+            window and a head for each tap: ``kernel_size``, ``num_heads`` and ``stride_mode`` don't apply. Left alone
+            are those that are not understood: timm's ``Conv2dSame``, subclasses that compute in a way of their own.
         inplace: change ``model`` itself. By default a copy is changed.
         verbose: print a table of what was converted, what was left alone, and why: see :func:`conversion_report`.
         **options: ``position``, ``position_split``, ``border``, ``bias``, ``scale``, ``implementation``,
-            ``recompute`` of :class:`RelativeSelfAttention`.
+            ``recompute`` of :class:`RelativeSelfAttention`; ``strength``, ``implementation``, ``recompute`` of
+            :class:`AttentionConv2d`.
 
     Returns:
         The converted network: ``model`` itself if ``inplace``.
@@ -72,7 +79,7 @@ def convert(
     Example:
         >>> network = sasa.convert(timm.create_model("resnet50"))
     """
-    plan = Plan(model, kernel_size, num_heads, where, stem, stride_mode, grouped, options)
+    plan = Plan(model, kernel_size, num_heads, where, stem, stride_mode, grouped, keep_function, options)
     if plan.names == [""]:
         if inplace:
             raise ValueError("inplace: expected False for a model that is itself a convolution, got True")
@@ -103,6 +110,7 @@ def conversion_report(
     stem: bool = False,
     stride_mode: str = "pool",
     grouped: bool = False,
+    keep_function: bool = False,
     **options: Any,
 ) -> ConversionReport:
     """What :func:`convert` would do with these arguments, without doing it.
@@ -115,10 +123,11 @@ def conversion_report(
         stem: replace the stem too.
         stride_mode: ``"pool"`` or ``"strided"``.
         grouped: also convert depthwise and grouped convolutions.
+        keep_function: attention that computes what the convolutions do.
         **options: further options of the layers.
 
     Raises:
         ValueError: as :func:`convert`.
         TypeError: as :func:`convert`.
     """
-    return Plan(model, kernel_size, num_heads, where, stem, stride_mode, grouped, options).report
+    return Plan(model, kernel_size, num_heads, where, stem, stride_mode, grouped, keep_function, options).report

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from .attention_conv import AttentionConv2d
 from .in_place_of_convolution import AttentionInPlace, AveragePool, Crop
 from .relative_self_attention import RelativeSelfAttention
 
@@ -68,7 +69,7 @@ def why_not_rebuilt(conv: nn.Conv2d) -> str | None:
 
 def why_left_alone(conv: nn.Conv2d, grouped: bool, stride_mode: str) -> str | None:
     """Why attention would not do what this convolution does; None if it would."""
-    if any((conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)):
+    if _has_hooks(conv):
         return "it has hooks, which would be lost"
     if conv.groups > 1 and not grouped:
         kind = "depthwise" if conv.groups == conv.in_channels else f"in {conv.groups} groups"
@@ -80,6 +81,19 @@ def why_left_alone(conv: nn.Conv2d, grouped: bool, stride_mode: str) -> str | No
     if stride_mode == "strided" and any(axis.lost and axis.stride > 1 for axis in axes(conv)):
         return f"padding={conv.padding} doesn't keep the size, which stride_mode='strided' needs"
     return None
+
+
+def why_not_kept(conv: nn.Conv2d) -> str | None:
+    """Why attention can't compute what this convolution computes; None if it can."""
+    if _has_hooks(conv):
+        return "it has hooks, which would be lost"
+    if pads_itself(conv):
+        return "its padding depends on the size of the image"
+    return None
+
+
+def _has_hooks(conv: nn.Conv2d) -> bool:
+    return any((conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks))
 
 
 def replacement(
@@ -132,6 +146,8 @@ def replacement(
 
 def in_words(layer: nn.Module) -> str:
     """A replacement in a line."""
+    if isinstance(layer, AttentionConv2d):
+        return f"the same function as attention, {layer.num_heads} heads"
     attention = layer[0] if isinstance(layer, nn.Sequential) else layer
     assert isinstance(attention, RelativeSelfAttention)  # noqa: S101  (replacement() builds nothing else)
     height, width = attention.kernel_size
