@@ -4,7 +4,7 @@ Source: Ramachandran et al., *Stand-Alone Self-Attention in Vision Models*, Neur
 """
 
 from .nn.attention_conv import AttentionConv2d
-from .nn.conversion_plan import ConversionReport
+from .nn.conversion_report import ConversionReport
 from .nn.convert import conversion_report, convert
 from .nn.relative_self_attention import RelativeSelfAttention
 from .nn.stem import AttentionStem

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import Conv2dSame, StdConv2d
+from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -144,11 +144,19 @@ def test_windows_follow_the_shape_of_the_kernel():
     assert (layer.kernel_size, layer.dilation) == ((5, 5), (4, 4))
 
 
-@pytest.mark.parametrize(("channels", "heads"), [(64, 8), (12, 6), (20, 10), (7, 7), (1, 1), (6, 6), (36, 9)])
-def test_heads_that_do_not_divide_the_channels_become_the_nearest_number_that_does(channels, heads):
+HEADS = [(64, 8), (16, 8), (8, 4), (12, 6), (20, 10), (7, 1), (1, 1), (2, 1), (6, 3), (10, 5), (36, 9), (34, 17)]
+
+
+@pytest.mark.parametrize(("channels", "heads"), [*HEADS, (46, 23), (58, 29), (37, 1), (72, 8), (100, 10)])
+def test_the_number_of_heads_is_the_nearest_that_divides_the_channels_into_two_or_more(channels, heads):
     assert nearest_heads(8, channels) == heads
     report = sasa.conversion_report(nn.Sequential(nn.Conv2d(4, channels, 3)), where=everywhere)
-    assert report.entries[0].why == ("" if heads == 8 else f"8 heads don't divide {channels} channels")
+    why = (
+        f"8 heads don't divide {channels} channels"
+        if channels % 8
+        else "8 heads of 8 channels would be one channel wide"
+    )
+    assert report.entries[0].why == ("" if heads == 8 else why)
 
 
 def test_options_reach_the_layers():
@@ -237,6 +245,11 @@ class OwnConvolution(nn.Module):
         return nn.functional.conv2d(x, self.weight, padding=1)
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def tied():
     first, second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
     second.weight = first.weight
@@ -260,7 +273,7 @@ def hooked():
         (nn.Conv1d(4, 4, 3), "1-dimensional"),
         (nn.Conv3d(4, 4, 3), "3-dimensional"),
         (OwnConvolution(), "holds weights"),
-        (StdConv2d(4, 4, 3), "StdConv2d computes in a way of its own"),
+        (Doubled(4, 4, 3), "Doubled computes in a way of its own"),
         (parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), "parametrized"),
         (nn.LazyConv2d(4, 3), "no shape yet"),
         (tied(), "shares its parameters"),
@@ -306,7 +319,7 @@ def test_the_report_is_printed_when_asked(capsys):
     printed = capsys.readouterr().out
     assert "conv1           Conv2d 7x7, 3 to 64, stride 2     left alone (the stem)" in printed
     assert "attention 7x7, 8 heads, average pool 2x2 (7 heads don't divide 128 channels)" in printed
-    assert "16 converted to attention, 1 left alone" in printed
+    assert "16 converted to attention, 1 left alone (1 stem)." in printed
     assert printed == f"{sasa.conversion_report(model, num_heads=7)}\n"
 
 
@@ -340,9 +353,9 @@ def test_errors_leave_the_model_unchanged(arguments, error, message, inplace):
 
 
 def test_a_class_that_cannot_be_rebuilt_is_an_error_when_asked_for():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), StdConv2d(4, 4, 3))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Doubled(4, 4, 3))
     call = lambda m: sasa.convert(m, where=everywhere, inplace=True)  # noqa: E731
-    unchanged(model, call, TypeError, "got 1: StdConv2d computes in a way of its own")
+    unchanged(model, call, TypeError, "got 1: Doubled computes in a way of its own")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Modules built on the operation. Knows nothing of networks."""
 
 from .attention_conv import AttentionConv2d
-from .conversion_plan import ConversionReport
+from .conversion_report import ConversionReport
 from .convert import conversion_report, convert
 from .relative_self_attention import RelativeSelfAttention
 from .stem import AttentionStem

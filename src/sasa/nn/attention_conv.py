@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,38 +16,36 @@ from ..ops.attend import attend_heads
 from ..ops.autograd import is_transformed, needs_gradient
 from ..ops.memory_format import like_image
 from ..ops.precision import autocast
+from ..ops.window import Pair
 from .convolution_like import ConvolutionLike
+from .read_convolution import Convolution, Pads, read, same_pads
 
 STRENGTH = 2.0
+MARGIN = 10.0
 _PLANES = 8  # heads times images that fill the vectors of every instruction set
 
 
-Pads = tuple[int, int, int, int]  # left, right, above, below
-
-
-def _pads(conv: nn.Conv2d) -> Pads | None:
-    """The padding of a convolution; None for zeros that keep the size, which the operator has beyond the border."""
-    pads: list[int] = []
-    for axis in (1, 0):
-        total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-        if isinstance(conv.padding, str):
-            before, after = (total // 2, total - total // 2) if conv.padding == "same" else (0, 0)
-        else:
-            before = after = conv.padding[axis]
-        pads += before, after
-    kept = []
-    for taps, dilation in zip(conv.kernel_size[::-1], conv.dilation[::-1], strict=True):
-        kept += (taps - 1) // 2 * dilation, taps // 2 * dilation
-    return None if conv.padding_mode == "zeros" and pads == kept else (pads[0], pads[1], pads[2], pads[3])
-
-
 @fx.wrap
-def pad(x: Tensor, in_channels: int, weight: Tensor, pads: Pads | None, mode: str) -> Tensor:
-    """The image with a convolution's padding; raises if it doesn't fit the layer."""
+def pad(
+    x: Tensor,
+    in_channels: int,
+    weight: Tensor,
+    pads: Pads | None,
+    mode: str,
+    kernel_size: Pair,
+    stride: Pair,
+    dilation: Pair,
+    beyond: Pads,
+) -> Tensor:
+    """The image with the padding of a convolution, and zeros beyond it; raises if it doesn't fit the layer."""
     checks.layer_input(x, in_channels, weight)
-    if pads is None or not any(pads):
-        return x
-    return F.pad(x, pads, mode="constant" if mode == "zeros" else mode)
+    if pads is None:
+        height, width = x.shape[-2:]
+        pads = same_pads((height, width), kernel_size, stride, dilation)
+    if any(pads) and mode != "zeros":
+        x, pads = F.pad(x, pads, mode=mode), (0, 0, 0, 0)
+    total = [a + b for a, b in zip(pads, beyond, strict=True)]
+    return F.pad(x, total) if any(total) else x
 
 
 @fx.wrap
@@ -67,10 +66,9 @@ def attend_by_taps(
     recompute: bool,
 ) -> Tensor:
     """The output of :class:`AttentionConv2d`: of a few heads at a time, each of which sees the whole input."""
-    if x.dim() == 3:
+    batched = x.dim() == 4
+    if not batched:
         x, query, key = x.unsqueeze(0), query.unsqueeze(0), key.unsqueeze(0)
-        rest = row, col, weight, bias, kernel_size, stride, dilation, border, groups, implementation, recompute
-        return attend_by_taps(x, query, key, *rest).squeeze(0)
     heads = weight.shape[0]
     x, query, key, row, col = autocast(x, like_image(query, x), like_image(key, x), row, col)
     query, key = (y.unflatten(1, (heads, y.shape[1] // heads)) for y in (query, key))
@@ -81,11 +79,13 @@ def attend_by_taps(
     output = None
     for first in range(0, heads, step):
         part = slice(first, first + step)
-        halves = (None if half is None else half[part] for half in (row, col))
-        y = some(x, query[:, part], key[:, part], *halves, weight[part])
+        rows, cols = (None if half is None else half[part] for half in (row, col))
+        y = some(x, query[:, part], key[:, part], rows, cols, weight[part])
         output = y if output is None else output + y
     assert output is not None  # noqa: S101  (for the type checker: there is a head)
-    return output if bias is None else output + bias.to(output.dtype)[:, None, None]
+    if bias is not None:
+        output = output + bias.to(output.dtype)[:, None, None]
+    return output if batched else output.squeeze(0)
 
 
 def _some_heads(
@@ -125,9 +125,17 @@ class AttentionConv2d(nn.Module):
     at s = 1, 2.2 at s = 2, 1.3 at s = 3). That attention can be a convolution in the limit of s is by Cordonnier et
     al. 2020 (arXiv 1911.03584).
 
+    A window larger than the kernel starts with the logit :math:`-L` (``margin``) at each row and column beyond it.
+    These taps are then the one thing that the layer has and the convolution has not: their weights, and the gradients
+    by which they learn, are about :math:`e^{-L}` of the others'.
+
     Args:
-        conv: the convolution: any kernel size, stride, padding, ``padding_mode``, dilation and groups.
+        conv: the convolution: any kernel size, stride, padding, ``padding_mode``, dilation and groups; also a subclass
+            that standardizes its weight, or that pads by the size of the image (TensorFlow's "same").
         strength: s.
+        kernel_size: window of the attention, int or (height, width), at least the convolution's; None: the
+            convolution's.
+        margin: L.
         implementation: as in :func:`sasa.local_attention`.
         recompute: compute the heads again in the backward, a few at a time, rather than keep their outputs, each as
             large as the input.
@@ -137,17 +145,19 @@ class AttentionConv2d(nn.Module):
         - Input and output as those of the convolution.
 
     Attributes:
-        query: projection to the queries, N·D channels, with a bias; N = kh·kw, D = 2, or 1 for a window of one row or
-            column.
+        query: projection to the queries, N·D channels, with a bias; N is the number of the convolution's taps, D = 2,
+            or 1 for a window of one row or column.
         key: projection to the keys; it has no bias, which would add the same to the logits of all taps.
-        row_embedding: (N, 1, kh), added to the keys' first channel by row of the window; None if kh is 1.
-        col_embedding: (N, 1, kw), added to the last channel by column; None if kw is 1.
+        row_embedding: (N, 1, height of the window), added to the keys' first channel; None if that is 1.
+        col_embedding: (N, 1, width of the window), added to their last channel; None if that is 1.
         weight: M, (N, out_channels, in_channels / groups, 1, 1).
         bias: the convolution's.
+        kernel_size, stride, padding, padding_mode, dilation, groups: the convolution's.
+        window: (height, width) of the attention.
 
     Raises:
         TypeError: ``conv`` is no ``nn.Conv2d``, or an argument of the wrong type.
-        ValueError: an argument out of range, or a convolution that sees only one pixel.
+        ValueError: an argument out of range, a convolution that sees only one pixel, or one that is not understood.
     """
 
     transposed: ClassVar[bool] = False  # this and the next are what networks read of a convolution
@@ -163,6 +173,8 @@ class AttentionConv2d(nn.Module):
         conv: nn.Conv2d,
         strength: float = STRENGTH,
         *,
+        kernel_size: int | Sequence[int] | None = None,
+        margin: float = MARGIN,
         implementation: str | None = None,
         recompute: bool = True,
         device: torch.device | str | None = None,
@@ -172,46 +184,73 @@ class AttentionConv2d(nn.Module):
             raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
         if max(conv.kernel_size) == 1:
             raise ValueError("conv: expected a kernel larger than 1x1, which sees one pixel, got 1x1")
-        self.strength = checks.number("strength", strength)
+        found = read(conv)
+        if isinstance(found, str):
+            raise ValueError(f"conv: expected a convolution that can be rebuilt, got one where {found}")
+        self.strength, self.margin = checks.number("strength", strength), checks.number("margin", margin)
         if not 0 < strength <= 10:
             raise ValueError(f"strength: expected more than 0 and at most 10, got {strength}")
+        if not 0 < margin <= 100:
+            raise ValueError(f"margin: expected more than 0 and at most 100, got {margin}")
         checks.implementation(implementation)
         self.implementation = implementation
         self.recompute = checks.flag("recompute", recompute)
-        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
-        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding, self.padding_mode = conv.padding, conv.padding_mode
-        self.pads = _pads(conv)
-        self.num_heads = conv.kernel_size[0] * conv.kernel_size[1]
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, found.groups
+        self.kernel_size, self.stride, self.dilation = found.kernel_size, found.stride, found.dilation
+        self.padding, self.padding_mode = conv.padding, found.padding_mode
+        self.window = self.kernel_size if kernel_size is None else checks.pair("kernel_size", kernel_size)
+        if any(w < k for w, k in zip(self.window, self.kernel_size, strict=True)):
+            raise ValueError(f"kernel_size: expected at least the convolution's {self.kernel_size}, got {self.window}")
+        self._place(found)
+        self.num_heads = self.kernel_size[0] * self.kernel_size[1]
         where: dict[str, Any] = {"device": conv.weight.device if device is None else device, "dtype": conv.weight.dtype}
-        width = self.num_heads * sum(taps > 1 for taps in self.kernel_size)
+        width = self.num_heads * sum(taps > 1 for taps in self.window)
         self.query = nn.Conv2d(self.in_channels, width, 1, **where)
         self.key = nn.Conv2d(self.in_channels, width, 1, bias=False, **where)
-        for name, taps in zip(("row_embedding", "col_embedding"), self.kernel_size, strict=True):
+        for name, taps in zip(("row_embedding", "col_embedding"), self.window, strict=True):
             shape = self.num_heads, 1, taps
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **where)) if taps > 1 else None)
         shape = self.num_heads, self.out_channels, self.in_channels // self.groups, 1, 1
         self.weight = nn.Parameter(torch.empty(shape, **where))
-        bias = None if conv.bias is None else nn.Parameter(torch.empty(self.out_channels, **where))
+        bias = None if found.bias is None else nn.Parameter(torch.empty(self.out_channels, **where))
         self.register_parameter("bias", bias)
         if not self.weight.is_meta:
-            self.take(conv)
+            self._take(found)
+
+    def _place(self, conv: Convolution) -> None:
+        """How to pad for a window that has the kernel in its middle."""
+        kept: list[int] = []
+        beyond: list[int] = []
+        for axis in (1, 0):
+            kernel, window, dilation = conv.kernel_size[axis], self.window[axis], conv.dilation[axis]
+            kept += (kernel - 1) // 2 * dilation, kernel // 2 * dilation
+            before = (window - 1) // 2 - (kernel - 1) // 2
+            beyond += before * dilation, (window - kernel - before) * dilation
+        none = 0, 0, 0, 0
+        # Zeros that keep the size are what the operator has beyond the border of the image.
+        self.border = "zero" if conv.padding_mode == "zeros" and conv.pads == tuple(kept) else "valid"
+        self._pads: Pads | None = none if self.border == "zero" else conv.pads
+        self._beyond: Pads = none if self.border == "zero" else (beyond[0], beyond[1], beyond[2], beyond[3])
 
     @torch.no_grad()
-    def take(self, conv: nn.Conv2d) -> None:
-        """Compute what ``conv``, of the same sizes, computes: queries and keys start anew."""
+    def _take(self, conv: Convolution) -> None:
+        """Compute what ``conv`` computes."""
         nn.init.zeros_(self.query.weight)
         nn.init.zeros_(self.key.weight)
         assert self.query.bias is not None  # noqa: S101  (for the type checker)
         nn.init.ones_(self.query.bias)
         inverse = torch.ones(1, 1, dtype=torch.float64)
         heads = torch.arange(self.num_heads)
-        own = heads // self.kernel_size[1], heads % self.kernel_size[1]  # each head's row and column of the window
-        for embedding, mine, taps in zip((self.row_embedding, self.col_embedding), own, self.kernel_size, strict=True):
+        own = heads // self.kernel_size[1], heads % self.kernel_size[1]  # each head's row and column of the kernel
+        embeddings = self.row_embedding, self.col_embedding
+        for embedding, mine, kernel, window in zip(embeddings, own, self.kernel_size, self.window, strict=True):
+            first = (window - 1) // 2 - (kernel - 1) // 2
+            inside = slice(first, first + kernel)
+            logits = torch.full((kernel, window), -self.margin, dtype=torch.float64)
+            logits[:, inside] = self.strength * torch.eye(kernel, dtype=torch.float64)
             if embedding is not None:
-                embedding.copy_(self.strength * F.one_hot(mine, taps)[:, None])
-            shares = (self.strength * torch.eye(taps, dtype=torch.float64)).softmax(1)
-            inverse = torch.kron(inverse, torch.linalg.inv(shares))
+                embedding.copy_(logits[mine][:, None])
+            inverse = torch.kron(inverse, torch.linalg.inv(logits.softmax(1)[:, inside]))
         kernel = conv.weight.detach().to("cpu", torch.float64).flatten(2)  # (out, in / groups, taps)
         self.weight.copy_((kernel @ inverse).permute(2, 0, 1)[..., None, None])
         if self.bias is not None and conv.bias is not None:
@@ -219,9 +258,10 @@ class AttentionConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend: (B, in_channels, H, W) to (B, out_channels, H', W'); without the batch, likewise."""
-        x = pad(x, self.in_channels, self.weight, self.pads, self.padding_mode)
+        sizes = self.kernel_size, self.stride, self.dilation
+        x = pad(x, self.in_channels, self.weight, self._pads, self.padding_mode, *sizes, self._beyond)
         embeddings = self.row_embedding, self.col_embedding
-        sizes = self.kernel_size, self.stride, self.dilation, "valid" if self.pads is not None else "zero"
+        sizes = self.window, self.stride, self.dilation, self.border
         options = self.groups, self.implementation, self.recompute
         return attend_by_taps(x, self.query(x), self.key(x), *embeddings, self.weight, self.bias, *sizes, *options)
 
@@ -229,7 +269,7 @@ class AttentionConv2d(nn.Module):
         """As the convolution's, with what is its own."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", "strength": STRENGTH}
-        defaults |= {"implementation": None, "recompute": True}
+        defaults |= {"window": self.kernel_size, "margin": MARGIN, "implementation": None, "recompute": True}
         given = {name: getattr(self, name) for name in defaults}
         text += "".join(f", {name}={value!r}" for name, value in given.items() if value != defaults[name])
         return text + (", bias=False" if self.bias is None else "")

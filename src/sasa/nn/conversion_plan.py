@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,61 +13,16 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..ops import checks
 from . import replace
+from .aliases import not_reached
 from .attention_conv import AttentionConv2d
+from .conversion_report import ConversionReport, Entry
+from .read_convolution import Convolution, read
 from .stem import AttentionStem
 
 Where = Callable[[str, nn.Module], bool]
 
 OPTIONS = ("position", "position_split", "border", "bias", "scale", "implementation", "recompute")
-OPTIONS_KEPT = ("strength", "implementation", "recompute")  # of AttentionConv2d
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What happens to one module.
-
-    Attributes:
-        name: of the module, as ``model.named_modules()`` has it.
-        was: the module in words.
-        becomes: what takes its place, in words; None if it is left alone.
-        why: why it is left alone, or what was changed about the wish.
-    """
-
-    name: str
-    was: str
-    becomes: str | None = None
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion does with every convolution that sees more than one pixel. Printed, it is a table.
-
-    Attributes:
-        entries: one a module, in the order of ``model.named_modules()``.
-    """
-
-    entries: tuple[Entry, ...]
-
-    @property
-    def converted(self) -> tuple[Entry, ...]:
-        """Those that become attention."""
-        return tuple(entry for entry in self.entries if entry.becomes is not None)
-
-    @property
-    def left_alone(self) -> tuple[Entry, ...]:
-        """Those that stay as they are."""
-        return tuple(entry for entry in self.entries if entry.becomes is None)
-
-    def __str__(self) -> str:
-        rows = [
-            (e.name or "(the model)", e.was, (e.becomes or "left alone") + (f" ({e.why})" if e.why else ""))
-            for e in self.entries
-        ]
-        widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
-        lines = [f"{name:<{widths[0]}}  {was:<{widths[1]}}  {then}" for name, was, then in rows]
-        total = f"{len(self.converted)} converted to attention, {len(self.left_alone)} left alone"
-        return "\n".join([*lines, total])
+OPTIONS_KEPT = ("strength", "margin", "implementation", "recompute")  # of AttentionConv2d
 
 
 class Plan:
@@ -85,7 +39,7 @@ class Plan:
     def __init__(
         self,
         model: nn.Module,
-        kernel_size: int | Sequence[int],
+        kernel_size: int | Sequence[int] | None,
         num_heads: int,
         where: Where | None,
         stem: bool,
@@ -106,19 +60,14 @@ class Plan:
                 raise TypeError(f"{name}: not an argument of convert; layer options are {', '.join(known)}")
         checks.positive("num_heads", num_heads)
         checks.choice("stride_mode", stride_mode, replace.STRIDE_MODES)
-        self.kernel_size = checks.pair("kernel_size", kernel_size)
+        self.kernel_size = None if kernel_size is None else checks.pair("kernel_size", kernel_size)
+        if self.kernel_size is None and not keep_function:
+            self.kernel_size = 7, 7
         self.num_heads, self.where, self.stride_mode, self.grouped = num_heads, where, stride_mode, grouped
         self.keep_function, self.options = keep_function, options
-        given = {
-            "kernel_size": (self.kernel_size, (7, 7)),
-            "num_heads": (num_heads, 8),
-            "stride_mode": (stride_mode, "pool"),
-        }
-        for name, (value, default) in given.items():
+        for name, value, default in (("num_heads", num_heads, 8), ("stride_mode", stride_mode, "pool")):
             if keep_function and value != default:
-                raise ValueError(
-                    f"{name}: expected no choice with keep_function=True, which has it from the convolution, got {value!r}"
-                )
+                raise ValueError(f"{name}: with keep_function=True the convolution decides it, got {value!r}")
         modules = dict(model.named_modules())
         owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
         self._tied = {key for key, count in owners.items() if count > 1}
@@ -139,54 +88,75 @@ class Plan:
                 assert isinstance(module, nn.Conv2d)  # noqa: S101  (for the type checker)
                 entries.append(self._decide(name, module, stem_names, wanted=stem and name in stem_names))
             elif isinstance(module, _ConvNd) and max(module.kernel_size) > 1:
-                entries.append(
-                    Entry(
-                        name,
-                        _in_words(module),
-                        why="transposed" if module.transposed else f"{len(module.kernel_size)}-dimensional",
-                    )
-                )
+                why = "transposed" if module.transposed else f"{len(module.kernel_size)}-dimensional"
+                entries.append(Entry(name, _in_words(module), why=why, kind=why))
             elif isinstance(module, (nn.Conv2d, ParametrizationList)):
                 continue
             elif replace.holds_a_kernel(module):
-                entries.append(Entry(name, type(module).__name__, why="holds weights for a convolution of its own"))
-        self.report = ConversionReport(tuple(entries))
+                why = "holds weights for a convolution of its own"
+                entries.append(Entry(name, type(module).__name__, why=why, kind="with a kernel of its own"))
+        replaced = {id(modules[entry.name]): entry.name for entry in entries if entry.becomes is not None}
+        self.report = ConversionReport(tuple(entries), tuple(not_reached(modules, replaced)))
         if not self.report.converted:
-            found = f"; found\n{self.report}" if entries else ", got a model without any"
+            found = f". {self.report}" if entries else ", got a model without any"
             raise ValueError(f"model: expected a convolution larger than 1x1 that can be converted{found}")
 
     def _decide(self, name: str, conv: nn.Conv2d, stem_names: set[str], wanted: bool) -> Entry:
         """What becomes of one convolution; it is added to ``names`` if it is to be replaced."""
         was = _in_words(conv)
-        asked = wanted or (name not in stem_names if self.where is None else bool(self.where(name, conv)))
-        if not asked:
-            return Entry(name, was, why="the stem" if self.where is None else "not asked for")
-        why = replace.why_not_rebuilt(conv)
-        if why is not None and self.where is not None and not wanted:
-            raise TypeError(
-                f"model: expected convolutions that can be rebuilt where `where` accepts one, got {name}: {why}"
+        if not (wanted or (name not in stem_names if self.where is None else bool(self.where(name, conv)))):
+            return (
+                Entry(name, was, why="the stem", kind="stem")
+                if self.where is None
+                else Entry(name, was, why="not asked for", kind="not asked for")
             )
-        if why is None and any(id(p) in self._tied for p in conv.parameters(recurse=False)):
-            why = "it shares its parameters with another module"
+        found = read(conv)
+        if isinstance(found, str):
+            if self.where is not None and not wanted:
+                raise TypeError(
+                    f"model: expected convolutions that can be rebuilt where `where` accepts one, got {name}: {found}"
+                )
+            return Entry(name, was, why=found, kind="not understood")
+        if any(id(p) in self._tied for p in conv.parameters(recurse=False)):
+            return Entry(name, was, why="it shares its parameters with another module", kind="with shared parameters")
+        if replace.has_hooks(conv):
+            return Entry(name, was, why="it has hooks, which would be lost", kind="with hooks")
         if self.keep_function:
-            why = why or replace.why_not_kept(conv)
+            small = self._window(conv) is not None and any(
+                w < k for w, k in zip(self._window(conv) or (), found.kernel_size, strict=True)
+            )
+            if small:
+                why = f"its kernel is larger than kernel_size={self.kernel_size}"
+                return Entry(name, was, why=why, kind="with a larger kernel")
         else:
-            why = why or replace.why_left_alone(conv, self.grouped, self.stride_mode)
-        if why is not None:
-            return Entry(name, was, why=why)
+            why = replace.why_left_alone(conv, found, self.grouped, self.stride_mode)
+            if why is not None:
+                return Entry(name, was, why=why[1], kind=why[0])
         self.names.append(name)
-        if self.keep_function:
-            return Entry(name, was, replace.in_words(self.build(conv, device="meta")))
-        heads = replace.nearest_heads(self.num_heads, conv.out_channels)
-        note = "" if heads == self.num_heads else f"{self.num_heads} heads don't divide {conv.out_channels} channels"
-        return Entry(name, was, replace.in_words(self.build(conv, device="meta")), note)
+        becomes = replace.in_words(self.build(conv, device="meta"))
+        heads = self.num_heads if self.keep_function else replace.nearest_heads(self.num_heads, conv.out_channels)
+        if heads == self.num_heads:
+            return Entry(name, was, becomes)
+        divide = f"{self.num_heads} heads don't divide {conv.out_channels} channels"
+        narrow = f"{self.num_heads} heads of {conv.out_channels} channels would be one channel wide"
+        return Entry(name, was, becomes, divide if conv.out_channels % self.num_heads else narrow)
 
     def build(self, conv: nn.Module, **device: Any) -> nn.Module:
         """What takes a convolution's place."""
         assert isinstance(conv, nn.Conv2d)  # noqa: S101  (names holds no other)
         if self.keep_function:
-            return AttentionConv2d(conv, **self.options, **device).train(conv.training)
-        return replace.replacement(conv, self.kernel_size, self.num_heads, self.stride_mode, self.options | device)
+            return AttentionConv2d(conv, kernel_size=self._window(conv), **self.options, **device).train(conv.training)
+        found, window = read(conv), self.kernel_size
+        assert isinstance(found, Convolution)  # noqa: S101  (names holds no other)
+        assert window is not None  # noqa: S101  (likewise)
+        return replace.replacement(conv, found, window, self.num_heads, self.stride_mode, self.options | device)
+
+    def _window(self, conv: nn.Conv2d) -> tuple[int, int] | None:
+        """The window that keeps the function of a convolution: along an axis of one tap, one tap."""
+        if self.kernel_size is None:
+            return None
+        height, width = (w if k > 1 else 1 for w, k in zip(self.kernel_size, conv.kernel_size, strict=True))
+        return height, width
 
     def build_stem(self, resnet: nn.Module, **device: Any) -> AttentionStem:
         """What takes the place of the stem of a ResNet."""
@@ -218,8 +188,9 @@ def _has_resnet_stem(module: nn.Module) -> bool:
         isinstance(conv, nn.Conv2d)
         and isinstance(norm, nn.BatchNorm2d)
         and isinstance(pool, nn.MaxPool2d)
-        and (conv.stride, conv.groups, replace.why_not_rebuilt(conv)) == ((2, 2), 1, None)
-        and [axis.lost for axis in replace.axes(conv)] == [0, 0]
+        and (conv.stride, conv.groups) == ((2, 2), 1)
+        and isinstance(found := read(conv), Convolution)
+        and [axis.lost for axis in replace.axes(found)] == [0, 0]
         and (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
     )
 

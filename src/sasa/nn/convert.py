@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
-from .conversion_plan import ConversionReport, Plan, Where, put_stem
+from .conversion_plan import Plan, Where, put_stem
+from .conversion_report import ConversionReport
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(
     model: Model,
-    kernel_size: int | Sequence[int] = 7,
+    kernel_size: int | Sequence[int] | None = None,
     num_heads: int = 8,
     *,
     where: Where | None = None,
@@ -43,13 +45,15 @@ def convert(
     - less padding than keeps the size: the pixels that the convolution loses are cut off after attention;
     - more padding than keeps the size, a ``padding_mode`` other than zeros, groups (unless ``grouped``), hooks on the
       module: left alone;
-    - transposed, one- and three-dimensional convolutions, subclasses of ``nn.Conv2d`` that compute in a way of their
-      own, convolutions that share parameters with others: left alone. Calls of ``torch.nn.functional.conv2d`` can't be
-      seen; modules that hold weights for one are listed.
+    - subclasses of ``nn.Conv2d`` with a forward of their own: converted if, run on a few small images, they compute one
+      convolution of the padded image (standardized weights, TensorFlow's "same" padding), else left alone;
+    - transposed, one- and three-dimensional convolutions, convolutions that share parameters with others: left alone.
+      Calls of ``torch.nn.functional.conv2d`` can't be seen; modules that hold weights for one are listed.
 
     Args:
         model: the network, from timm, torchvision or your own.
-        kernel_size: window of the attention, int or (height, width).
+        kernel_size: window of the attention, int or (height, width). None: 7, or the convolution's if its function is
+            kept.
         num_heads: heads. Where they don't divide a layer's channels, the nearest number that does.
         where: which convolutions to replace: ``where(name, module)`` is asked for each that is larger than 1x1, with
             its name in ``model.named_modules()``. None: all but the stem, the first convolution of the network and
@@ -59,17 +63,20 @@ def convert(
         stride_mode: ``"pool"`` or ``"strided"``.
         grouped: also convert depthwise and grouped convolutions, though attention has projections of all channels.
         keep_function: put :class:`AttentionConv2d` in the place of convolutions, which computes the same until it is
-            trained on: of any stride, padding and dilation, grouped and depthwise ones too. It has the convolution's
-            window and a head for each tap: ``kernel_size``, ``num_heads`` and ``stride_mode`` don't apply. Left alone
-            are those that are not understood: timm's ``Conv2dSame``, subclasses that compute in a way of their own.
+            trained on: of any stride, padding, ``padding_mode`` and dilation, grouped and depthwise ones too. It has a
+            head for each tap of the convolution, and its window unless ``kernel_size`` says another.
         inplace: change ``model`` itself. By default a copy is changed.
         verbose: print a table of what was converted, what was left alone, and why: see :func:`conversion_report`.
         **options: ``position``, ``position_split``, ``border``, ``bias``, ``scale``, ``implementation``,
-            ``recompute`` of :class:`RelativeSelfAttention`; ``strength``, ``implementation``, ``recompute`` of
-            :class:`AttentionConv2d`.
+            ``recompute`` of :class:`RelativeSelfAttention`; ``strength``, ``margin``, ``implementation``,
+            ``recompute`` of :class:`AttentionConv2d`.
 
     Returns:
         The converted network: ``model`` itself if ``inplace``.
+
+    Warns:
+        UserWarning: fewer than a third of the convolutions asked for could be converted, or an attribute outside the
+            module tree (a list, a bound method) still holds a convolution.
 
     Raises:
         ValueError: nothing to convert, or an argument out of range. The model is unchanged.
@@ -98,12 +105,21 @@ def convert(
         put_stem(modules[plan.resnet or ""], attention_stem)
     if verbose:
         print(plan.report)  # noqa: T201
+    _warn(plan.report)
     return model
+
+
+def _warn(report: ConversionReport) -> None:
+    """Say what a user may not expect: that little was converted, or that code may still call a convolution."""
+    if report.few:
+        warnings.warn(f"model: {report.summary}", UserWarning, stacklevel=3)
+    if report.not_reached:
+        warnings.warn(f"model: not reached by the conversion: {'; '.join(report.not_reached)}", stacklevel=3)
 
 
 def conversion_report(
     model: nn.Module,
-    kernel_size: int | Sequence[int] = 7,
+    kernel_size: int | Sequence[int] | None = None,
     num_heads: int = 8,
     *,
     where: Where | None = None,

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
 
 from .attention_conv import AttentionConv2d
 from .in_place_of_convolution import AttentionInPlace, AveragePool, Crop
+from .read_convolution import Convolution
 from .relative_self_attention import RelativeSelfAttention
 
 STRIDE_MODES = ("pool", "strided")
@@ -25,24 +25,14 @@ class Axis(NamedTuple):
     lost: int
 
 
-def axes(conv: nn.Conv2d) -> tuple[Axis, Axis]:
+def axes(conv: Convolution) -> tuple[Axis, Axis]:
     """The geometry of a convolution."""
-
-    def axis(i: int) -> Axis:
+    both = []
+    for i in (0, 1):
         kernel, dilation = conv.kernel_size[i], conv.dilation[i]
-        lost = dilation * (kernel - 1)
-        if conv.padding == "same" or pads_itself(conv):
-            lost = 0
-        elif not isinstance(conv.padding, str):
-            lost -= 2 * conv.padding[i]
-        return Axis(kernel, conv.stride[i], dilation, lost)
-
-    return axis(0), axis(1)
-
-
-def pads_itself(conv: nn.Conv2d) -> bool:
-    """Whether this is timm's convolution with TensorFlow's "same" padding, which depends on the image's size."""
-    return type(conv).__name__ == "Conv2dSame" and type(conv).__module__.startswith("timm.")
+        lost = 0 if conv.pads is None else dilation * (kernel - 1) - sum(conv.pads[2 - 2 * i : 4 - 2 * i])
+        both.append(Axis(kernel, conv.stride[i], dilation, lost))
+    return both[0], both[1]
 
 
 def is_spatial(module: nn.Module) -> bool:
@@ -51,53 +41,42 @@ def is_spatial(module: nn.Module) -> bool:
 
 
 def nearest_heads(num_heads: int, channels: int) -> int:
-    """The divisor of ``channels`` nearest to ``num_heads``; of two as near, the larger."""
-    divisors = [n for n in range(1, channels + 1) if channels % n == 0]
-    return min(divisors, key=lambda n: (abs(n - num_heads), -n))
+    """The divisor of ``channels`` that is nearest to ``num_heads``, as a ratio; of two as near, the smaller.
+
+    Heads are at least two channels wide, one for the rows of the window and one for its columns.
+    """
+    divisors = [n for n in range(1, channels + 1) if channels % n == 0 and (n == 1 or channels // n > 1)]
+    return min(divisors, key=lambda n: (max(n / num_heads, num_heads / n), n))
 
 
-def why_not_rebuilt(conv: nn.Conv2d) -> str | None:
-    """Why this class of module is no convolution that could be understood; None if it is one."""
-    if is_parametrized(conv):
-        return "its parameters are parametrized, as by weight or spectral norm"
-    if type(conv).forward is not nn.Conv2d.forward and not pads_itself(conv):
-        return f"{type(conv).__name__} computes in a way of its own"
-    if isinstance(conv.weight, UninitializedParameter):
-        return f"{type(conv).__name__} has no shape yet: run the model once before"
+def why_left_alone(conv: nn.Conv2d, found: Convolution, grouped: bool, stride_mode: str) -> tuple[str, str] | None:
+    """Why attention would not do what this convolution does, in a word and in a sentence; None if it would."""
+    if found.groups > 1 and not grouped:
+        kind = "depthwise" if found.groups == conv.in_channels else "grouped"
+        why = "depthwise" if kind == "depthwise" else f"in {found.groups} groups"
+        return kind, f"{why}, and attention mixes all channels (grouped=True converts it all the same)"
+    if found.padding_mode != "zeros":
+        return "with padding other than zeros", f"padding_mode={found.padding_mode!r}"
+    if any(axis.lost < 0 for axis in axes(found)):
+        return "larger than their input", f"padding={conv.padding} makes its output larger than its input"
+    if stride_mode == "strided" and any(axis.lost and axis.stride > 1 for axis in axes(found)):
+        why = f"padding={conv.padding} doesn't keep the size, which stride_mode='strided' needs"
+        return "of less padding than 'strided' needs", why
     return None
 
 
-def why_left_alone(conv: nn.Conv2d, grouped: bool, stride_mode: str) -> str | None:
-    """Why attention would not do what this convolution does; None if it would."""
-    if _has_hooks(conv):
-        return "it has hooks, which would be lost"
-    if conv.groups > 1 and not grouped:
-        kind = "depthwise" if conv.groups == conv.in_channels else f"in {conv.groups} groups"
-        return f"{kind}, and attention mixes all channels (grouped=True converts it all the same)"
-    if conv.padding_mode != "zeros":
-        return f"padding_mode={conv.padding_mode!r}"
-    if any(axis.lost < 0 for axis in axes(conv)):
-        return f"padding={conv.padding} makes its output larger than its input"
-    if stride_mode == "strided" and any(axis.lost and axis.stride > 1 for axis in axes(conv)):
-        return f"padding={conv.padding} doesn't keep the size, which stride_mode='strided' needs"
-    return None
-
-
-def why_not_kept(conv: nn.Conv2d) -> str | None:
-    """Why attention can't compute what this convolution computes; None if it can."""
-    if _has_hooks(conv):
-        return "it has hooks, which would be lost"
-    if pads_itself(conv):
-        return "its padding depends on the size of the image"
-    return None
-
-
-def _has_hooks(conv: nn.Conv2d) -> bool:
+def has_hooks(conv: nn.Conv2d) -> bool:
+    """Whether code runs before or after a module, in either direction."""
     return any((conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks))
 
 
 def replacement(
-    conv: nn.Conv2d, kernel_size: tuple[int, int], num_heads: int, stride_mode: str, options: dict[str, Any]
+    conv: nn.Conv2d,
+    found: Convolution,
+    kernel_size: tuple[int, int],
+    num_heads: int,
+    stride_mode: str,
+    options: dict[str, Any],
 ) -> nn.Module:
     """Attention of fresh parameters whose output has the convolution's size, for every input size.
 
@@ -105,13 +84,14 @@ def replacement(
     stride are averaged (``"pool"``), or only every stride-th pixel attends (``"strided"``).
 
     Args:
-        conv: none of those that :func:`why_not_rebuilt` or :func:`why_left_alone` speak of.
+        conv: none of those that :func:`why_left_alone` speaks of.
+        found: what it computes.
         kernel_size: window, where the convolution's own kernel is larger than 1.
         num_heads: heads, if they divide the channels.
         stride_mode: ``"pool"`` or ``"strided"``.
         options: further arguments of :class:`RelativeSelfAttention`.
     """
-    both = axes(conv)
+    both = axes(found)
     strides = both[0].stride, both[1].stride
     # Windows of pooled pixels are all whole if the convolution leaves out what is over; else the last may be cut.
     whole = all(axis.lost >= axis.stride - 1 for axis in both)
@@ -120,7 +100,7 @@ def replacement(
     by_layer = pooled and strides[0] == strides[1] and not whole and not any(cut)
     arguments = {
         "dilation": tuple(axis.dilation if axis.kernel > 1 else 1 for axis in both),
-        "bias": conv.bias is not None,
+        "bias": found.bias is not None,
         "device": conv.weight.device,
         "dtype": conv.weight.dtype,
     }
