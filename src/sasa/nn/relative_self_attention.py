@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -143,6 +144,14 @@ class RelativeSelfAttention(ConvolutionLike):
             out_channels=out_channels,
             kernel_size=self.kernel_size,
         )
+        halves = position == "relative" and position_split == "per_head" and self.kernel_size[0] > 1
+        if halves and out_channels == num_heads > 1:
+            warnings.warn(
+                f"num_heads: {num_heads} heads of {out_channels} channels are one channel wide, which leaves no "
+                "channel for the rows of the window: they can't tell up from down. Use fewer heads.",
+                UserWarning,
+                stacklevel=2,
+            )
 
         bias = checks.flag("bias", bias)
         self.qkv = nn.Conv2d(in_channels, 3 * out_channels, 1, bias=bias, device=device, dtype=dtype)
