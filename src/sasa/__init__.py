@@ -7,6 +7,7 @@ from .nn.attention_conv import AttentionConv2d
 from .nn.conversion_report import ConversionReport
 from .nn.convert import conversion_report, convert
 from .nn.relative_self_attention import RelativeSelfAttention
+from .nn.saved import load_converted, save_converted
 from .nn.stem import AttentionStem
 from .ops.local_attention import local_attention, local_attention_weights
 
@@ -18,6 +19,8 @@ __all__ = [
     "RelativeSelfAttention",
     "conversion_report",
     "convert",
+    "load_converted",
     "local_attention",
     "local_attention_weights",
+    "save_converted",
 ]

@@ -4,6 +4,7 @@ from .attention_conv import AttentionConv2d
 from .conversion_report import ConversionReport
 from .convert import conversion_report, convert
 from .relative_self_attention import RelativeSelfAttention
+from .saved import load_converted, save_converted
 from .stem import AttentionStem
 
 __all__ = [
@@ -13,4 +14,6 @@ __all__ = [
     "RelativeSelfAttention",
     "conversion_report",
     "convert",
+    "load_converted",
+    "save_converted",
 ]

@@ -14,6 +14,8 @@ from .conversion_report import ConversionReport
 
 Model = TypeVar("Model", bound=nn.Module)
 
+CONVERSIONS = "sasa_conversions"  # an attribute of converted networks: what they were converted with
+
 
 def convert(
     model: Model,
@@ -87,10 +89,16 @@ def convert(
         >>> network = sasa.convert(timm.create_model("resnet50"))
     """
     plan = Plan(model, kernel_size, num_heads, where, stem, stride_mode, grouped, keep_function, options)
+    arguments = {"kernel_size": kernel_size, "num_heads": num_heads, "stem": stem, "stride_mode": stride_mode}
+    arguments |= {"grouped": grouped, "keep_function": keep_function} | options
+    names = [entry.name for entry in plan.report.converted]
+    done = [*vars(model).get(CONVERSIONS, ()), {"arguments": arguments, "names": names}]
     if plan.names == [""]:
         if inplace:
             raise ValueError("inplace: expected False for a model that is itself a convolution, got True")
-        return plan.build(model)  # type: ignore[return-value]
+        layer = plan.build(model)
+        setattr(layer, CONVERSIONS, done)
+        return layer  # type: ignore[return-value]
     if not inplace:
         model = copy.deepcopy(model)
     modules = dict(model.named_modules())
@@ -103,6 +111,7 @@ def convert(
                 parent._modules[name] = built[id(child)]
     if attention_stem is not None:
         put_stem(modules[plan.resnet or ""], attention_stem)
+    setattr(model, CONVERSIONS, done)
     if verbose:
         print(plan.report)  # noqa: T201
     _warn(plan.report)
