@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 
-from . import attention, calls, layer, networks, scaling, stages
+from . import attention, calls, kept, layer, networks, scaling, stages
 
 PARTS = {
     "attention": attention,
     "layer": layer,
+    "kept": kept,
     "stages": stages,
     "scaling": scaling,
     "networks": networks,

@@ -40,7 +40,11 @@ def compared(part: str, result: Result) -> Figure:
     """Bars of seconds and of memory: a row of panels a case, a bar a peer."""
     cases = result["cases"]
     heights = [len(case["peers"]) + 1.5 for case in cases]
-    titles = {"attention": "Attention alone", "layer": "The whole layer"}
+    titles = {
+        "attention": "Attention alone",
+        "layer": "The whole layer",
+        "kept": "A convolution, and attention that starts as it",
+    }
     figure = new_figure(f"{titles[part]}: one call on the CPU", result, 0.26 * sum(heights) + 1.4)
     panels = figure.subplots(len(cases), 2, squeeze=False, height_ratios=heights, sharex="col")
     measures = (("seconds", "{:.3g} s", "seconds"), ("peak_gigabytes", "{:.2f} GB", "peak GB above the input"))
@@ -172,6 +176,7 @@ def calls(result: Result) -> Figure:
 PLOTS: dict[str, Callable[[Result], Figure]] = {
     "attention": lambda result: compared("attention", result),
     "layer": lambda result: compared("layer", result),
+    "kept": lambda result: compared("kept", result),
     "stages": stages,
     "scaling": scaling,
     "networks": networks,

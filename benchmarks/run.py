@@ -1,7 +1,7 @@
 """Time and memory of sasa beside its peers on the CPU: checks results, measures, prints, writes and draws.
 
     python -m benchmarks.run                      everything; writes to benchmarks/results/
-    python -m benchmarks.run --only attention     one part: attention, layer, stages, scaling, networks or calls
+    python -m benchmarks.run --only attention     one part: attention, layer, kept, stages, scaling, networks or calls
     python -m benchmarks.run --quick              small problems only, for trying it out; writes to runs/bench/
 
 Every number but those of calls comes from a process of its own; what is compared takes turns. Numbers are medians of

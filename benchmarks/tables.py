@@ -32,7 +32,7 @@ def compared(part: str, result: Result) -> Rows:
             ratio = f"{peer['ratio_to_sasa']:.2f} ({peer['ratio_lowest']:.2f} to {peer['ratio_highest']:.2f})"
             rows.append([case["case"], name, f"{peer['seconds']:.3f}", ratio, f"{peer['peak_gigabytes']:.2f}"])
     header = ["case", "by", "seconds", "times sasa (lowest to highest)", "peak GB above the input"]
-    titles = {"attention": "attention alone", "layer": "the whole layer"}
+    titles = {"attention": "attention alone", "layer": "the whole layer", "kept": "a convolution as attention"}
     caption = f"{in_words(result['machine'])}, float32 unless named otherwise."
     if "import_seconds_after_torch" in result:
         caption += f" Importing sasa after torch takes {result['import_seconds_after_torch']['median']:.2f} s."
@@ -116,6 +116,7 @@ def targets(result: Result, words: str = "") -> Rows:
 ROWS = {
     "attention": lambda result: compared("attention", result),
     "layer": lambda result: compared("layer", result),
+    "kept": lambda result: compared("kept", result),
     "stages": stages,
     "scaling": scaling,
     "networks": networks,

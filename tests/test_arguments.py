@@ -67,6 +67,8 @@ def test_the_calls_without_changes_are_right(entry):
 @of_kind(INTS, PAIRS)
 @pytest.mark.parametrize("text", [*NO_NUMBER, *ARRAYS, *TENSORS, *PAIRS_OF_OTHERS])
 def test_what_is_no_int(entry, name, text):
+    if text == "None" and name == "kernel_size" and entry.startswith("conver"):
+        return  # the convolution's, or 7
     error = TypeError if text in (*NO_NUMBER, *ARRAYS) and text != "[]" else (TypeError, ValueError)
     with naming(error, name):
         evaluate(call_of(entry, **{name: text}))
@@ -197,7 +199,7 @@ def test_floats_of_numpy_are_numbers_or_refused(entry, name):
 
 MODULES = {
     "layer": lambda: sasa.RelativeSelfAttention(4, 8, 3, 2),
-    "layer of eight heads": lambda: sasa.RelativeSelfAttention(4, 8, 3, 8),
+    "layer of eight heads": lambda: sasa.RelativeSelfAttention(4, 16, 3, 8),
     "layer that pools": lambda: sasa.RelativeSelfAttention(4, 8, 3, 2, pool=2),
     "absolute": lambda: sasa.RelativeSelfAttention(4, 8, 3, 2, position="absolute"),
     "weights": lambda: sasa.RelativeSelfAttention(4, 8, 3, 2).attention_weights,

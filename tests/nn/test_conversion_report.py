@@ -140,3 +140,12 @@ def test_options_with_a_kept_function():
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 7)), 5, keep_function=True, stem=True
     )
     assert [e.why for e in report.left_alone] == ["its kernel is larger than kernel_size=(5, 5)"]
+
+
+def test_convolutions_that_channels_last_breaks_are_noted():
+    """The backward of a strided 1x1 convolution of few channels; it would abort this process."""
+    model = nn.ModuleList([nn.Conv2d(3, 48, 1, stride=2), nn.Conv2d(48, 48, 3), nn.Conv2d(48, 96, 1, stride=2)])
+    (note,) = sasa.conversion_report(model).notes
+    assert note.startswith("Note: don't train it in channels_last on a CPU") and "backward of 0 corrupts" in note
+    assert str(sasa.conversion_report(model)).endswith(note)
+    assert sasa.conversion_report(model[1:], where=lambda *_: True).notes == ()

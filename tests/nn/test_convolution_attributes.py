@@ -217,6 +217,8 @@ def formats(x):
     return {"contiguous": x, "channels_last": x.permute(1, 2, 0).contiguous().permute(2, 0, 1)}
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:num_heads. 8 heads of 8 channels:UserWarning")
+
 SINGLE = {
     **{f"{border} {position}": {"border": border, "position": position} for border in ("zero", "mask", "valid")
        for position in ("relative", "absolute", "none")},

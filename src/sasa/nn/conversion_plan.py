@@ -96,7 +96,8 @@ class Plan:
                 why = "holds weights for a convolution of its own"
                 entries.append(Entry(name, type(module).__name__, why=why, kind="with a kernel of its own"))
         replaced = {id(modules[entry.name]): entry.name for entry in entries if entry.becomes is not None}
-        self.report = ConversionReport(tuple(entries), tuple(not_reached(modules, replaced)))
+        notes = _channels_last_note(modules)
+        self.report = ConversionReport(tuple(entries), tuple(not_reached(modules, replaced)), notes)
         if not self.report.converted:
             found = f". {self.report}" if entries else ", got a model without any"
             raise ValueError(f"model: expected a convolution larger than 1x1 that can be converted{found}")
@@ -166,6 +167,19 @@ class Plan:
         arguments = {"implementation": self.options.get("implementation"), "device": conv.weight.device}
         arguments |= {"dtype": conv.weight.dtype} | device
         return AttentionStem(conv.in_channels, conv.out_channels, heads, **arguments).train(resnet.training)
+
+
+def _channels_last_note(modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    """A warning of convolutions whose backward, PyTorch 2.15's own, corrupts memory in channels_last on a CPU."""
+    names = [
+        name
+        for name, m in modules.items()
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1 and 1 < m.in_channels < 16
+    ]
+    if not names:
+        return ()
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (f"Note: don't train it in channels_last on a CPU, where PyTorch's backward of {listed} corrupts memory.",)
 
 
 def _stem(modules: dict[str, nn.Module]) -> set[str]:
