@@ -167,6 +167,25 @@ def test_a_network_that_reads_its_convolution(name, bias):
     assert all(p.grad is not None for p in network.parameters())
 
 
+@pytest.mark.parametrize("keep_function", [False, True])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_output_is_dense_and_single_images_are_taken(name, keep_function):
+    conv = CONVOLUTIONS[name]()
+    options = {"keep_function": True} if keep_function else {"kernel_size": 3, "num_heads": 4}
+    module = sasa.convert(nn.Sequential(conv), where=lambda n, m: True, **options)[0]
+    x = torch.randn(2, 4, 12, 11)
+    y = module(x)
+    assert y.is_contiguous()
+    assert y.view(2, 8, -1).shape == conv(x).flatten(2).shape
+    torch.testing.assert_close(module(x[0]), y[0])
+    last = module(x.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, y)
+    names = "in_channels", "out_channels", "stride", "dilation", "groups", "padding_mode"
+    assert all(getattr(module, n) == getattr(conv, n) for n in names)
+    assert y.shape[2:] == predicted(module, (12, 11))
+
+
 # --- names ---
 
 
