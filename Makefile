@@ -1,6 +1,7 @@
 # make demo   train attention and its convolutional twin on the packaged images, and draw what they see
 # make test   the whole test suite, the C++ kernels under sanitizers first
 # make bench  measure and write benchmarks/results/; make bench-gpu: on a GPU
+# make zoo    convert other people's networks, some 200 of them, and write docs/zoo.md
 # make lint   ruff, pyright and clang-format
 # make results   bench and demo, copied to where the README shows them
 PYTHON ?= python3
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 KERNELS := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
 
-.PHONY: demo test sanitize sanitize-gpu bench bench-gpu results lint format clean
+.PHONY: demo test sanitize sanitize-gpu bench bench-gpu zoo results lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
@@ -42,6 +43,9 @@ bench: $(INSTALLED)
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu
 
+zoo: $(VENV)/.zoo
+	$(BIN)/python -m tests.zoo
+
 # the figures and pictures that the README shows
 results: bench demo
 	mkdir -p docs/demo
@@ -62,6 +66,10 @@ format: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+$(VENV)/.zoo: $(INSTALLED)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[zoo]'
 	touch $@
 
 clean:

@@ -1,0 +1,1 @@
+"""Other people's networks, converted: ``python -m tests.zoo``."""
