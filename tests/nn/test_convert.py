@@ -125,12 +125,12 @@ def test_strided_attention_samples_the_queries():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_device_dtype_mode_bias_and_memory_format_are_kept(memory_format):
+def test_device_dtype_mode_and_memory_format_are_kept(memory_format):
     for bias in (True, False):
         conv = nn.Conv2d(4, 8, 3, padding=1, bias=bias, dtype=torch.float64).eval()
         layer = converted(conv)
         assert layer.qkv.weight.dtype == torch.float64
-        assert (layer.qkv.bias is not None) == bias
+        assert layer.qkv.bias is not None
         assert not layer.training
         y = layer(torch.randn(2, 4, 6, 6, dtype=torch.float64).to(memory_format=memory_format))
         assert y.is_contiguous(memory_format=memory_format)
@@ -160,13 +160,13 @@ def test_the_number_of_heads_is_the_nearest_that_divides_the_channels_into_two_o
 
 
 def test_options_reach_the_layers():
-    options = {"position": "none", "border": "mask", "scale": 0.5, "implementation": "reference", "bias": True}
-    layer = converted(nn.Conv2d(4, 8, 3, padding=1, bias=False), 5, 4, recompute=True, **options)
+    options = {"position": "none", "border": "mask", "scale": 0.5, "implementation": "reference", "bias": False}
+    layer = converted(nn.Conv2d(4, 8, 3, padding=1, bias=True), 5, 4, recompute=True, **options)
     assert {name: getattr(layer, name) for name in options if name != "bias"} == {
         name: value for name, value in options.items() if name != "bias"
     }
     assert layer.recompute
-    assert layer.qkv.bias is not None
+    assert layer.qkv.bias is None
 
 
 # --- which are converted ---

@@ -109,6 +109,7 @@ class SasaResNet(
                 position=position,
                 position_split=position_split,
                 border=border,
+                bias=False,
                 implementation=implementation,
             )
         if attention_stem:

@@ -39,7 +39,8 @@ def convert(
 
     What becomes of a convolution larger than 1x1, unless its function is kept:
 
-    - stride 1, padding that keeps the size: :class:`RelativeSelfAttention`, with a bias if the convolution has one;
+    - stride 1, padding that keeps the size: :class:`RelativeSelfAttention`, with biases whether the convolution has one
+      or not, for that of the queries lets each head start on a tap of its own (``bias=False``: without);
     - a stride: attention of every pixel, then an average pool of the stride (``stride_mode="pool"``, the paper's), or
       attention of every stride-th pixel (``"strided"``);
     - dilation is kept; a 1xk or kx1 kernel gets a window of 1 x ``kernel_size`` or ``kernel_size`` x 1; even kernels

@@ -18,6 +18,7 @@ from ..ops.window import BORDERS
 from .convolution_like import ConvolutionLike, is_plain, runs_alone
 from .notebook import read_notebook_weights
 from .position import POSITION_SPLITS, POSITIONS, embedding_rows, embeddings_by_head, sinusoidal_encoding
+from .start import CONTENT, soft_taps
 
 if TYPE_CHECKING:
     from torchinfo import ModelStatistics
@@ -166,31 +167,55 @@ class RelativeSelfAttention(ConvolutionLike):
             self.register_parameter("col_embedding", None)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new parameters such that q·k and q·r start with variance 1 each for an input of variance 1.
+        r"""Draw new parameters: each head starts softly on a tap of its own, and activations keep their spread.
 
-        The paper gives no initialisation and does not scale the logits, so with the usual one their variance would
-        be the head width D, the softmax would start on one neighbour, and the others would get no gradient. Keys,
-        values and r start with variance 1 and queries with variance 1/D: the factor that scaled dot-product attention
-        puts on the logits lies in W_Q (as in T5, arXiv 1910.10683), where training may change it.
+        With b the queries' bias and :math:`t_h` the tap of head h, one of the central 3x3 of the window,
 
-        Half of the queries' variance is their bias: its product with r gives every head a window of a shape of its
-        own from the start, as a convolution has, where W_Q x alone fades with x. The other biases start at 0.
+        .. math::
+            b \cdot r_t = -s \, |t - t_h|_1, \qquad P_{ht} \approx \prod_{y, x} e^{-s |t - t_h|} / Z
+
+        with s = 2.5: a head gives 0.85 of its weight to its own row, and as much to its own column, whatever the
+        window. So the heads together are what a 3x3 convolution is (Cordonnier et al. 2020, arXiv 1911.03584). A flat
+        softmax is a blur: over k x k pixels that don't correlate it divides the variance by k², which vanishes with
+        depth, or is made up for by batch norm, whose gradients then explode; and beyond the border of a small map the
+        window would see mostly zeros. The softmax stays soft enough to learn from.
+
+        Values have variance 2, for ReLUs that halve it, as in He et al. 2015 (arXiv 1502.01852). It is not raised by
+        what averaging loses, :math:`1 / \sum_t P_t^2`: neighbouring pixels correlate, more so with depth, and what
+        correlates isn't lost. Where images and maps correlate this would grow without bound.
+
+        q·k starts small: it grows with the square of the input, which residual branches let grow.
+
+        Without a bias, without relative position or with ``position_split="last_head"`` no head can look at a tap of
+        its own in every pixel. Then q·k and q·r start with variance 1 each for an input of variance 1, where the usual
+        initialisation would give D: the factor that scaled dot-product attention puts on the logits lies in W_Q (as
+        in T5, arXiv 1910.10683). Half of the queries' variance is their bias, if they have one.
         """
-        std = self.in_channels**-0.5
-        scale = abs(self.scale) if abs(self.scale) >= _LEAST_SCALE else 1.0
-        query_std = (self.out_channels / self.num_heads) ** -0.5 / scale
-        nn.init.normal_(self.qkv.weight, std=std)
-        with torch.no_grad():
-            if self.qkv.bias is None:
-                self.qkv.weight[: self.out_channels] *= query_std
-            else:
-                self.qkv.weight[: self.out_channels] *= query_std / 2**0.5
-                nn.init.zeros_(self.qkv.bias)
-                nn.init.normal_(self.qkv.bias[: self.out_channels], std=query_std / 2**0.5)
-        for embedding in (self.row_embedding, self.col_embedding):
-            if embedding is not None and embedding.numel():
-                nn.init.normal_(embedding)
+        scale = self.scale if abs(self.scale) >= _LEAST_SCALE else 1.0
+        width = self.out_channels // self.num_heads
+        weight, bias, row, col = self.qkv.weight, self.qkv.bias, self.row_embedding, self.col_embedding
+        queries, values = slice(self.out_channels), slice(2 * self.out_channels, None)
+        nn.init.normal_(weight, std=self.in_channels**-0.5)
+        weight[values] *= 2**0.5
+        if bias is None or row is None or col is None or self.position_split == "last_head":
+            share = 1.0 if bias is None else 0.5**0.5
+            weight[queries] *= share * width**-0.5 / scale
+            if bias is not None:
+                nn.init.zeros_(bias)
+                nn.init.normal_(bias[queries], std=share * width**-0.5 / abs(scale))
+            for embedding in (row, col):
+                if embedding is not None and embedding.numel():
+                    nn.init.normal_(embedding)
+            return
+        weight[queries] *= CONTENT * width**-0.5 / scale
+        sizes = self.out_channels, self.num_heads, self.kernel_size, self.position_split
+        pull, rows, cols = soft_taps(*sizes, weight.device)
+        nn.init.zeros_(bias)
+        bias[queries] = pull.to(bias.dtype) / scale
+        row.copy_(rows)
+        col.copy_(cols)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend: (B, in_channels, H, W) to (B, out_channels, H', W'); without the batch, likewise."""

@@ -100,7 +100,7 @@ def replacement(
     by_layer = pooled and strides[0] == strides[1] and not whole and not any(cut)
     arguments = {
         "dilation": tuple(axis.dilation if axis.kernel > 1 else 1 for axis in both),
-        "bias": found.bias is not None,
+        "bias": True,  # of the queries it says which tap a head starts at, whatever the convolution has
         "device": conv.weight.device,
         "dtype": conv.weight.dtype,
     }
