@@ -43,6 +43,13 @@ def test_few_of_many_is_a_warning():
         sasa.convert(model, where=lambda name, module: name == "11")  # what was not asked for is not missed
 
 
+def test_what_is_no_plain_convolution_is_not_missed():
+    model = nn.ModuleList([nn.Conv2d(3, 8, 3), *(nn.ConvTranspose2d(8, 8, 2, 2) for _ in range(9)), nn.Conv1d(8, 8, 3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sasa.convert(model, where=lambda name, module: True)
+
+
 def test_the_first_line_of_the_table_is_the_sentence():
     report = sasa.conversion_report(timm.create_model("resnet18"))
     assert str(report).splitlines()[0] == report.summary == "16 converted to attention, 1 left alone (1 stem)."

@@ -35,6 +35,7 @@ def _as_in_the_zoo():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.filterwarnings("ignore:model. [0-9]+ converted to attention:UserWarning")  # few of many
 @pytest.mark.parametrize("name", TRIED)
 def test_converted_networks_keep_their_sizes_train_and_load(name):
     assert check.converted(NETWORKS[name])["converted"]

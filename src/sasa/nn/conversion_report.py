@@ -75,8 +75,9 @@ class ConversionReport:
 
     @property
     def few(self) -> bool:
-        """Whether fewer than a third of the convolutions that were asked for are converted."""
-        refused = [entry for entry in self.left_alone if entry.kind not in ("stem", "not asked for")]
+        """Whether fewer than a third of the ``nn.Conv2d`` that were asked for are converted."""
+        kinds = "stem", "not asked for", "transposed", "1-dimensional", "3-dimensional", "with a kernel of its own"
+        refused = [entry for entry in self.left_alone if entry.kind not in kinds]
         return 2 * len(self.converted) < len(refused)
 
     def __str__(self) -> str:

@@ -78,7 +78,7 @@ def convert(
         The converted network: ``model`` itself if ``inplace``.
 
     Warns:
-        UserWarning: fewer than a third of the convolutions asked for could be converted, or an attribute outside the
+        UserWarning: fewer than a third of the ``nn.Conv2d`` asked for could be converted, or an attribute outside the
             module tree (a list, a bound method) still holds a convolution.
 
     Raises:
