@@ -111,7 +111,9 @@ def test_what_takes_a_convolutions_place(name, bias, dtype):
     conv = CONVOLUTIONS[name](bias=bias, dtype=dtype)
     module = converted(conv)
     qkv = attention_in(module).qkv
-    assert_answers_as_a_convolution(module, 4, 8, qkv.bias, qkv.weight)
+    assert_answers_as_a_convolution(module, 4, 8, qkv.bias if bias else None, qkv.weight)
+    assert qkv.bias is not None
+    assert (module.bias is None) == (conv.bias is None)
     assert (module.weight.dtype, module.weight.device) == (conv.weight.dtype, conv.weight.device)
     assert module.stride == conv.stride
     for size in ((12, 11), (13, 14)):

@@ -17,6 +17,7 @@ class ConvolutionLike(nn.Module):
     groups: ClassVar[int] = 1
     transposed: ClassVar[bool] = False
     output_padding: ClassVar[tuple[int, int]] = (0, 0)
+    shows_bias: bool = True  # False in the place of a convolution without one, whatever the projections have
 
     def _projection(self) -> nn.Module:
         raise NotImplementedError
@@ -30,8 +31,8 @@ class ConvolutionLike(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The projections' bias; None if they have none."""
-        return getattr(self._projection(), "bias", None)
+        """The projections' bias; None if they have none, or if this replaces a convolution that had none."""
+        return getattr(self._projection(), "bias", None) if self.shows_bias else None
 
     def __prepare_scriptable__(self) -> nn.Module:  # what torch.jit.script looks for
         raise NotImplementedError(

@@ -121,6 +121,7 @@ def replacement(
     if pooled and not by_layer:
         parts["pool"] = nn.AvgPool2d(strides) if whole else AveragePool(strides)
     layer = attention if len(parts) == 1 else AttentionInPlace(parts, conv)
+    layer.shows_bias = found.bias is not None  # networks read it to know whether a norm follows
     return layer.train(conv.training)
 
 
