@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+from .fine_tune import report as fine_tuning
 from .gpu import limits
 from .gpu.results import Results
 from .gpu.tables import section
@@ -14,7 +15,10 @@ from .scale import model as scale
 from .scale.tables import TABLES as SCALE
 from .tables import ROWS, markdown
 
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / page for page in ("kernels.md", "scale.md", "studies.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / page for page in ("fine-tuning.md", "kernels.md", "scale.md", "studies.md")),
+]
 STUDY = ROOT / "docs/studies/widths/table.md"
 
 
@@ -37,6 +41,8 @@ def table(mark: str) -> str:
         return section(Results(RESULTS).found)
     if mark == "limits":
         return limits.table(json.loads(limits.FILE.read_text()))
+    if mark.startswith("fine_tuning_"):
+        return fine_tuning.table(mark.removeprefix("fine_tuning_"))
     if mark.startswith("scale_"):
         return SCALE[mark.removeprefix("scale_")](json.loads(scale.FILE.read_text()))
     return markdown(ROWS[mark](json.loads(result_file(RESULTS, mark).read_text())))

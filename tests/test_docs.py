@@ -8,7 +8,7 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["converting.md"])
+@pytest.mark.parametrize("page", ["converting.md", "fine-tuning.md"])
 def test_the_code_runs_and_prints_what_the_page_says(page, capsys):
     text = (DOCS / page).read_text()
     names = {}

@@ -1,0 +1,156 @@
+"""The figures of ``python -m benchmarks.fine_tune`` as the tables of docs/fine-tuning.md, and as a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..machine import in_words
+from ..plots import CONVOLUTION, OURS, new_figure
+from ..processes import ROOT
+from ..tables import Rows, markdown
+
+FILE = ROOT / "docs/fine-tuning/results.json"
+NETWORKS = ("convolution", "attention")
+STAGES = {"convolution": "none", "3": "the last stage", "2": "the last two stages", "1": "all three stages"}
+
+Result = dict[str, Any]
+
+
+def runs(result: Result, network: str) -> list[Result]:
+    """Those of all seeds: of attention, with the strength that was tuned."""
+    strength = next(one["strength"] for one in result["tuning"] if one["network"] == network)
+    return [one for one in result["runs"] if one["network"] == network and one["strength"] == strength]
+
+
+def accuracies(result: Result, network: str) -> list[list[float]]:
+    """Per cent by seed, before training and after each epoch."""
+    stage = result["recipe"]["first_stage"]
+    own = next(one for one in result["conversion"] if one["first_stage"] == stage)
+    before = own["correct_before" if network == "convolution" else "correct_after"] / own["images"]
+    return [[100 * before, *(100 * epoch["top1"] for epoch in run["epochs"])] for run in runs(result, network)]
+
+
+def draw(result: Result, path: Path) -> None:
+    """Accuracy by epoch: the mean of the seeds, and from the lowest to the highest."""
+    recipe, images = result["recipe"], result["conversion"][0]["images"]
+    stages = STAGES[str(recipe["first_stage"])]
+    title = f"ResNet-20 fine-tuned on {recipe['train_images']:,} images of CIFAR-10, attention in {stages}"
+    figure = new_figure(title, result, 4.2)
+    panel = figure.subplots()
+    for network, shade, mark in (("convolution", CONVOLUTION, "s--"), ("attention", OURS, "o-")):
+        by_epoch = list(zip(*accuracies(result, network), strict=True))
+        epochs, means = range(len(by_epoch)), [statistics.mean(values) for values in by_epoch]
+        panel.plot(epochs, means, mark, color=shade, label=network)
+        ends = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
+        panel.fill_between(epochs, *ends, color=shade, alpha=0.2, lw=0)
+    panel.set_xticks(range(recipe["epochs"] + 1))
+    panel.set(xlabel="epochs of training", ylabel=f"top-1 accuracy on {images:,} validation images, %")
+    panel.grid(alpha=0.25)
+    seeds = len(recipe["seeds"])
+    panel.legend(title=f"mean of {seeds} seeds, lowest to highest", loc="lower right")
+    figure.savefig(path, dpi=130)
+
+
+def conversion(result: Result) -> Rows:
+    """What converting changes."""
+    rows = []
+    for own in result["conversion"]:
+        correct = [f"{own[when]:,} ({own[when] / own['images']:.2%})" for when in ("correct_before", "correct_after")]
+        equal = f"{own['equal_predictions']:,} of {own['images']:,}"
+        rows.append([STAGES[str(own["first_stage"])], *correct, equal, f"{own['largest_difference']:.1e}"])
+    header = ["attention in", "correct before", "correct after", "equal predictions", "largest difference of a logit"]
+    caption = f"The largest logit is {result['conversion'][0]['largest_logit']:.1f}; float32."
+    return Rows("conversion", header, rows, 1, caption)
+
+
+def accuracy(result: Result) -> Rows:
+    """The end of all seeds."""
+    rows, ends = [], {}
+    for network in NETWORKS:
+        own = accuracies(result, network)
+        ends[network] = [values[-1] for values in own]
+        losses = [run["epochs"][-1]["loss"] for run in runs(result, network)]
+        by_seed = ", ".join(f"{end:.2f}" for end in ends[network])
+        row = [network, f"{own[0][0]:.2f}", by_seed, spread(ends[network], 2), spread(losses, 3)]
+        rows.append([*row, f"{runs(result, network)[0]['rate']:g}"])
+    gains = [after - before for before, after in zip(*(ends[network] for network in NETWORKS), strict=True)]
+    caption = f"Attention less convolution, seed by seed: {', '.join(f'{gain:+.2f}' for gain in gains)} points, "
+    caption += f"mean {spread(gains, 2, '+')}. ±: standard deviation of the seeds. {in_words(result['machine'])}."
+    if "all_stages" in result:
+        own = [run["epochs"][-1] for run in result["all_stages"]]
+        tops, losses = [100 * one["top1"] for one in own], [one["loss"] for one in own]
+        before = accuracies(result, "attention")[0][0]
+        row = ["attention in all stages", f"{before:.2f}", ", ".join(f"{top:.2f}" for top in tops), spread(tops, 2)]
+        rows.append([*row, spread(losses, 3), f"{result['all_stages'][0]['rate']:g} (not tuned)"])
+    header = ["network", "top-1 before, %", "after, by seed", "mean", "validation loss", "learning rate"]
+    return Rows("fine-tuning", header, rows, 1, caption)
+
+
+def cost(result: Result) -> Rows:
+    """Time and parameters by how much attends."""
+    rows, least = [], result["cost"]["convolution"]["step"]["median"]
+    for name, own in result["cost"].items():
+        times = [f"{own[w]['median']:.2f} ({own[w]['lowest']:.2f} to {own[w]['highest']:.2f})" for w in WAYS]
+        rows.append([STAGES[name], f"{own['parameters']:,}", *times, f"{own['step']['median'] / least:.1f}"])
+    header = ["attention in", "parameters", "CPU seconds a training step (lowest to highest)", "CPU seconds forward"]
+    caption = f"{result['recipe']['batch']} images; CPU seconds of the process. {in_words(result['machine'])}."
+    return Rows("cost", [*header, "steps of convolution"], rows, 1, caption)
+
+
+def rates(result: Result) -> Rows:
+    """Accuracy on the held-out images, by learning rate."""
+    found = {(one["network"], one["rate"]): one["epochs"][-1]["top1"] for one in result["tuning"]}
+    used = {network: runs(result, network)[0]["rate"] for network in NETWORKS}
+    rows = [
+        [f"{rate:g}", *(f"{found[n, rate]:.2%}{' (chosen)' if rate == used[n] else ''}" for n in NETWORKS)]
+        for rate in sorted({rate for _, rate in found})
+    ]
+    return Rows("learning rates", ["learning rate", *NETWORKS], rows, 1)
+
+
+def strengths(result: Result) -> Rows:
+    """What the strength decides."""
+    seed, rows = result["recipe"]["seeds"][0], []
+    ends = {one["strength"]: one["epochs"][-1]["top1"] for one in result["runs"] if one["seed"] == seed}
+    for one in result["strengths"]:
+        end = f"{ends[one['strength']]:.2%}" if one["strength"] in ends else ""
+        sizes = [
+            f"{one[key]:.3g}" if key in one else "" for key in ("weight_norm", "weight_gradient", "query_gradient")
+        ]
+        name = "convolution" if one["strength"] is None else f"s = {one['strength']:g}"
+        rows.append([name, f"{one['error']:.1e}", *sizes, end])
+    header = [
+        "",
+        "largest error of a logit",
+        "norm of M",
+        "gradient of M",
+        "gradient of W_Q",
+        f"top-1 after, seed {seed}",
+    ]
+    return Rows("strengths", header, rows, 1)
+
+
+def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Mean and standard deviation of a sample; one value alone."""
+    if len(values) == 1:
+        return f"{values[0]:{sign}.{digits}f}"
+    return f"{statistics.mean(values):{sign}.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+WAYS = ("step", "forward")
+TABLES: dict[str, Callable[[Result], Rows]] = {
+    "conversion": conversion,
+    "accuracy": accuracy,
+    "cost": cost,
+    "rates": rates,
+    "strengths": strengths,
+}
+
+
+def table(name: str) -> str:
+    """One of the page."""
+    return markdown(TABLES[name](json.loads(FILE.read_text())))
