@@ -81,7 +81,7 @@ def attend_by_taps(
         part = slice(first, first + step)
         rows, cols = (None if half is None else half[part] for half in (row, col))
         y = some(x, query[:, part], key[:, part], rows, cols, weight[part])
-        output = y if output is None else output + y
+        output = y if output is None else output.add_(y)  # no backward needs what it was
     assert output is not None  # noqa: S101  (for the type checker: there is a head)
     if bias is not None:
         output = output + bias.to(output.dtype)[:, None, None]
