@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,9 @@ def layers() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     found: dict[str, nn.Module] = {CONVOLUTION: nn.Conv2d(CHANNELS, CHANNELS, KERNEL, padding=1)}
     for heads in (8, 2):
-        found[f"sasa, {heads} heads"] = sasa.RelativeSelfAttention(CHANNELS, CHANNELS, KERNEL, heads)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that eight heads of eight channels are narrow
+            found[f"sasa, {heads} heads"] = sasa.RelativeSelfAttention(CHANNELS, CHANNELS, KERNEL, heads)
     return found
 
 
