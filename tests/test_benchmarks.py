@@ -235,6 +235,7 @@ def fake_results():
     return {
         "attention": compared(attention.CASES, ATTENTION),
         "layer": whole,
+        "kept": compared(layer.CASES, LAYERS),
         "stages": {"machine": WHERE, "sgemm": speeds, "stages": entries},
         "scaling": {"machine": WHERE, "series": series},
         "networks": {"machine": WHERE, "cases": whole_networks},
