@@ -76,7 +76,6 @@ def test_heads_split_across_rows_and_columns_start_at_a_row_or_a_column(seed):
     assert len(set(taps)) == 8
 
 
-@pytest.mark.filterwarnings("ignore:num_heads. . heads of . channels are one:UserWarning")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_heads_of_one_channel_start_at_a_column(seed):
     torch.manual_seed(seed)
@@ -103,7 +102,6 @@ def test_sixteen_layers_keep_the_spread_of_convolutions(seed):
     assert 1 / 3 < ratio < 3, f"seed {seed}"
 
 
-@pytest.mark.filterwarnings("ignore:num_heads. . heads of . channels are one:UserWarning")
 @pytest.mark.parametrize("position_split", ["per_head", "across_heads", "last_head"])
 @pytest.mark.parametrize("position", ["relative", "absolute", "none"])
 @pytest.mark.parametrize("bias", [True, False])
