@@ -1,4 +1,5 @@
 # make demo   train attention and its convolutional twin on the packaged images, and draw what they see
+# make check  in under three minutes: lint, types and a sample of the unit tests
 # make test   the whole test suite, the C++ kernels under sanitizers first
 # make bench  measure and write benchmarks/results/; make bench-gpu: on a GPU
 # make zoo    convert other people's networks, some 200 of them, and write docs/zoo.md
@@ -11,10 +12,14 @@ INSTALLED := $(VENV)/.installed
 KERNELS := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
 
-.PHONY: demo test sanitize sanitize-gpu bench bench-gpu zoo results lint format clean
+.PHONY: demo check test sanitize sanitize-gpu bench bench-gpu zoo results lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
+
+# two cases of each test, and none that trains or starts processes
+check: lint
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -q --sample 2 -m "not slow" --ignore=tests/train --ignore=tests/study
 
 # in two processes, whose threads sleep while they wait for each other; training and studies, which start processes of
 # their own, on one thread each

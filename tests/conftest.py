@@ -65,6 +65,24 @@ class Tested(NamedTuple):
         return torch.float64 if self.supports(torch.float64) else torch.float32
 
 
+def pytest_addoption(parser) -> None:
+    """``--sample 2``, as ``make check`` has it: every test, but at most two of its cases."""
+    parser.addoption("--sample", type=int, default=0, help="cases of each test to run, evenly spaced; 0: all")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leave out the cases that are not in the sample."""
+    most = config.getoption("--sample")
+    if most < 1:
+        return
+    cases: dict[tuple, list] = {}
+    for item in items:
+        cases.setdefault((item.path, item.cls, getattr(item, "originalname", item.name)), []).append(item)
+    kept = {item for found in cases.values() for item in found[:: -(-len(found) // most)]}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 FASTEST_ALONE = ("test_compile", "test_operators")  # what they test does not depend on the instruction set
 
 

@@ -19,6 +19,7 @@ from timm.models.resnet import Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 from torch import nn
 
+from .._compat import hub_config
 from ..nn import AttentionStem, RelativeSelfAttention, convert
 from ..nn.conversion_plan import put_stem
 from ..ops import checks
@@ -143,7 +144,7 @@ class SasaResNet(
                 f"save_directory: a network can't be saved that was built with {', '.join(self._unsaved)}, "
                 "which JSON can't hold"
             )
-        config = {k: v for k, v in (self._hub_mixin_config or {}).items() if k not in _PLACE}  # type: ignore[union-attr]
+        config = {k: v for k, v in hub_config(self).items() if k not in _PLACE}
         config |= {"num_classes": self.num_classes, "global_pool": self.global_pool.pool_type}
         return super().save_pretrained(save_directory, config=config, **kwargs)
 

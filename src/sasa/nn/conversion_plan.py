@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .._compat import has_hooks
 from ..ops import checks
 from . import replace
 from .aliases import not_reached
@@ -21,11 +21,13 @@ from .stem import AttentionStem
 
 Where = Callable[[str, nn.Module], bool]
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 OPTIONS = ("position", "position_split", "border", "bias", "scale", "implementation", "recompute")
 OPTIONS_KEPT = ("strength", "margin", "implementation", "recompute")  # of AttentionConv2d
 
 
-class Plan:
+class ConversionPlan:
     """The convolutions of a model and what becomes of them. The model is only read.
 
     Args: see :func:`sasa.convert`.
@@ -83,13 +85,13 @@ class Plan:
         for name, module in modules.items():
             if name == in_resnet_stem:
                 layer = self.build_stem(modules[self.resnet or ""], device="meta")
-                entries.append(Entry(name, _in_words(module), f"attention stem, {_heads(layer.num_heads)}"))
+                entries.append(Entry(name, _describe(module), f"attention stem, {_heads(layer.num_heads)}"))
             elif replace.is_spatial(module):
                 assert isinstance(module, nn.Conv2d)  # noqa: S101  (for the type checker)
                 entries.append(self._decide(name, module, stem_names, wanted=stem and name in stem_names))
-            elif isinstance(module, _ConvNd) and max(module.kernel_size) > 1:
+            elif isinstance(module, CONVOLUTIONS) and max(module.kernel_size) > 1:
                 why = "transposed" if module.transposed else f"{len(module.kernel_size)}-dimensional"
-                entries.append(Entry(name, _in_words(module), why=why, kind=why))
+                entries.append(Entry(name, _describe(module), why=why, kind=why))
             elif isinstance(module, (nn.Conv2d, ParametrizationList)):
                 continue
             elif replace.holds_a_kernel(module):
@@ -104,7 +106,7 @@ class Plan:
 
     def _decide(self, name: str, conv: nn.Conv2d, stem_names: set[str], wanted: bool) -> Entry:
         """What becomes of one convolution; it is added to ``names`` if it is to be replaced."""
-        was = _in_words(conv)
+        was = _describe(conv)
         if not (wanted or (name not in stem_names if self.where is None else bool(self.where(name, conv)))):
             return (
                 Entry(name, was, why="the stem", kind="stem")
@@ -120,7 +122,7 @@ class Plan:
             return Entry(name, was, why=found, kind="not understood")
         if any(id(p) in self._tied for p in conv.parameters(recurse=False)):
             return Entry(name, was, why="it shares its parameters with another module", kind="with shared parameters")
-        if replace.has_hooks(conv):
+        if has_hooks(conv, globally=False):
             return Entry(name, was, why="it has hooks, which would be lost", kind="with hooks")
         if self.keep_function:
             small = self._window(conv) is not None and any(
@@ -134,7 +136,7 @@ class Plan:
             if why is not None:
                 return Entry(name, was, why=why[1], kind=why[0])
         self.names.append(name)
-        becomes = replace.in_words(self.build(conv, device="meta"))
+        becomes = replace.describe(self.build(conv, device="meta"))
         heads = self.num_heads if self.keep_function else replace.nearest_heads(self.num_heads, conv.out_channels)
         if heads == self.num_heads:
             return Entry(name, was, becomes)
@@ -228,9 +230,9 @@ def _heads(count: int) -> str:
     return f"{count} head{'' if count == 1 else 's'}"
 
 
-def _in_words(module: nn.Module) -> str:
+def _describe(module: nn.Module) -> str:
     """A convolution in a few words."""
-    assert isinstance(module, _ConvNd)  # noqa: S101  (for the type checker)
+    assert isinstance(module, CONVOLUTIONS)  # noqa: S101  (for the type checker)
     kernel = "x".join(map(str, module.kernel_size))
     text = f"{type(module).__name__} {kernel}, {module.in_channels} to {module.out_channels}"
     if set(module.stride) != {1}:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .conversion_plan import Plan, Where, put_stem
+from .conversion_plan import ConversionPlan, Where, put_stem
 from .conversion_report import ConversionReport
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -89,7 +89,7 @@ def convert(
     Example:
         >>> network = sasa.convert(timm.create_model("resnet50"))
     """
-    plan = Plan(model, kernel_size, num_heads, where, stem, stride_mode, grouped, keep_function, options)
+    plan = ConversionPlan(model, kernel_size, num_heads, where, stem, stride_mode, grouped, keep_function, options)
     arguments = {"kernel_size": kernel_size, "num_heads": num_heads, "stem": stem, "stride_mode": stride_mode}
     arguments |= {"grouped": grouped, "keep_function": keep_function} | options
     names = [entry.name for entry in plan.report.converted]
@@ -156,4 +156,6 @@ def conversion_report(
         ValueError: as :func:`convert`.
         TypeError: as :func:`convert`.
     """
-    return Plan(model, kernel_size, num_heads, where, stem, stride_mode, grouped, keep_function, options).report
+    return ConversionPlan(
+        model, kernel_size, num_heads, where, stem, stride_mode, grouped, keep_function, options
+    ).report

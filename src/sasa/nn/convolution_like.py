@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from .._compat import has_hooks, replaces_forward
+
 
 class ConvolutionLike(nn.Module):
     """Attributes of ``nn.Conv2d`` that follow from attention being what it is.
@@ -44,8 +46,7 @@ def is_plain(module: nn.Module) -> bool:
     """Whether a module is a 1x1 convolution as PyTorch has it: its forward is not replaced, its weight not computed."""
     return (
         type(module) is nn.Conv2d  # parametrized modules have a class of their own
-        and "forward" not in module.__dict__  # as accelerate replaces it
-        and "_conv_forward" not in module.__dict__
+        and not replaces_forward(module)
         and (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
     )
 
@@ -55,10 +56,4 @@ def runs_alone(module: nn.Module, globally: bool = True) -> bool:
 
     ``globally``: hooks on all modules count too.
     """
-    return is_plain(module) and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or (globally and nn.modules.module._has_any_global_hook())
-    )
+    return is_plain(module) and not has_hooks(module, globally)

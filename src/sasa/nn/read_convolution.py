@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._compat import TorchDispatchMode, computes_as_conv2d, replaces_forward
 from ..ops import checks
 
 Pads = tuple[int, int, int, int]  # left, right, above, below, as torch.nn.functional.pad has them
@@ -70,9 +70,9 @@ def read(conv: nn.Conv2d) -> Convolution | str:
         return "its parameters are parametrized, as by weight or spectral norm"
     if isinstance(conv.weight, UninitializedParameter):
         return f"{type(conv).__name__} has no shape yet: run the model once before"
-    if "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__:
+    if replaces_forward(conv):
         return "its forward was replaced, which would be lost"
-    if all(getattr(type(conv), name) is getattr(nn.Conv2d, name) for name in ("__call__", "forward", "_conv_forward")):
+    if computes_as_conv2d(conv):
         stride, dilation = checks.pair("stride", conv.stride), checks.pair("dilation", conv.dilation)
         return Convolution(conv.weight, conv.bias, stride, dilation, conv.groups, _pads(conv), conv.padding_mode)
     return _read_by_running(conv) or f"{type(conv).__name__} computes in a way of its own"

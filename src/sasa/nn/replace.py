@@ -16,7 +16,7 @@ from .relative_self_attention import RelativeSelfAttention
 STRIDE_MODES = ("pool", "strided")
 
 
-class Axis(NamedTuple):
+class ConvolutionAxis(NamedTuple):
     """Rows or columns of a convolution, which makes floor((n - lost - 1) / stride) + 1 pixels of n."""
 
     kernel: int
@@ -25,13 +25,13 @@ class Axis(NamedTuple):
     lost: int
 
 
-def axes(conv: Convolution) -> tuple[Axis, Axis]:
+def axes(conv: Convolution) -> tuple[ConvolutionAxis, ConvolutionAxis]:
     """The geometry of a convolution."""
     both = []
     for i in (0, 1):
         kernel, dilation = conv.kernel_size[i], conv.dilation[i]
         lost = 0 if conv.pads is None else dilation * (kernel - 1) - sum(conv.pads[2 - 2 * i : 4 - 2 * i])
-        both.append(Axis(kernel, conv.stride[i], dilation, lost))
+        both.append(ConvolutionAxis(kernel, conv.stride[i], dilation, lost))
     return both[0], both[1]
 
 
@@ -63,11 +63,6 @@ def why_left_alone(conv: nn.Conv2d, found: Convolution, grouped: bool, stride_mo
         why = f"padding={conv.padding} doesn't keep the size, which stride_mode='strided' needs"
         return "of less padding than 'strided' needs", why
     return None
-
-
-def has_hooks(conv: nn.Conv2d) -> bool:
-    """Whether code runs before or after a module, in either direction."""
-    return any((conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks))
 
 
 def replacement(
@@ -125,7 +120,7 @@ def replacement(
     return layer.train(conv.training)
 
 
-def in_words(layer: nn.Module) -> str:
+def describe(layer: nn.Module) -> str:
     """A replacement in a line."""
     if isinstance(layer, AttentionConv2d):
         return f"the same function as attention, {layer.num_heads} heads"

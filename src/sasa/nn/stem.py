@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .._compat import has_hooks
 from ..ops import checks
 from ..ops.attend import attend
 from .convolution_like import ConvolutionLike, is_plain, runs_alone
@@ -188,8 +189,7 @@ class AttentionStem(ConvolutionLike):
         largest. (None, None) where it has to be computed.
         """
         norm = self.norm
-        hooked = norm._forward_hooks or norm._forward_pre_hooks or nn.modules.module._has_any_global_hook()
-        plain = type(norm) is nn.BatchNorm2d and "forward" not in norm.__dict__ and not hooked
+        plain = type(norm) is nn.BatchNorm2d and "forward" not in norm.__dict__ and not has_hooks(norm)
         if self.training or norm.training or torch.is_grad_enabled() or not plain:
             return None, None
         if norm.running_mean is None or norm.running_var is None or norm.weight is None:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad, profiler
+from torch.autograd import forward_ad
 
+from .._compat import OpOverload, below_autograd, is_recorded, transforms_active
 from .derivatives import gradients, second_gradients
 from .precision import without_autocast
 
@@ -28,7 +28,7 @@ class Registered(NamedTuple):
         function: what it calls in the end.
     """
 
-    operator: torch._ops.OpOverload
+    operator: OpOverload
     function: Callable[..., tuple[Tensor, ...]]
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
@@ -74,7 +74,7 @@ def apply_here(operator: Operator, *tensors: Tensor | None, options: tuple[Any, 
     return _Untransformed.apply(operator, options, *tensors)
 
 
-def register(forward: torch._ops.OpOverload, operator: Operator) -> None:
+def register(forward: OpOverload, operator: Operator) -> None:
     """Give an operator derivatives where it is called directly, by an exported program or as ``torch.ops.sasa``."""
 
     def differentiable(*arguments: Any) -> tuple[Tensor, ...]:
@@ -82,7 +82,7 @@ def register(forward: torch._ops.OpOverload, operator: Operator) -> None:
         transformed = is_transformed() or is_transformed_forward()
         if needs_gradient(*tensors) and not transformed:
             return _Attention.apply(operator, options, *tensors)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             output, lse = forward(*arguments)
         if transformed:  # PyTorch applies no Function while a transform dispatches an operator
             with without_autocast(tensors[0]):
@@ -99,7 +99,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func is active."""
-    return torch._C._are_functorch_transforms_active()
+    return transforms_active()
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.Size, tuple, int, float, str, bool, type(None)})
@@ -112,12 +112,8 @@ def is_observed(arguments: tuple[Any, ...]) -> bool:
     return (
         torch.compiler.is_compiling()
         or is_transformed()
-        or is_legacy_batchedtensor(arguments[0])  # as is_grads_batched has it
         or is_transformed_forward()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or profiler._is_profiler_enabled
+        or is_recorded(arguments[0])
         or not _PLAIN.issuperset(map(type, arguments))
         or arguments[0].is_meta
     )

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime import JITFunction
 
 from .. import memory_format
 from ..window import Window
 from .kernels import backward as backward_kernels
 from .kernels import forward as forward_kernels
-from .problem import ANY, CHANNELS, COLUMNS, Axis, Problem
+from .problem import ANY, CHANNELS, COLUMNS, Problem, TiledAxis
 from .tiles import SMALL_IMAGE, Tile, power_of_two, tiles_of
 
 MOST_TAPS = 64  # of a window on tensor cores: each query's position terms are held in registers
-INTERPRETED = isinstance(forward_kernels.forward, InterpretedFunction)
+INTERPRETED = not isinstance(forward_kernels.forward, JITFunction)
 OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}  # explicit, as Triton's default is about to change
 LEAST_PROGRAMS = 256  # for a meaningful measurement of a tile: about two on each multiprocessor
 SHARE_BYTES = 2**26  # most memory for the programs' shares of the embeddings' gradients
@@ -55,8 +55,8 @@ def problem_of(
         tensor_cores = False
     least = 16 if tensor_cores else 1
     return Problem(
-        y=Axis.of(window.rows),
-        x=Axis.of(window.cols),
+        y=TiledAxis.of(window.rows),
+        x=TiledAxis.of(window.cols),
         zero=window.border == "zero",
         channels=query.shape[2],
         channels_pad=max(least, power_of_two(query.shape[2])),

@@ -16,7 +16,7 @@ CHANNELS = 1  # a pixel's channels follow each other and begin at a multiple of 
 COLUMNS = 2  # the pixels of a row follow each other
 
 
-class Axis(NamedTuple):
+class TiledAxis(NamedTuple):
     """Window along one axis. Tap t of query i falls on pixel i · stride - before + t · dilation; the query itself lies
     under tap (kernel - 1) // 2.
 
@@ -43,7 +43,7 @@ class Axis(NamedTuple):
     centre: int
 
     @classmethod
-    def of(cls, axis: window.Axis) -> Axis:
+    def of(cls, axis: window.Axis) -> TiledAxis:
         """The part of the geometry that does not depend on the size of the image.
 
         A stride or dilation beyond the image is as good as one of its size: there is one window, or only its centre
@@ -89,8 +89,8 @@ class Problem(NamedTuple):
         sum_precision: likewise, of the few products of what was summed in float32: the embeddings' gradients.
     """
 
-    y: Axis
-    x: Axis
+    y: TiledAxis
+    x: TiledAxis
     zero: bool
     channels: int
     channels_pad: int

@@ -3,7 +3,7 @@
 The logits of a block are one matrix product. To it each query adds its position terms, or -inf where a key lies outside
 of its window. The position terms of a query are two short rows, q·row and q·col; in the coordinates of the halo each
 query's are shifted by its place in the tile. Where dilated, coordinates count in units of the dilation (see
-:class:`~sasa.ops.triton.problem.Axis`).
+:class:`~sasa.ops.triton.problem.TiledAxis`).
 
 A key outside of a query's window gets weight 0, but 0 times infinity is NaN: the kernels look for results that are not
 finite and compute such tiles again tap by tap (``taps.py``).

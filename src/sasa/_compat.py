@@ -1,0 +1,66 @@
+"""The private parts of other libraries that the package needs, in one place, each with the reason.
+
+Whoever moves to another version of PyTorch looks here first: see ``docs/dev/new-pytorch.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active as transforms_active  # noqa: F401
+from torch._C import _AutoDispatchBelowAutograd as below_autograd  # noqa: F401
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import is_legacy_batchedtensor
+from torch._ops import OpOverload  # noqa: F401
+from torch.autograd import profiler
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
+
+# below_autograd: an operator with a kernel of its own for the Autograd key calls its next kernel within it; Python has
+# no public redispatch.
+# OpOverload, TorchDispatchMode: documented, but only under private modules.
+# transforms_active: whether torch.func.grad, vmap or jvp is active; the public way is to try and catch an error.
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether a mode, a tracer or the profiler watches operators, or ``x`` is a batch of ``is_grads_batched``.
+
+    A call that nobody watches may take the short way around PyTorch's dispatcher, which costs more than a small layer.
+    """
+    return (
+        _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _get_tracing_state() is not None
+        or profiler._is_profiler_enabled
+        or is_legacy_batchedtensor(x)
+    )
+
+
+def has_hooks(module: nn.Module, globally: bool = True) -> bool:
+    """Whether calling the module runs more than its forward; ``globally``: hooks on all modules count too.
+
+    There is no public way to ask. Layers that read a submodule's parameters instead of calling it must know.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or (globally and nn.modules.module._has_any_global_hook())
+    )
+
+
+def hub_config(network: Any) -> dict[str, Any]:
+    """The arguments that a network with Hugging Face's mixin was built with; the mixin has no public attribute."""
+    return dict(network._hub_mixin_config or {})
+
+
+def replaces_forward(conv: nn.Conv2d) -> bool:
+    """Whether this one module computes in another way than its class, as accelerate and others make it."""
+    return "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__
+
+
+def computes_as_conv2d(conv: nn.Conv2d) -> bool:
+    """Whether the module's class overrides none of the methods by which ``torch.nn.Conv2d`` computes."""
+    names = ("__call__", "forward", "_conv_forward")
+    return all(getattr(type(conv), name) is getattr(nn.Conv2d, name) for name in names)
