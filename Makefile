@@ -19,12 +19,12 @@ demo: $(INSTALLED)
 
 # two cases of each test, and none that trains or starts processes
 check: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -q --sample 2 -m "not slow" --ignore=tests/train --ignore=tests/study
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -q --sample 2 -m "not slow and not nightly" --ignore=tests/train --ignore=tests/study
 
 # in two processes, whose threads sleep while they wait for each other; training and studies, which start processes of
 # their own, on one thread each
 test: sanitize
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore=tests/train --ignore=tests/study
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not nightly" --ignore=tests/train --ignore=tests/study
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/train tests/study
 
 # the kernels alone, on a grid of problems: bad addresses, undefined behaviour, races between threads

@@ -109,6 +109,7 @@ def _serve() -> None:
     names: dict = {"attempt": attempt}
     exec(PRELUDE, names)
     names["warnings"].simplefilter("error")
+    names["warnings"].filterwarnings("ignore", "num_heads.*one channel wide")
     names["torch"].set_num_threads(1)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     for line in sys.stdin:

@@ -14,6 +14,8 @@ from benchmarks.fine_tune import report, training
 from benchmarks.fine_tune.resnet20 import ResNet20, converted, trained
 from benchmarks.fine_tune.training import Recipe
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(train_images=4, held_out=4, epochs=1, batch=2, rates=(1e-2,), seeds=(0, 1))
 
 

@@ -10,6 +10,8 @@ import pytest
 
 import sasa
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(sasa.__file__).parent
 EXTRAS = ("lightning", "pytorch_lightning", "timm", "torchvision", "torchmetrics", "torchinfo", "safetensors", "rich")
 EXTRAS += (

@@ -35,19 +35,16 @@ def test_the_same_output_and_gradient_in_every_geometry(kernel, padding):
     torch.manual_seed(0)
     if padding == "kept":
         padding = tuple((k - 1) // 2 for k in kernel)
-    seen = 0
-    for stride, dilation, groups, bias in itertools.product((1, 2, (1, 3)), (1, 2), (1, 2, 4), (True, False)):
+    others = itertools.cycle(itertools.product((1, 2, 4), (True, False), ((14, 13), (15, 16), (13, 14))))
+    for stride, dilation, _ in itertools.product((1, 2, (1, 3)), (1, 2), range(3)):
+        groups, bias, size = next(others)
         conv = nn.Conv2d(4, 8, kernel, stride, padding, dilation, groups, bias, dtype=torch.float64)
-        layer = AttentionConv2d(conv)
-        for size in ((14, 13), (15, 16)):
-            x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
-            y, expected = layer(x), conv(x)
-            assert y.shape == expected.shape
-            assert distance(y, expected) < 1e-10
-            grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)]
-            assert distance(*grads) < 1e-10
-            seen += 1
-    assert seen == 72
+        x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
+        y, expected = AttentionConv2d(conv)(x), conv(x)
+        assert y.shape == expected.shape
+        assert distance(y, expected) < 1e-10
+        grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)]
+        assert distance(*grads) < 1e-10
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
@@ -253,6 +250,7 @@ def trained_statistics(model):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_compute_what_they_did(name):
     torch.manual_seed(0)
@@ -284,11 +282,12 @@ def test_a_detector_finds_what_it_did():
     assert all(distance(heads[0][k], heads[1][k]) < 1e-4 for k in ("cls_logits", "bbox_regression"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100", "unet"])
 def test_every_parameter_gets_a_gradient_and_training_reduces_the_loss(name):
     torch.manual_seed(0)
     network = sasa.convert(NETWORKS[name](), keep_function=True, stem=True).train()
-    x = torch.randn(4, 3, 64, 64)
+    x = torch.randn(4, 3, 40, 40)
     target = (x.mean(1) > 0).long() if name == "unet" else torch.randint(2, (4,))
     optimizer = torch.optim.SGD(network.parameters(), 0.5 if name == "unet" else 0.01)
     losses = []

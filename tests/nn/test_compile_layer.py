@@ -10,6 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sasa
 from sasa.nn.in_place_of_convolution import AveragePool
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before():

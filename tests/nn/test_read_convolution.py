@@ -11,6 +11,8 @@ from torch import nn
 import sasa
 from sasa.nn.read_convolution import Convolution, read, same_pads
 
+pytestmark = pytest.mark.slow
+
 
 class OwnConvForward(nn.Conv2d):
     """A kernel of its own, by the method that nn.Conv2d's forward calls."""

@@ -14,6 +14,8 @@ from torch import nn
 
 import sasa
 
+pytestmark = pytest.mark.slow
+
 
 def build(seed=0):
     torch.manual_seed(seed)

@@ -15,6 +15,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import sasa
 from sasa.models import create_model
 
+pytestmark = pytest.mark.slow
+
 LAYERS = [
     *({"position_split": split} for split in ("per_head", "across_heads", "last_head")),
     {"position": "absolute", "border": "mask"},

@@ -9,6 +9,8 @@ from tests.zoo import check
 from tests.zoo.networks import OPEN, networks
 from tests.zoo.table import FILE, PAGE, page
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = networks(OPEN)
 TRIED = [
     "timm/convnextv2_atto",  # depthwise, and a patch embedding in every stage

@@ -12,6 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sasa
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before():

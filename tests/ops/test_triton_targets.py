@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 # Runs in a process of its own: whether Triton interprets, as other tests need it, is settled when it is imported.
@@ -100,13 +102,20 @@ LEAST_SHARED = {"cuda": 99 * 1024, "hip": 64 * 1024}
 LAST_FORM = {"cuda": "cubin", "hip": "hsaco"}
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_compiles_within_shared_memory(target):
-    for kernel in compiled(target, PROBLEMS + (LARGE if target == TARGETS["A100"] else []))["compiled"]:
+SOME = {"A100": [PROBLEMS[0], LARGE[2]], "H100": [PROBLEMS[2]], "MI300": [PROBLEMS[3]]}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("problems", [SOME, pytest.param(None, marks=pytest.mark.nightly)], ids=["some", "all"])
+def test_compiles_within_shared_memory(problems, name):
+    target = TARGETS[name]
+    every = PROBLEMS + (LARGE if name == "A100" else [])
+    for kernel in compiled(target, problems[name] if problems else every)["compiled"]:
         assert LAST_FORM[target[0]] in kernel["forms"], kernel
         assert kernel["shared"] <= LEAST_SHARED[target[0]], kernel
 
 
+@pytest.mark.nightly
 def test_every_tile_compiles():
     problems = [{"size": [9, 9], "width": width, "channels_last": True, "every_tile": True} for width in (16, 64)]
     made = compiled(TARGETS["H100"], problems)["compiled"]
