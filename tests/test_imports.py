@@ -22,7 +22,6 @@ EXTRAS += (
     "tensorboard",
     "webdataset",
     "datasets",
-    "optuna",
 )
 
 WITH_TORCH_ALONE = f"""
