@@ -188,7 +188,8 @@ def _value(where: str, key: str, value: Any) -> Any:
         raise StudyError(f"{where}: no such option{_near(name, allowed)}; expected one of {', '.join(allowed)}")
     kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, types.UnionType) else (hints[name],)
     texts = [
-        f"one of {', '.join(get_args(k))}" if get_origin(k) is Literal else _NAMES[get_origin(k) or k] for k in kinds
+        f"one of {', '.join(get_args(k))}" if get_origin(k) is Literal else _NAMES.get(get_origin(k) or k, str(k))
+        for k in kinds
     ]
     expected = " or ".join(texts)
     if dot and (dict not in [get_origin(kind) for kind in kinds] or not inner):

@@ -77,6 +77,8 @@ class TrainingProcesses:
                     f"out: expected no other study at work in {self._out}, got process {holders}; "
                     "trainings left by a study that was killed save and end on SIGTERM"
                 ) from None
+            except OSError:  # a file system without locks
+                pass
             self._note_processes()
             before: dict[signal.Signals, Any] = {}
             if threading.current_thread() is threading.main_thread():
@@ -87,7 +89,7 @@ class TrainingProcesses:
                 yield
             finally:
                 for number, handler in before.items():
-                    signal.signal(number, handler)
+                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def run(
         self, stage: str, trainings: list[Training], slots: Slots, result: Callable[[Training], str]
