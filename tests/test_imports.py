@@ -24,7 +24,6 @@ EXTRAS += (
     "tensorboard",
     "webdataset",
     "datasets",
-    "optuna",
 )
 
 WITH_TORCH_ALONE = f"""

@@ -75,7 +75,6 @@ def _info(arguments: list[str]) -> int:
         "matplotlib",
         "webdataset",
         "datasets",
-        "optuna",
     ):
         try:
             rows[package] = importlib.metadata.version(package)

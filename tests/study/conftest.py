@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parent.parent / "train"))  # processes.py: ki
 
 from fakes import FAKE
 
-from sasa.study import processes
+from sasa.study import trainings
 
 PLAN = {
     "title": "a study",
@@ -23,7 +23,7 @@ PLAN = {
 @pytest.fixture
 def fake(monkeypatch):
     """Trainings that only pretend; see fake_training.py."""
-    monkeypatch.setattr(processes, "COMMAND", FAKE)
+    monkeypatch.setattr(trainings, "COMMAND", FAKE)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 

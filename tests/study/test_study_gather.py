@@ -40,7 +40,7 @@ def plan(write_plan):
 @pytest.fixture
 def out(plan, tmp_path):
     out = place(tmp_path / "out", plan)
-    for cell in plan.cells({}):
+    for cell in plan.trainings({}):
         values = VALUES[cell.options["model"], cell.options["model_options.width"]]
         finish(out, cell.key, top1=values[cell.seed], seconds_per_epoch=float(cell.seed))
     return out
@@ -96,7 +96,7 @@ def test_three_keys_and_words_along_the_plot(x, write_plan, tmp_path):
     grid = {"model": ["sasa_resnet14", "resnet14"], "model_options.width": [0.5, 1.0], "optimizer": ["sgd", "adamw"]}
     plan = read_plan(write_plan(grid=grid, plot={"x": x}, seeds=[0]))
     out = place(tmp_path / "out", plan)
-    for cell in plan.cells({}):
+    for cell in plan.trainings({}):
         finish(out, cell.key, top1=0.5)
     results = gather(out)
     assert all(cell["standard_deviation"] is None for cell in results["cells"])
@@ -110,7 +110,7 @@ def test_a_study_that_has_just_begun_and_one_half_done_can_be_gathered(plan, tmp
     assert [cell["n"] for cell in gather(out)["cells"]] == [0, 0, 0, 0]
     assert (out / "plot.png").exists()
     assert "| resnet14 | 1.0 | (0 of 3) |" in (out / "table.md").read_text()
-    for cell in plan.cells({})[:5]:
+    for cell in plan.trainings({})[:5]:
         finish(out, cell.key, top1=float("nan") if cell.seed else 0.5)
     results = gather(out)
     assert [cell["n"] for cell in results["cells"]] == [1, 1, 1, 1]  # what is no number doesn't count
@@ -125,7 +125,7 @@ def test_losses_are_no_percentages_and_lower_is_better(write_plan, tmp_path):
     for metric, best in (("val_loss", 0.2), ("top1", 0.1)):
         plan = read_plan(write_plan(tune=tune, metric=metric))
         out = place(tmp_path / metric, plan)
-        for cell in plan.tuning():
+        for cell in plan.searched():
             values = losses[cell.options["learning_rate"]]
             if cell.seed < len(values):
                 finish(out, cell.key, **{metric: values[cell.seed]})

@@ -1,17 +1,19 @@
 """Studies' files: what is refused, and how; what trainings they come to; which studies are the same."""
 
+import json
+
 import pytest
 
 from sasa.cli import main
 from sasa.study import StudyError
-from sasa.study.plan import changes, put, run_key, shipped_plans
-from sasa.study.read import check_trainings, find_plan, read_plan
+from sasa.study.plan import changes, merged, run_key
+from sasa.study.read import check_trainings, find_plan, read_plan, shipped_plans
 
 TUNE = {"fixed": {"model": "resnet14"}, "grid": {"learning_rate": [0.005, 0.01]}, "seeds": [100]}
 
 
 def keys(plan, tuned=None):
-    return [cell.key for cell in plan.cells(tuned or {})]
+    return [cell.key for cell in plan.trainings(tuned or {})]
 
 
 def test_a_grid_becomes_trainings_named_by_what_distinguishes_them(write_plan):
@@ -21,37 +23,33 @@ def test_a_grid_becomes_trainings_named_by_what_distinguishes_them(write_plan):
         "model=sasa_resnet14,model_options.width=1.0,seed=0",
     ]
     assert len(keys(plan)) == 8
-    first, last = plan.cells({"learning_rate": 0.5})[0], plan.cells({})[-1]
-    assert (first.recipe.model, first.recipe.model_options, first.recipe.seed) == ("sasa_resnet14", {"width": 0.5}, 0)
-    assert (last.recipe.model, last.recipe.model_options, last.recipe.seed) == ("resnet14", {"width": 1.0}, 1)
-    assert first.recipe.learning_rate == 0.5
-    assert first.recipe.epochs == 2  # options are over the recipe
-    assert first.recipe.augment == "none"  # of the recipe
+    first, last = plan.trainings({"learning_rate": 0.5})[0].recipe, plan.trainings({})[-1].recipe
+    assert (first["model"], first["model_options"], first["seed"]) == ("sasa_resnet14", {"width": 0.5}, 0)
+    assert (last["model"], last["model_options"], last["seed"]) == ("resnet14", {"width": 1.0}, 1)
+    assert first["learning_rate"] == 0.5
+    assert first["epochs"] == 2  # options are over the recipe
+    assert first["augment"] == "none"  # of the recipe
 
 
 def test_tuning_has_options_of_its_own(write_plan):
     plan = read_plan(write_plan(tune=TUNE))
-    assert [cell.key for cell in plan.tuning()] == [f"tune,learning_rate={rate},seed=100" for rate in (0.005, 0.01)]
-    assert {cell.recipe.model for cell in plan.tuning()} == {"resnet14"}
-    assert [cell.recipe.learning_rate for cell in plan.tuning()] == [0.005, 0.01]
+    assert [one.key for one in plan.searched()] == [f"tune,learning_rate={rate},seed=100" for rate in (0.005, 0.01)]
+    assert {one.recipe["model"] for one in plan.searched()} == {"resnet14"}
+    assert [one.recipe["learning_rate"] for one in plan.searched()] == [0.005, 0.01]
 
 
 def test_a_recipe_may_be_a_file_or_written_out(write_plan, tmp_path):
     (tmp_path / "own.yaml").write_text("batch_size: 16\nseed: 7\nmodel_options: {width: 2.0}\n")
     for recipe in ("own.yaml", {"batch_size": 16, "model_options.width": 2.0}):
-        plan = read_plan(write_plan(recipe=recipe, grid={"weight_decay": [0, "1e-4"]}))
-        cell = plan.cells({})[1]
-        assert (cell.recipe.batch_size, cell.recipe.model_options, cell.recipe.weight_decay) == (
-            16,
-            {"width": 2.0},
-            1e-4,
-        )
-        assert (plan.line, plan.x) == ("weight_decay", "flops")
+        plan = read_plan(write_plan(recipe=recipe, grid={"weight_decay": [0, 1e-4]}))
+        found = plan.trainings({})[1].recipe
+        assert (found["batch_size"], found["model_options"], found["weight_decay"]) == (16, {"width": 2.0}, 1e-4)
+        assert plan.plot == {"x": "flops", "line": "weight_decay"}
 
 
 def test_dotted_keys_go_into_mappings():
     before = {"model_options": {"width": 1}, "epochs": 2}
-    after = put(before, {"model_options.width": 3, "model_options.kernel_size": 5, "epochs": 4})
+    after = merged(before, {"model_options.width": 3, "model_options.kernel_size": 5, "epochs": 4})
     assert after == {"model_options": {"width": 3, "kernel_size": 5}, "epochs": 4}
     assert before == {"model_options": {"width": 1}, "epochs": 2}
 
@@ -82,7 +80,7 @@ def test_names_of_runs_are_safe_and_differ():
         ),
         ({"grid": {"model": ["resnet14", "resnet14"]}}, "grid.model: expected different values, got 'resnet14' twice"),
         ({"grid": {"weight_decay": [0, 0.0]}}, "grid.weight_decay: expected different values, got 0.0 twice"),
-        ({"grid": {"model_options.a": [1, "1"]}}, "grid.model_options.a: expected different values, got 1 twice"),
+        ({"grid": {"model_options.a": [1, "1"]}}, "grid.model_options.a: expected different values, got '1' twice"),
         ({"grid": {"model": ["resnet14", "vgg"]}}, "with model vgg: model: expected one of sasa_resnet14"),
         ({"grid": {"model_options.widht": [1]}}, "with model_options.widht 1: model_options: "),
         ({"grid": {"model_options.width": [1, -1]}}, "width: expected a positive factor, got -1"),
@@ -92,15 +90,21 @@ def test_names_of_runs_are_safe_and_differ():
         ({"grid": {"augment": ["none", "nun"]}}, "grid.augment: expected one of none, shift, imagenet, got 'nun'"),
         ({"grid": {"seed": [1]}}, "grid.seed: expected under seeds"),
         ({"seeds": None}, "seeds: expected, but missing"),
-        ({"seeds": []}, "seeds: expected a list of whole numbers from 0, got []"),
-        ({"seeds": 3}, "seeds: expected a list of whole numbers from 0, got 3"),
-        ({"seeds": [0, True]}, "seeds: expected a list of whole numbers from 0, got [0, True]"),
-        ({"seeds": [0, -1]}, "seeds: expected a list of whole numbers from 0, got [0, -1]"),
+        ({"seeds": []}, "seeds: expected a list of whole numbers from 0 to 2^32 - 1, got []"),
+        ({"seeds": 3}, "seeds: expected a list of whole numbers from 0 to 2^32 - 1, got 3"),
+        ({"seeds": [0, True]}, "seeds: expected a list of whole numbers from 0 to 2^32 - 1, got [0, True]"),
+        ({"seeds": [0, -1]}, "seeds: expected a list of whole numbers from 0 to 2^32 - 1, got [0, -1]"),
+        ({"seeds": [2**32]}, "seeds: expected a list of whole numbers from 0 to 2^32 - 1, got [4294967296]"),
+        ({"seeds": list(range(3000))}, "grid: expected at most 10,000 trainings, got 12,000"),
         ({"seeds": [1, 2, 1]}, "seeds: expected different seeds, got [1, 2, 1]"),
         ({"options": {"epoch": 3}}, "options.epoch: no such option (did you mean epochs?)"),
         ({"options": {"epochs": None}}, "options.epochs: expected a whole number, got None"),
         ({"options": {"learning_rate": True}}, "options.learning_rate: expected a number, got True"),
         ({"options": {"weight_decay": float("nan")}}, "options.weight_decay: expected a number, got nan"),
+        ({"options": {"epochs": "2"}}, "options.epochs: expected a whole number, got '2'"),
+        ({"grid": {"model_options.width": [1, float("inf")]}}, "grid.model_options.width: expected a value, got inf"),
+        ({"options": {"model_options": {"width": [float("nan")]}}}, "options.model_options: expected options with val"),
+        ({"options": {"model_options": 3}}, "options.model_options: expected options with values, got 3"),
         ({"options": {"data": 3}}, "options.data: expected a folder or null, got 3"),
         ({"options": {"data": "nowhere"}}, "data: expected a folder, got "),
         ({"options": {"devices": 2}}, "devices: expected 1, and num_nodes 1"),
@@ -145,19 +149,39 @@ def test_tuned_options_are_checked_with_the_grid(write_plan):
         check_trainings(read_plan(path), path)
 
 
-@pytest.mark.parametrize("content", ["grid: [", "[]", "3", "\xff"])
+@pytest.mark.parametrize("content", ["grid: [", "[]", "3", "\xff", "a: &a {b: *a}", "seeds: [1]\nseeds: [2]"])
 def test_what_is_no_yaml_of_options_is_refused(content, tmp_path):
     path = tmp_path / "study.yaml"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(StudyError, match=r"study\.yaml: .*expected"):
         read_plan(path)
+    recipe = path.rename(tmp_path / "recipe.yaml")
+    path.write_text("recipe: recipe.yaml\ngrid: {epochs: [1]}\nseeds: [0]\n")
+    with pytest.raises(StudyError, match=r"recipe\.yaml: .*expected"):
+        read_plan(path)
+    assert recipe.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "5", "{}", "\xff"])
+def test_a_damaged_plan_of_a_folder_is_refused(content, tmp_path):
+    (tmp_path / "plan.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(StudyError, match=r"plan\.json: .*(expected|can't be read)"):
+        read_plan(tmp_path / "plan.json")
+
+
+def test_the_plan_of_a_folder_may_have_options_of_an_earlier_version(write_plan, tmp_path):
+    plan = read_plan(write_plan(tune=TUNE))
+    stored = plan.as_dict()
+    stored["recipe"]["gone"] = 3
+    (tmp_path / "plan.json").write_text(json.dumps(stored))
+    assert changes(read_plan(tmp_path / "plan.json"), plan) == []
 
 
 def test_no_such_study_and_no_slots(tmp_path, write_plan, capsys):
     assert main(["study", str(tmp_path / "none.yaml")]) == 2
     assert "expected a YAML file or one of widths, got" in capsys.readouterr().err
     assert main(["study", str(write_plan()), "--parallel", "0", "--out", str(tmp_path / "out")]) == 2
-    assert "parallel: expected at least 1, got 0" in capsys.readouterr().err
+    assert "parallel: expected at least 1 and at most 256, got 0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -181,17 +205,17 @@ def test_a_study_may_grow_and_look_different(write_plan):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"options": {"epochs": 3}}, "recipe.epochs: 2 then, 3 now"),
-        ({"seeds": [1, 2]}, "seeds: 0 then, no more now"),
+        ({"options": {"epochs": 3}}, "recipe.epochs: 2 before, 3 now"),
+        ({"seeds": [1, 2]}, "seeds: without 0 now"),
         (
             {"grid": {"model": ["resnet14"], "model_options.width": [0.5, 1.0]}},
-            "grid.model: sasa_resnet14 then, no more now",
+            "grid.model: without sasa_resnet14 now",
         ),
-        ({"grid": {"model": ["resnet14"]}}, "grid: model, model_options.width then, model now"),
-        ({"metric": "top5"}, "metric: top1 then, top5 now"),
-        ({"tune": TUNE}, "tune: none then, {"),
+        ({"grid": {"model": ["resnet14"]}}, 'grid: ["model", "model_options.width"] before, ["model"] now'),
+        ({"metric": "top5"}, "metric: top1 before, top5 now"),
+        ({"tune": TUNE}, "tune: null before, {"),
     ],
 )
 def test_another_study_is_told_from_one_that_grew(change, message, write_plan):
-    [found] = changes(read_plan(write_plan()), read_plan(write_plan(**change)))
+    found, *_ = changes(read_plan(write_plan()), read_plan(write_plan(**change)))
     assert found.startswith(message)

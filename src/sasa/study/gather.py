@@ -7,14 +7,17 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..train.checkpoints import write_whole
-from .machine import in_words
-from .plan import PERCENT, Cell, Plan, StudyError, as_text
+from ..train import OutputError
+from .machine import machine_line
+from .plan import LOWER_IS_BETTER, StudyError, StudyPlan, Training, as_text
 from .read import read_plan
+
+PERCENT = frozenset(("top1", "top5"))
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t that chance exceeds, to either side, once in 20 times: for 1 to 10 degrees of freedom."""
@@ -34,24 +37,24 @@ def gather(out: Path) -> dict[str, Any]:
     Raises:
         StudyError: there is no study.
     """
+    from ..train.checkpoints import write_whole
     from .plot import plot
 
     if not (out / "plan.json").is_file():
         raise StudyError(f"out: expected the folder of a study, got {out}")
     plan = read_plan(out / "plan.json")
-    tuned = _read(out / "tuned.json", {})
-    cells = _cells(plan, out, plan.cells(tuned))
-    tuning = _cells(plan, out, plan.tuning())
+    tuned = read_json(out / "tuned.json", {})
+    cells = _cells(plan, out, plan.trainings(tuned))
     results = {
         "title": plan.title,
         "metric": plan.metric,
         "plan": plan.as_dict(),
-        "tuned": {"options": tuned, "cells": tuning} if tuning else None,
+        "tuned": {"options": tuned, "cells": _cells(plan, out, plan.searched())} if plan.tune else None,
         "cells": cells,
         "differences": _differences(plan, cells),
-        "machines": _read(out / "machines.json", []),
+        "machines": read_json(out / "machines.json", []),
     }
-    write_whole(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_whole(out / "results.json", (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
     write_whole(out / "table.md", table(results).encode())
     picture = io.BytesIO()
     plot(results).savefig(picture, dpi=150)
@@ -59,21 +62,37 @@ def gather(out: Path) -> dict[str, Any]:
     return results
 
 
-def read_result(out: Path, key: str) -> dict[str, Any] | None:
-    """What a training came to, or None."""
+def read_json(path: Path, default: Any) -> Any:
+    """A file that the study wrote before, of the default's type, or the default if there is none."""
     try:
-        return json.loads((out / "runs" / key / "result.json").read_text())
-    except (OSError, ValueError):
-        return None
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return default
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"out: {path} can't be read: {error}") from error
+    if type(found) is not type(default):
+        raise OutputError(f"out: expected a {type(default).__name__} in {path}, got a {type(found).__name__}")
+    return found
 
 
-def choose(plan: Plan, out: Path) -> dict[str, Any] | None:
-    """The tuned options of the best mean, among those whose trainings have all come to a result."""
-    if plan.tune is None:
-        return None
-    whole = [cell for cell in _cells(plan, out, plan.tuning()) if cell["n"] == len(plan.tune.seeds)]
-    best = max if plan.higher_is_better else min
-    return best(whole, key=lambda cell: cell["mean"])["options"] if whole else None
+def metric_of(plan: StudyPlan, out: Path, training: Training) -> float:
+    """What a training came to.
+
+    Raises:
+        ValueError: nothing, or no finite number.
+    """
+    path = out / "runs" / training.key / "result.json"
+    value: Any = _result(path).get(plan.metric)
+    if not _finite(value):
+        raise ValueError(f"expected {plan.metric} in {path}, got {value!r}")
+    return value
+
+
+def choose(plan: StudyPlan, out: Path) -> dict[str, Any]:
+    """The tuned options of the best mean, among those whose trainings all have a result; {} if there are none."""
+    whole = [cell for cell in _cells(plan, out, plan.searched()) if not cell["missing_seeds"]]
+    best = min if plan.metric in LOWER_IS_BETTER else max
+    return best(whole, key=lambda cell: cell["mean"])["options"] if whole else {}
 
 
 def formatted(metric: str, value: float) -> str:
@@ -81,62 +100,69 @@ def formatted(metric: str, value: float) -> str:
     return f"{value:.1%}" if metric in PERCENT else f"{value:.4g}"
 
 
-def _read(path: Path, otherwise: Any) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else otherwise
+def _result(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _cells(plan: Plan, out: Path, trainings: Sequence[Cell]) -> list[dict[str, Any]]:
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _cells(plan: StudyPlan, out: Path, trainings: Sequence[Training]) -> list[dict[str, Any]]:
     """The trainings of equal options together, in the order of the plan."""
-    found: dict[str, dict[str, Any]] = {}
+    groups: dict[str, list[Training]] = {}
     for training in trainings:
-        name = json.dumps(training.options)
-        cell = found.setdefault(name, {"options": training.options, "results": {}, "missing": []})
-        result = read_result(out, training.key) or {}
-        value = result.get(plan.metric)
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            cell["results"][str(training.seed)] = result
-        else:
-            cell["missing"].append(training.seed)
-    return [_summary(plan, cell["options"], cell["results"], cell["missing"]) for cell in found.values()]
+        groups.setdefault(json.dumps(training.options), []).append(training)
+    return [_cell(plan, out, group) for group in groups.values()]
 
 
-def _summary(plan: Plan, options: dict[str, Any], results: dict[str, dict[str, Any]], missing: list[int]) -> dict:
-    values = {seed: result[plan.metric] for seed, result in results.items()}
+def _cell(plan: StudyPlan, out: Path, trainings: list[Training]) -> dict[str, Any]:
+    results = {one.seed: _result(out / "runs" / one.key / "result.json") for one in trainings}
+    results = {seed: result for seed, result in results.items() if _finite(result.get(plan.metric))}
 
     def mean(name: str) -> float | None:
-        numbers = [result[name] for result in results.values() if name in result]
+        numbers = [result[name] for result in results.values() if _finite(result.get(name))]
         return statistics.mean(numbers) if numbers else None
 
+    values = {str(seed): result[plan.metric] for seed, result in results.items()}
+    options = trainings[0].options
+    x = plan.plot["x"]
     return {
         "options": options,
         "n": len(values),
         "mean": statistics.fmean(values.values()) if values else None,
         "standard_deviation": statistics.stdev(values.values()) if len(values) > 1 else None,
         "values": values,
-        "missing_seeds": missing,
+        "missing_seeds": [one.seed for one in trainings if one.seed not in results],
         "parameters": mean("parameters"),
         "flops": mean("flops"),
         "seconds_per_epoch": mean("seconds_per_epoch"),
-        "x": options[plan.x] if plan.x in options else mean(plan.x),
+        "x": options[x] if x in options else mean(x),
     }
 
 
-def _differences(plan: Plan, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _differences(plan: StudyPlan, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the means, between any two values of the line's key at equal other options, with Welch's standard error."""
+    line = plan.plot["line"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        others = {key: value for key, value in cell["options"].items() if key != plan.line}
+        others = {key: value for key, value in cell["options"].items() if key != line}
         groups.setdefault(json.dumps(others), []).append(cell)
-    found = []
-    for others, group in groups.items():
-        for first, second in itertools.combinations(group, 2):
-            pair = {"first": first["options"][plan.line], "second": second["options"][plan.line]}
-            found.append({"options": json.loads(others), **pair, **_welch(first, second)})
-    return found
+    return [
+        {"options": json.loads(others)}
+        | {"first": first["options"][line], "second": second["options"][line]}
+        | _welch(first, second)
+        for others, group in groups.items()
+        for first, second in itertools.combinations(group, 2)
+    ]
 
 
 def _welch(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Two means of unequal deviations: Welch, 1947; the degrees of freedom are Satterthwaite's."""
+    """Two means of unequal deviations: Welch, 1947; the degrees of freedom are Satterthwaite's, rounded down for t."""
     found: dict[str, Any] = dict.fromkeys(("difference", "standard_error", "degrees_of_freedom", "chance"))
     if first["n"] and second["n"]:
         found["difference"] = first["mean"] - second["mean"]
@@ -153,70 +179,64 @@ def _welch(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The results in Markdown."""
-    plan, metric = results["plan"], results["metric"]
-    keys, line = list(plan["grid"]), plan["plot"]["line"]
-    parts = [f"# {results['title']}"]
-    head = (*keys, f"{metric}, mean ± standard deviation (seeds)", "parameters", "MFLOPs an image", "seconds an epoch")
-    rows = [
-        (
-            *(as_text(cell["options"][key]) for key in keys),
-            _mean(metric, cell),
-            "" if cell["parameters"] is None else f"{cell['parameters']:,.0f}",
-            "" if cell["flops"] is None else f"{cell['flops'] / 1e6:.2f}",
-            "" if cell["seconds_per_epoch"] is None else f"{cell['seconds_per_epoch']:.1f}",
-        )
-        for cell in results["cells"]
+    plan, metric, tuned = results["plan"], results["metric"], results["tuned"]
+    line = plan["plot"]["line"]
+
+    def number(value: float | None, form: str, scale: float = 1) -> str:
+        return "" if value is None else f"{value * scale:{form}}"
+
+    keys = list(plan["grid"])
+    parts = [
+        f"# {results['title']}",
+        _markdown(
+            keys,
+            (f"{metric}, mean ± standard deviation (seeds)", "parameters", "MFLOPs an image", "seconds an epoch"),
+            [
+                (
+                    *cell["options"].values(),
+                    _mean(metric, cell),
+                    number(cell["parameters"], ",.0f"),
+                    number(cell["flops"], ".2f", 1e-6),
+                    number(cell["seconds_per_epoch"], ".1f"),
+                )
+                for cell in results["cells"]
+            ],
+        ),
     ]
-    parts.append(_markdown(head, rows, len(keys)))
     if results["differences"]:
-        others = [key for key in keys if key != line]
-        head = (*others, f"{line}: first", "second", f"{metric}, difference ± standard error", "by chance, up to")
-        rows = [
-            (
-                *(as_text(found["options"][key]) for key in others),
-                as_text(found["first"]),
-                as_text(found["second"]),
-                *_difference(metric, found),
-            )
-            for found in results["differences"]
+        scale, digits, unit = (100, ".1f", " points") if metric in PERCENT else (1, ".4g", "")
+        rows = []
+        for one in results["differences"]:
+            error = number(one["standard_error"], f"{digits}", scale)
+            difference = number(one["difference"], f"+{digits}", scale) + (f" ± {error}" if error else "")
+            shown = (f"{text}{unit}" if text else "" for text in (difference, number(one["chance"], digits, scale)))
+            rows.append((*one["options"].values(), one["first"], one["second"], *shown))
+        left = (*(key for key in keys if key != line), f"{line}: first", "second")
+        parts += [
+            _markdown(left, (f"{metric}, difference ± standard error", "by chance, up to"), rows),
+            "By chance: what differences stay below 19 times in 20 if they are the seeds' alone (Welch).",
         ]
-        parts.append(_markdown(head, rows, len(others) + 2))
-        parts.append("By chance: what differences stay below 19 times in 20 if they are the seeds' alone (Welch).")
-    if results["tuned"]:
-        tuned = results["tuned"]
-        keys = list(plan["tune"]["grid"])
-        rows = [(*(as_text(cell["options"][key]) for key in keys), _mean(metric, cell)) for cell in tuned["cells"]]
-        chosen = ", ".join(f"{key} {as_text(value)}" for key, value in tuned["options"].items()) or "nothing yet"
-        fixed = ", ".join(f"{key} {as_text(value)}" for key, value in plan["tune"]["fixed"].items())
-        parts.append(f"Chosen for all of them: {chosen}, of these{f' with {fixed}' if fixed else ''}:")
-        parts.append(_markdown((*keys, f"{metric} (seeds)"), rows, len(keys)))
-    parts += [f"Trained on {in_words(found)}." for found in results["machines"]]
-    return "\n\n".join(parts) + "\n"
+    if tuned:
+        chosen, fixed = (
+            ", ".join(f"{key} {as_text(value)}" for key, value in options.items())
+            for options in (tuned["options"], plan["tune"]["fixed"])
+        )
+        rows = [(*cell["options"].values(), _mean(metric, cell)) for cell in tuned["cells"]]
+        parts += [
+            f"Chosen for all of them: {chosen or 'nothing yet'}, of these{f' with {fixed}' if fixed else ''}:",
+            _markdown(list(plan["tune"]["grid"]), (f"{metric} (seeds)",), rows),
+        ]
+    return "\n\n".join([*parts, *(f"Trained on {machine_line(one)}." for one in results["machines"])]) + "\n"
 
 
 def _mean(metric: str, cell: dict[str, Any]) -> str:
     total = cell["n"] + len(cell["missing_seeds"])
     count = f"({cell['n']})" if cell["n"] == total else f"({cell['n']} of {total})"
-    if cell["mean"] is None:
-        return count
-    deviation = cell["standard_deviation"]
-    spread = "" if deviation is None else f" ± {formatted(metric, deviation)}"
-    return f"{formatted(metric, cell['mean'])}{spread} {count}"
+    words = [formatted(metric, cell[name]) for name in ("mean", "standard_deviation") if cell[name] is not None]
+    return " ".join([*([" ± ".join(words)] if words else []), count])
 
 
-def _difference(metric: str, found: dict[str, Any]) -> tuple[str, str]:
-    difference, error = found["difference"], found["standard_error"]
-    if difference is None:
-        return "", ""
-    scale, digits, unit = (100, ".1f", " points") if metric in PERCENT else (1, ".4g", "")
-    text = f"{difference * scale:+{digits}}"
-    if error is None:
-        return text + unit, ""
-    chance = "" if found["chance"] is None else f"{found['chance'] * scale:{digits}}{unit}"
-    return f"{text} ± {error * scale:{digits}}{unit}", chance
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A table whose columns after the first ``left`` are numbers."""
-    lines = [head, [":--" if index < left else "--:" for index in range(len(head))], *rows]
-    return "\n".join(f"| {' | '.join(word.replace('|', '&#124;') for word in line)} |" for line in lines)
+def _markdown(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table whose columns on the right are numbers."""
+    lines = [(*left, *right), (":--",) * len(left) + ("--:",) * len(right), *rows]
+    return "\n".join(f"| {' | '.join(as_text(word).replace('|', '&#124;') for word in line)} |" for line in lines)

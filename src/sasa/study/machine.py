@@ -2,55 +2,79 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
+import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import __version__
-from .processes import Slots
-
-PACKAGES = ("timm", "lightning", "optuna")
 
 
-def machine(slots: Slots) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Slots:
+    """Where trainings run at once.
+
+    Attributes:
+        gpus: the GPU of each, as CUDA_VISIBLE_DEVICES names it; None for the CPU.
+        threads: of each.
+    """
+
+    gpus: tuple[str | None, ...]
+    threads: int
+
+
+def find_slots(parallel: int, on_cpu: bool) -> Slots:
+    """The visible GPUs, each ``parallel`` times; without any, or ``on_cpu``, the CPU that often."""
+    import torch
+
+    count = 0 if on_cpu else torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in visible.split(",")] if visible else [str(index) for index in range(count)]
+    gpus = tuple(names[:count]) * parallel if count else (None,) * parallel
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Slots(gpus, int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // len(gpus))))
+
+
+def study_machine(slots: Slots) -> dict[str, Any]:
     """Processor, GPUs, threads and versions."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return {
-        "cpu": cpu,
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "gpus": _gpu_names(slots),
+        "gpus": _gpu_names(sorted({gpu for gpu in slots.gpus if gpu is not None})),
         "runs_at_once": len(slots.gpus),
         "threads_a_run": slots.threads,
         "python": platform.python_version(),
         "sasa": __version__,
         "torch": str(torch.__version__),
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        **{package: importlib.metadata.version(package) for package in ("timm", "lightning")},
     }
 
 
-def in_words(found: dict[str, Any]) -> str:
+def machine_line(found: dict[str, Any]) -> str:
     """The machine in a line."""
     threads = f"{found['threads_a_run']} thread{'' if found['threads_a_run'] == 1 else 's'}"
     where = ", ".join(found["gpus"]) or f"{found['cpu']} ({found['capability']}), {threads} a training"
     return f"{where}, {found['runs_at_once']} at once, PyTorch {found['torch']}, sasa {found['sasa']}"
 
 
-def _gpu_names(slots: Slots) -> list[str]:
-    """From the driver's tool: PyTorch would have to open the GPUs here, where nothing is computed."""
-    found = sorted({gpu for gpu in slots.gpus if gpu is not None})
-    if not found:
+def _gpu_names(gpus: list[str]) -> list[str]:
+    """From the driver's tool: PyTorch would open the GPUs in this process, which computes nothing."""
+    if not gpus:
         return []
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", f"--id={','.join(found)}"]
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", f"--id={','.join(gpus)}"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
-        return ["unknown"] * len(found)
+        return ["unknown"] * len(gpus)
     return [name.strip() for name in done.stdout.splitlines() if name.strip()]

@@ -1,4 +1,4 @@
-"""What a study is to do: a grid of networks, options and seeds, laid out in trainings."""
+"""What a study trains: a grid of options and seeds, and a search before it, laid out in trainings with names."""
 
 from __future__ import annotations
 
@@ -6,52 +6,42 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from ..train import Recipe, Result, UserError
-from ..train.recipe import FREE_TO_CHANGE
-
-MAY_DIFFER = FREE_TO_CHANGE - {"data", "strict"}
-"""Between trainings of one study: a run's own images may move, but no two runs are compared on different ones."""
-
-NUMBERS = tuple(name for name, hint in get_type_hints(Result).items() if hint in (int, float))
-"""What ``result.json`` has that can be compared."""
+from ..train import UserError
 
 LOWER_IS_BETTER = frozenset(("val_loss", "seconds_per_epoch"))
-PERCENT = frozenset(("top1", "top5"))
 
 KEY_LENGTH = 160
 """Longest name of a run: its files' names are longer, and file systems take 255 bytes."""
 
 
 class StudyError(UserError, ValueError):
-    """A study that can't be meant: the message names the file, the key, what was expected and what came."""
+    """A mistake in a plan: the message names the file, the key, what was expected and what came."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class Training:
     """One training of a study.
 
     Attributes:
-        key: its name, which is that of its files.
-        options: what distinguishes it, but for the seed; dotted keys go into mappings.
+        key: its name, and that of its files.
+        options: what distinguishes it apart from the seed; a key ``a.b`` is b in the mapping a.
         seed: of the training.
-        recipe: all that the training is told.
+        recipe: all of its options.
     """
 
     key: str
     options: dict[str, Any]
     seed: int
-    recipe: Recipe
+    recipe: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Tune:
-    """A search before the grid, whose best options all trainings of the grid then have.
+class Search:
+    """A grid trained before the study's own, which uses the best of its options.
 
     Attributes:
         fixed: options of these trainings alone.
@@ -65,61 +55,46 @@ class Tune:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A study.
 
     Attributes:
-        title: over the plot and the table.
+        title: of the plot and the table.
         recipe: every option of the trainings, before the grid changes some.
         tune: the search before the grid, if any.
         grid: options with their values; all combinations are trained.
         seeds: each combination is trained with every one of them.
         metric: the number of ``result.json`` that is compared.
-        x: key of the grid or number of ``result.json`` along the plot.
-        line: key of the grid whose values are compared, one line each.
+        plot: ``x``, a key of the grid or number of ``result.json``; ``line``, the key whose values are compared.
     """
 
     title: str
     recipe: dict[str, Any]
-    tune: Tune | None
+    tune: Search | None
     grid: dict[str, list[Any]]
     seeds: list[int]
     metric: str
-    x: str
-    line: str
+    plot: dict[str, str]
 
-    @property
-    def higher_is_better(self) -> bool:
-        """Of the metric."""
-        return self.metric not in LOWER_IS_BETTER
+    def trainings(self, tuned: Mapping[str, Any]) -> list[Training]:
+        """Those of the grid, all combinations with one seed before the next: a first picture comes early."""
+        every = itertools.product(self.seeds, combinations(self.grid))
+        return [self._training("", options, seed, tuned) for seed, options in every]
 
-    def cells(self, tuned: Mapping[str, Any]) -> list[Cell]:
-        """The trainings of the grid, all combinations with one seed before the next: a first picture comes early."""
-        every = list(itertools.product(self.seeds, combinations(self.grid)))
-        return [self._cell("", options, seed, tuned) for seed, options in every]
-
-    def tuning(self) -> list[Cell]:
-        """The trainings of the search before the grid."""
+    def searched(self) -> list[Training]:
+        """Those of the search before the grid."""
         if self.tune is None:
             return []
         every = itertools.product(combinations(self.tune.grid), self.tune.seeds)
-        return [self._cell("tune,", options, seed, self.tune.fixed) for options, seed in every]
-
-    def _cell(self, prefix: str, options: dict[str, Any], seed: int, common: Mapping[str, Any]) -> Cell:
-        merged = put(put(self.recipe, common), options) | {"seed": seed}
-        return Cell(prefix + run_key(options, seed), options, seed, as_recipe(merged))
+        return [self._training("tune,", options, seed, self.tune.fixed) for options, seed in every]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in a study's file."""
-        return {
-            "title": self.title,
-            "recipe": self.recipe,
-            "tune": None if self.tune is None else asdict(self.tune),
-            "grid": self.grid,
-            "seeds": self.seeds,
-            "metric": self.metric,
-            "plot": {"x": self.x, "line": self.line},
-        }
+        return asdict(self)
+
+    def _training(self, prefix: str, options: dict[str, Any], seed: int, common: Mapping[str, Any]) -> Training:
+        recipe = merged(merged(self.recipe, common), options) | {"seed": seed}
+        return Training(prefix + run_key(options, seed), options, seed, recipe)
 
 
 def combinations(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
@@ -127,26 +102,20 @@ def combinations(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def put(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merged(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The options with some changed; a change of ``a.b`` changes b in the mapping a."""
     changed = dict(options)
-    for key in sorted(changes, key=lambda key: "." in key):  # into mappings once they are there
+    for key in sorted(changes, key=lambda key: "." in key):  # a itself comes first
         name, _, inner = key.partition(".")
         changed[name] = {**changed[name], inner: changes[key]} if inner else changes[key]
     return changed
-
-
-def as_recipe(options: Mapping[str, Any]) -> Recipe:
-    """The recipe of plain options."""
-    data = options["data"]
-    return Recipe(**{**options, "data": None if data is None else Path(data)})
 
 
 def run_key(options: Mapping[str, Any], seed: int) -> str:
     """A readable name that is safe for a file: ``model=resnet14,model_options.width=0.5,seed=0``.
 
     It depends on nothing but the options and the seed, so that a study that grows finds its runs again. Where a value
-    had to be changed or cut, a hash tells it from others.
+    had to be changed or cut, a hash distinguishes it from others.
     """
     values = {key: as_text(options[key]) for key in sorted(options)}
     safe = {key: re.sub(r"[^A-Za-z0-9._-]", "-", value) for key, value in values.items()}
@@ -163,35 +132,23 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def changes(before: Plan, now: Plan) -> list[str]:
-    """What keeps one study from going on as another: all but more values and seeds, and how the result is shown."""
-    found = [
-        f"recipe.{name}: {before.recipe[name]!r} then, {now.recipe[name]!r} now"
-        for name in now.recipe
-        if name in before.recipe and name not in MAY_DIFFER and before.recipe[name] != now.recipe[name]
-    ]
-    if before.tune != now.tune:
-        found += [f"tune: {_tune(before)} then, {_tune(now)} now"]
-    if before.metric != now.metric:
-        found += [f"metric: {before.metric} then, {now.metric} now"]
-    if set(before.grid) != set(now.grid):
-        found += [f"grid: {', '.join(before.grid)} then, {', '.join(now.grid)} now"]
-    else:
-        for key in before.grid:
-            found += _lost(f"grid.{key}", before.grid[key], now.grid[key])
-    return found + _lost("seeds", before.seeds, now.seeds)
+def changes(before: StudyPlan, now: StudyPlan) -> list[str]:
+    """Why ``now`` can't continue ``before``. More values and seeds can, and a result shown in another way."""
+    from ..train.recipe import FREE_TO_CHANGE
+
+    # The images of one run may move, but runs on different images are not compared.
+    free = FREE_TO_CHANGE - {"data", "strict"}
+    pairs = [(f"recipe.{name}", before.recipe.get(name, value), value) for name, value in now.recipe.items()]
+    pairs = [pair for pair in pairs if pair[0].removeprefix("recipe.") not in free]
+    pairs += [(name, getattr(before, name), getattr(now, name)) for name in ("tune", "metric")]
+    pairs += [("grid", sorted(before.grid), sorted(now.grid))]
+    found = [f"{name}: {_shown(then)} before, {_shown(value)} now" for name, then, value in pairs if then != value]
+    grown = [(f"grid.{key}", before.grid[key], now.grid[key]) for key in before.grid if key in now.grid]
+    for name, then, values in (*grown, ("seeds", before.seeds, now.seeds)):
+        lost = [as_text(value) for value in then if value not in values]
+        found += [f"{name}: without {', '.join(lost)} now"] if lost else []
+    return found
 
 
-def _tune(plan: Plan) -> str:
-    return "none" if plan.tune is None else json.dumps(asdict(plan.tune))
-
-
-def _lost(key: str, before: Iterable[Any], now: list[Any]) -> list[str]:
-    lost = [as_text(value) for value in before if value not in now]
-    return [f"{key}: {', '.join(lost)} then, no more now"] if lost else []
-
-
-def shipped_plans() -> dict[str, Path]:
-    """The package's studies by name."""
-    folder = Path(str(resources.files("sasa.study") / "plans"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+def _shown(value: Any) -> str:
+    return as_text(asdict(value) if isinstance(value, Search) else value)

@@ -6,60 +6,50 @@ import math
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import offset_copy
 
-from .plan import NUMBERS, PERCENT, as_text
+from .gather import PERCENT
+from .plan import as_text
 
-MARKERS = "osD^vP*X"
-
-LABELS = {
-    "top1": "validation top-1 accuracy",
-    "top5": "validation top-5 accuracy",
-    "val_loss": "validation loss (nats)",
-    "flops": "cost of an image's forward (MFLOPs)",
-    "parameters": "parameters (thousands)",
-    "seconds_per_epoch": "seconds an epoch",
+AXES = {
+    "top1": ("validation top-1 accuracy", 1),
+    "top5": ("validation top-5 accuracy", 1),
+    "val_loss": ("validation loss (nats)", 1),
+    "flops": ("cost of an image's forward (MFLOPs)", 1e6),
+    "parameters": ("parameters (thousands)", 1e3),
+    "seconds_per_epoch": ("seconds an epoch", 1),
 }
-SCALES = {"flops": 1e6, "parameters": 1e3}
+"""Label and unit."""
 
 
 def plot(results: dict[str, Any]) -> Figure:
     """Draw what was gathered: means with standard deviations, and each seed's value as a faint dot."""
     metric, plan = results["metric"], results["plan"]
-    x, line = plan["plot"]["x"], plan["plot"]["line"]
+    x, line, seeds = plan["plot"]["x"], plan["plot"]["line"], len(plan["seeds"])
     cells = [cell for cell in results["cells"] if cell["n"] and cell["x"] is not None]
-    numeric = all(isinstance(cell["x"], (int, float)) and not isinstance(cell["x"], bool) for cell in cells)
-    scale = SCALES.get(x, 1) if x in NUMBERS else 1
+    numeric = all(type(cell["x"]) in (int, float) for cell in cells)
+    label, unit = AXES.get(x, (x, 1))
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     beside = offset_copy(axes.transData, figure, x=5, units="points")  # or the error bars would hide the seeds
-    for index, (label, points) in enumerate(_lines(cells, x, line).items()):
+    for marker, (name, points) in enumerate(_lines(cells, x, line).items()):
         if numeric:
             points.sort(key=lambda cell: cell["x"])
-        places = [cell["x"] / scale if numeric else as_text(cell["x"]) for cell in points]
-        drawn = axes.errorbar(
-            places,
-            [cell["mean"] for cell in points],
-            yerr=[math.nan if cell["standard_deviation"] is None else cell["standard_deviation"] for cell in points],
-            marker=MARKERS[index % len(MARKERS)],
-            capsize=3,
-            label=label,
-        )
+        places = [cell["x"] / unit if numeric else as_text(cell["x"]) for cell in points]
+        spread = [math.nan if cell["standard_deviation"] is None else cell["standard_deviation"] for cell in points]
+        means = [cell["mean"] for cell in points]
+        drawn = axes.errorbar(places, means, spread, marker="osD^vP*X"[marker % 8], capsize=3, label=name)
         for place, cell in zip(places, points, strict=True):
-            values = list(cell["values"].values())
-            color = drawn.lines[0].get_color()
+            values, color = list(cell["values"].values()), drawn.lines[0].get_color()
             axes.plot([place] * len(values), values, ".", color=color, alpha=0.4, transform=beside)
-    axes.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(metric, metric))
+    axes.set(xlabel=label, ylabel=AXES.get(metric, (metric, 1))[0])
     if metric in PERCENT:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    if numeric and cells and x == "parameters":
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(alpha=0.3)
     if cells:
         axes.legend(title=line, fontsize=8, title_fontsize=8)
     axes.set_title(results["title"], fontsize=11, wrap=True, parse_math=False)
-    seeds = len(plan["seeds"])
     if seeds > 1:
         figure.supxlabel(f"mean and standard deviation of {seeds} seeds; faint: each seed", fontsize=8, color="0.4")
     return figure
@@ -69,9 +59,7 @@ def _lines(cells: list[dict[str, Any]], x: str, line: str) -> dict[str, list[dic
     """The points of each line. Along an option of the grid, cells that differ in a third option are lines apart."""
     found: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        apart = {key: value for key, value in cell["options"].items() if key not in (x, line)}
-        label = as_text(cell["options"][line])
-        if x in cell["options"] and apart:
-            label += f", {', '.join(f'{key} {as_text(value)}' for key, value in apart.items())}"
-        found.setdefault(label, []).append(cell)
+        apart = [f"{key} {as_text(value)}" for key, value in cell["options"].items() if key not in (x, line)]
+        label = [as_text(cell["options"][line]), *(apart if x in cell["options"] else [])]
+        found.setdefault(", ".join(label), []).append(cell)
     return found

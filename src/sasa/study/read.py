@@ -1,30 +1,24 @@
-"""A study's file, read and checked as a whole: what can't be meant is told before anything is trained."""
+"""A study's plan, read and checked as a whole before anything is trained."""
 
 from __future__ import annotations
 
 import difflib
-import functools
-import inspect
-import itertools
 import json
 import math
 import types
 from collections.abc import Collection, Mapping
+from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import jsonargparse
-import torch
-import yaml
-
-from ..models import create_model
-from ..train import OptionError, Recipe
-from ..train.recipe import shipped_recipes
-from .plan import NUMBERS, Plan, StudyError, Tune, as_recipe, combinations, put, run_key, shipped_plans
+from .._yaml import read_mapping
+from .plan import Search, StudyError, StudyPlan, combinations, merged, run_key
 
 KEYS = ("title", "recipe", "options", "tune", "grid", "seeds", "metric", "plot")
 
-_HINTS = inspect.get_annotations(Recipe, eval_str=True)
+MOST = 10_000
+"""Trainings of a study."""
+
 _NAMES = {
     int: "a whole number",
     float: "a number",
@@ -36,6 +30,12 @@ _NAMES = {
 }
 
 
+def shipped_plans() -> dict[str, Path]:
+    """The package's studies by name."""
+    folder = Path(str(resources.files("sasa.study") / "plans"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def find_plan(name: Path) -> Path:
     """The study of the package that has that name, or the file."""
     shipped = shipped_plans()
@@ -45,203 +45,206 @@ def find_plan(name: Path) -> Path:
     return path
 
 
-def read_plan(path: Path) -> Plan:
-    """Read a study's file.
+def read_plan(path: Path) -> StudyPlan:
+    """Read a study's file, or the ``plan.json`` of its folder.
 
     Raises:
-        StudyError: something in it can't be meant.
+        StudyError: a mistake in it.
     """
+    from ..train import Recipe, Result
+    from ..train.recipe import shipped_recipes
+
     found = _load(path)
-    _known(path, "", found, KEYS)
+    _known(f"{path}: ", found, KEYS)
     for key in ("grid", "seeds"):
         if key not in found:
             raise StudyError(f"{path}: {key}: expected, but missing")
-    recipe = Recipe().as_dict()
-    if found.get("recipe") is not None:
-        recipe = put(recipe, _recipe(path, found["recipe"]))
-    options = _options(path, "options", _mapping(path, "options", found.get("options")))
-    recipe = put(recipe, options)
+    given = found.get("recipe", {})
+    if isinstance(given, str):
+        file = shipped_recipes().get(given, path.parent / given)
+        if not file.is_file():
+            shipped = ", ".join(shipped_recipes())
+            raise StudyError(f"{path}: recipe: expected options, a YAML file or one of {shipped}, got {given!r}")
+        own, where = _load(file), f"{file}: "
+    else:
+        own, where = _mapping(f"{path}: recipe", given), f"{path}: recipe."
+    own.pop("seed", None)
+    if path.suffix == ".json":  # of an earlier version, perhaps, which had other options
+        own = {key: value for key, value in own.items() if key in get_type_hints(Recipe)}
+    recipe = merged(Recipe().as_dict(), _options(where, own))
+    options = _options(f"{path}: options.", _mapping(f"{path}: options", found.get("options")))
+    recipe = merged(recipe, options)
     if recipe["data"] is not None:
         recipe["data"] = str(Path(recipe["data"]).absolute())
     recipe.pop("seed")
-    grid = _grid(path, "grid", found["grid"])
+    grid = _grid(f"{path}: grid", found["grid"])
     for key in grid:
         if key in options:
             raise StudyError(f"{path}: options.{key}: expected in options or in grid, got it in both")
-    tune = None if found.get("tune") is None else _tune(path, found["tune"], grid)
-    metric = _one_of(path, "metric", found.get("metric", "top1"), NUMBERS)
-    line = "model" if "model" in grid else next(iter(grid))
-    plot = {"x": "flops", "line": line} | _mapping(path, "plot", found.get("plot"))
-    _known(path, "plot.", plot, ("x", "line"))
-    line = _one_of(path, "plot.line", plot["line"], grid)
-    x = _one_of(path, "plot.x", plot["x"], [*(key for key in grid if key != line), *NUMBERS])
+    tune = None if found.get("tune") is None else _search(f"{path}: tune", found["tune"], grid)
+    seeds = _seeds(f"{path}: seeds", found["seeds"])
+    for name, values, each in (("grid", grid, seeds), *([("tune", tune.grid, tune.seeds)] if tune else [])):
+        count = math.prod(map(len, values.values())) * len(each)
+        if count > MOST:
+            raise StudyError(f"{path}: {name}: expected at most {MOST:,} trainings, got {count:,}")
+    numbers = [name for name, hint in get_type_hints(Result).items() if hint in (int, float)]
+    metric = _one_of(f"{path}: metric", found.get("metric", "top1"), numbers)
+    plot = {"x": "flops", "line": "model" if "model" in grid else next(iter(grid))}
+    plot |= _mapping(f"{path}: plot", found.get("plot"))
+    _known(f"{path}: plot.", plot, ("x", "line"))
+    _one_of(f"{path}: plot.line", plot["line"], grid)
+    _one_of(f"{path}: plot.x", plot["x"], [*(key for key in grid if key != plot["line"]), *numbers])
     title = found.get("title", path.stem)
     if not isinstance(title, str):
         raise StudyError(f"{path}: title: expected text, got {title!r}")
-    return Plan(title, recipe, tune, grid, _seeds(path, "seeds", found["seeds"]), metric, x, line)
+    return StudyPlan(title, recipe, tune, grid, seeds, metric, plot)
 
 
-def check_trainings(plan: Plan, path: Path) -> None:
-    """Make sure that every training of a study can be begun.
+def check_trainings(plan: StudyPlan, path: Path) -> None:
+    """Make sure that every training of a study can begin.
 
     Raises:
         StudyError: one can't; the message names the file, the training and what is wrong with it.
     """
-    common = [plan.tune.fixed | options for options in combinations(plan.tune.grid)] if plan.tune else []
-    merged = [({**one}, put(plan.recipe, one)) for one in common]
-    for tuned, cell in itertools.product(combinations(plan.tune.grid if plan.tune else {}), combinations(plan.grid)):
-        merged.append((tuned | cell, put(put(plan.recipe, tuned), cell)))
+    import torch
+
+    from ..models import create_model
+    from ..train import Recipe
+
+    sought = combinations(plan.tune.grid) if plan.tune else [{}]
+    each = [(plan.tune.fixed, one) for one in sought] if plan.tune else []
+    each += [(one, options) for one in sought for options in combinations(plan.grid)]
     networks: set[str] = set()
-    for options, values in merged:
-        recipe = as_recipe(values)
+    for first, then in each:
+        values = merged(merged(plan.recipe, first), then)
+        values["data"] = None if values["data"] is None else Path(values["data"])
+        recipe = Recipe(**values)
+        where = f"{path}: with {', '.join(f'{key} {value}' for key, value in (first | then).items())}"
         try:
             recipe.check()
-            if recipe.devices not in ("auto", 1, "1") or recipe.num_nodes != 1:
-                raise OptionError("devices: expected 1, and num_nodes 1: each training of a study has one device")
-            if recipe.data is not None and not recipe.data.is_dir():
-                raise OptionError(f"data: expected a folder, got {recipe.data}")
-            network = json.dumps([recipe.model, recipe.model_options])
-            if network not in networks:
-                networks.add(network)
+        except ValueError as error:
+            raise StudyError(f"{where}: {error}") from error
+        if recipe.devices not in ("auto", 1, "1") or recipe.num_nodes != 1:
+            raise StudyError(f"{where}: devices: expected 1, and num_nodes 1: each training of a study has one device")
+        if recipe.data is not None and not recipe.data.is_dir():
+            raise StudyError(f"{where}: data: expected a folder, got {recipe.data}")
+        network = json.dumps([recipe.model, recipe.model_options])
+        if network not in networks:
+            networks.add(network)
+            try:
                 with torch.device("meta"):  # shapes without values
                     create_model(recipe.model, **recipe.model_options)
-        except (OptionError, ValueError, TypeError) as error:
-            reason = str(error) if isinstance(error, OptionError) else f"model_options: {error}"
-            where = ", ".join(f"{key} {value}" for key, value in options.items())
-            raise StudyError(f"{path}: with {where}: {reason}") from error
+            except Exception as error:  # whatever a network raises for a wrong option
+                raise StudyError(f"{where}: model_options: {error}") from error
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        load = json.loads if path.suffix == ".json" else yaml.safe_load
-        found = load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise StudyError(f"{path}: expected YAML: {error}") from error
-    return _mapping(path, "the file", found)
+        return _mapping(f"{path}", json.loads(path.read_bytes()) if path.suffix == ".json" else read_mapping(path))
+    except StudyError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        where = "" if str(error).startswith(f"{path}: ") else f"{path}: can't be read: "
+        raise StudyError(f"{where}{error}") from error
 
 
-def _mapping(path: Path, where: str, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise StudyError(f"{path}: {where}: expected keys with values, got {value!r}")
-    return {str(key): inner for key, inner in value.items()}
+def _mapping(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict | None):
+        raise StudyError(f"{where}: expected keys with values, got {value!r}")
+    return dict(value or {})
 
 
-def _known(path: Path, where: str, found: Mapping[str, Any], allowed: Collection[str]) -> None:
+def _near(key: Any, allowed: Collection[str]) -> str:
+    near = difflib.get_close_matches(str(key), allowed, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _known(where: str, found: Mapping[str, Any], allowed: Collection[str]) -> None:
     for key in found:
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise StudyError(f"{path}: {where}{key}: no such key{hint}; expected one of {', '.join(allowed)}")
+            raise StudyError(f"{where}{key}: no such key{_near(key, allowed)}; expected one of {', '.join(allowed)}")
 
 
-def _one_of(path: Path, where: str, value: Any, allowed: Collection[str]) -> str:
-    if value not in tuple(allowed):
-        near = difflib.get_close_matches(str(value), allowed, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise StudyError(f"{path}: {where}: expected one of {', '.join(allowed)}, got {value!r}{hint}")
+def _one_of(where: str, value: Any, allowed: Collection[str]) -> str:
+    if value not in list(allowed):
+        raise StudyError(f"{where}: expected one of {', '.join(allowed)}, got {value!r}{_near(value, allowed)}")
     return value
 
 
-def _recipe(path: Path, value: Any) -> dict[str, Any]:
-    """A recipe of the package, of a file beside the study's, or written out."""
-    if not isinstance(value, str):
-        found = _mapping(path, "recipe", value)
-        found.pop("seed", None)
-        return _options(path, "recipe", found)
-    shipped = shipped_recipes()
-    file = shipped.get(value, path.parent / value)
-    if not file.is_file():
-        raise StudyError(f"{path}: recipe: expected options, a YAML file or one of {', '.join(shipped)}, got {value!r}")
-    found = _load(file)
-    found.pop("seed", None)
-    return _options(file, "", found)
+def _options(where: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _value(f"{where}{key}", key, value) for key, value in found.items()}
 
 
-def _options(path: Path, where: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _value(path, f"{where}.{key}" if where else key, key, value) for key, value in found.items()}
+def _value(where: str, key: str, value: Any) -> Any:
+    """A value of a recipe's option, of the type that ``Recipe`` declares."""
+    from ..train import Recipe
 
-
-def _value(path: Path, where: str, key: str, value: Any) -> Any:
-    """A value of a recipe's option, checked and converted as those of ``sasa train`` are."""
     name, dot, inner = key.partition(".")
     if name == "seed":
-        raise StudyError(f"{path}: {where}: expected under seeds, which all combinations are trained with")
-    allowed = [option for option in _HINTS if option != "seed"]
-    if name not in allowed:
-        near = difflib.get_close_matches(name, allowed, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise StudyError(f"{path}: {where}: no such option{hint}; expected one of {', '.join(allowed)}")
-    hint = _HINTS[name]
-    expected = _expected(hint)
-    if dot and (get_origin(hint) is not dict or not inner):
-        raise StudyError(f"{path}: {where}: expected {expected} as {name}, got a key inside it")
-    wrong = StudyError(f"{path}: {where}: expected {'a value' if inner else expected}, got {value!r}")
-    if value is None and not inner:
-        if type(None) in get_args(hint):
-            return None
-        raise wrong
+        raise StudyError(f"{where}: expected under seeds, which all combinations are trained with")
+    hints = get_type_hints(Recipe)
+    if name not in hints:
+        allowed = [option for option in hints if option != "seed"]
+        raise StudyError(f"{where}: no such option{_near(name, allowed)}; expected one of {', '.join(allowed)}")
+    kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, types.UnionType) else (hints[name],)
+    texts = [
+        f"one of {', '.join(get_args(k))}" if get_origin(k) is Literal else _NAMES.get(get_origin(k) or k, str(k))
+        for k in kinds
+    ]
+    expected = " or ".join(texts)
+    if dot and (dict not in [get_origin(kind) for kind in kinds] or not inner):
+        raise StudyError(f"{where}: expected {expected} as {name}, got a key inside it")
     try:
-        converted = _parser(name).parse_object({name: {inner: value} if inner else value})[name]
-    except jsonargparse.ArgumentError:
-        raise wrong from None
-    converted = converted[inner] if inner else converted
-    if isinstance(converted, float) and not math.isfinite(converted):
-        raise wrong
-    return str(converted) if isinstance(converted, Path) else converted
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise StudyError(f"{where}: expected {'a value' if inner else expected}, got {value!r}") from None
+    for kind in kinds:
+        if kind is float and type(value) in (int, float):
+            return float(value)
+        if inner or type(value) in (kind, get_origin(kind)) or (kind is Path and isinstance(value, str)):
+            return value
+        if get_origin(kind) is Literal and value in get_args(kind):
+            return value
+    raise StudyError(f"{where}: expected {expected}, got {value!r}")
 
 
-@functools.cache
-def _parser(name: str) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument(f"--{name}", type=_HINTS[name])
-    return parser
-
-
-def _expected(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(map(_expected, get_args(hint)))
-    return _NAMES[get_origin(hint) or hint]
-
-
-def _grid(path: Path, where: str, found: Any) -> dict[str, list[Any]]:
-    grid = _mapping(path, where, found)
+def _grid(where: str, found: Any) -> dict[str, list[Any]]:
+    grid = _mapping(where, found)
     if not grid:
-        raise StudyError(f"{path}: {where}: expected options with lists of values, got none")
+        raise StudyError(f"{where}: expected options with lists of values, got none")
     for key, values in grid.items():
         place = f"{where}.{key}"
         if not isinstance(values, list) or not values:
-            raise StudyError(f"{path}: {place}: expected a list of values, got {values!r}")
-        grid[key] = values = [_value(path, place, key, value) for value in values]
-        names = [run_key({key: value}, 0) for value in values]
-        for index, value in enumerate(values):
-            if value in values[:index] or names[index] in names[:index]:
-                raise StudyError(f"{path}: {place}: expected different values, got {value!r} twice")
+            raise StudyError(f"{place}: expected a list of values, got {values!r}")
+        grid[key] = values = [_value(place, key, value) for value in values]
+        names: set[str] = set()
+        for value in values:
+            name = run_key({key: value}, 0)
+            if name in names:
+                raise StudyError(f"{place}: expected different values, got {value!r} twice")
+            names.add(name)
     return grid
 
 
-def _seeds(path: Path, where: str, found: Any) -> list[int]:
-    whole = isinstance(found, list) and all(type(seed) is int and seed >= 0 for seed in found)
+def _seeds(where: str, found: Any) -> list[int]:
+    whole = isinstance(found, list) and all(type(seed) is int and 0 <= seed < 2**32 for seed in found)
     if not whole or not found:
-        raise StudyError(f"{path}: {where}: expected a list of whole numbers from 0, got {found!r}")
+        raise StudyError(f"{where}: expected a list of whole numbers from 0 to 2^32 - 1, got {found!r}")
     if len(set(found)) != len(found):
-        raise StudyError(f"{path}: {where}: expected different seeds, got {found!r}")
+        raise StudyError(f"{where}: expected different seeds, got {found!r}")
     return found
 
 
-def _tune(path: Path, value: Any, grid: Mapping[str, Any]) -> Tune:
-    found = _mapping(path, "tune", value)
-    _known(path, "tune.", found, ("fixed", "grid", "seeds"))
+def _search(where: str, value: Any, grid: Mapping[str, Any]) -> Search:
+    found = _mapping(where, value)
+    _known(f"{where}.", found, ("fixed", "grid", "seeds"))
     for key in ("grid", "seeds"):
         if key not in found:
-            raise StudyError(f"{path}: tune.{key}: expected, but missing")
-    fixed = _options(path, "tune.fixed", _mapping(path, "tune.fixed", found.get("fixed")))
-    sought = _grid(path, "tune.grid", found["grid"])
+            raise StudyError(f"{where}.{key}: expected, but missing")
+    fixed = _options(f"{where}.fixed.", _mapping(f"{where}.fixed", found.get("fixed")))
+    sought = _grid(f"{where}.grid", found["grid"])
     for key in sought:
         for name, other in (("grid", grid), ("tune.fixed", fixed)):
             if key in other:
-                raise StudyError(f"{path}: tune.grid.{key}: expected in one place, got it in {name} too")
-    return Tune(fixed, sought, _seeds(path, "tune.seeds", found["seeds"]))
+                raise StudyError(f"{where}.grid.{key}: expected in one place, got it in {name} too")
+    return Search(fixed, sought, _seeds(f"{where}.seeds", found["seeds"]))

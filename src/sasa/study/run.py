@@ -8,15 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
-from ..train import OutputError, Stopped
-from ..train.checkpoints import write_whole
-from ..train.fit import prepare_folder
-from .gather import choose, gather
-from .machine import machine
-from .plan import Plan, StudyError, changes
-from .processes import Interrupted, Processes, alone_in, find_slots
+from ..train import OutputError
+from .gather import choose, formatted, gather, metric_of, read_json
+from .machine import find_slots, study_machine
+from .plan import StudyError, StudyPlan, Training, changes, combinations
 from .read import check_trainings, find_plan, read_plan
-from .schedule import Scheduler
+from .trainings import TrainingProcesses
 
 
 class TrainingsFailed(RuntimeError):  # noqa: N818
@@ -26,47 +23,49 @@ class TrainingsFailed(RuntimeError):  # noqa: N818
 def study(plan: Path, out: Path | None = None, parallel: int = 1) -> dict[str, Any]:
     """Train a grid of networks, options and seeds, and gather means and standard deviations.
 
-    Started again, it leaves out what is finished and goes on with what was cut off. Writes to ``out``: ``runs/`` (each
-    training with its recipe and log), ``results.json``, ``table.md`` and ``plot.png``; ``plan.json``, ``tuned.json``,
-    ``machines.json`` and ``optuna.log`` keep what was done.
+    Started again, it leaves out what is finished and resumes what was cut off. Writes to ``out``: ``runs/`` (each
+    training with its recipe and log), ``results.json``, ``table.md`` and ``plot.png``; and ``plan.json``,
+    ``tuned.json`` and ``machines.json``, which keep what was done.
 
     Args:
         plan: a study of the package (widths) or a YAML file.
-        out: folder to write to; left out, runs and the plan's name.
+        out: folder to write to; default: runs/ and the plan's name.
         parallel: trainings at once on a CPU, which share its cores; with GPUs, on each of them.
 
     Returns:
         What is in results.json.
 
     Raises:
-        StudyError: something in the plan can't be meant, or the folder holds another study.
+        StudyError: a mistake in the plan, or the folder holds another study.
         OutputError: out can't be written, or another study works in it.
         TrainingsFailed: some trainings came to no result; the others did.
         Stopped: a signal asked to stop; what ran has saved.
     """
+    from ..train import Stopped
+    from ..train.fit import prepare_folder
+
     path = find_plan(plan)
-    laid_out = read_plan(path)
-    check_trainings(laid_out, path)
-    if parallel < 1:
-        raise StudyError(f"parallel: expected at least 1, got {parallel}")
+    planned = read_plan(path)
+    check_trainings(planned, path)
+    if not 1 <= parallel <= 256:
+        raise StudyError(f"parallel: expected at least 1 and at most 256, got {parallel}")
     out = Path("runs") / path.stem if out is None else out
     prepare_folder(out, overwrite=False, resume=True)
-    with alone_in(out):
-        _check_same(laid_out, path, out)
-        _write(out / "plan.json", laid_out.as_dict())
-        slots = find_slots(parallel, laid_out.recipe["accelerator"] == "cpu")
-        _note_machine(out, machine(slots))
-        processes = Processes(slots)
-        with processes.listening():
-            try:
-                failures = _train(laid_out, out, Scheduler(out, laid_out, slots, processes))
-            except Interrupted:
-                failures = {}
-        results = gather(out)
+    processes = TrainingProcesses(out)
+    try:
+        with processes.alone():
+            _check_same(planned, path, out)
+            (out / "runs").mkdir(exist_ok=True)
+            _write(out / "plan.json", planned.as_dict())
+            failures = _train(planned, out, processes, parallel)
+            results = gather(out)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"out: can't write to {out}: {error.strerror or error}") from error
     if processes.signalled:
-        stopped = Stopped(f"stopped by {processes.signalled.name}; the same command goes on with the study in {out}")
-        stopped.code = 128 + processes.signalled
-        raise stopped
+        text = f"stopped by {processes.signalled.name}; the same command resumes the study in {out}"
+        raise Stopped(text, processes.signalled)
     console = Console()
     console.print((out / "table.md").read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
     for name in ("results.json", "table.md", "plot.png"):
@@ -79,27 +78,30 @@ def study(plan: Path, out: Path | None = None, parallel: int = 1) -> dict[str, A
     return results
 
 
-def _train(plan: Plan, out: Path, scheduler: Scheduler) -> dict[str, str]:
+def _train(plan: StudyPlan, out: Path, processes: TrainingProcesses, parallel: int) -> dict[str, str]:
     """Train the grid, with options that are tuned first; returns the failures of both."""
+    slots = find_slots(parallel, plan.recipe["accelerator"] == "cpu")
+    here, before = study_machine(slots), read_json(out / "machines.json", [])
+    if here not in before:
+        _write(out / "machines.json", [*before, here])
+
+    def result(training: Training) -> str:
+        return formatted(plan.metric, metric_of(plan, out, training))
+
     failures: dict[str, str] = {}
-    tuned: dict[str, Any] = {}
-    chosen = out / "tuned.json"
-    if chosen.is_file():
-        tuned = json.loads(chosen.read_text())
-    elif plan.tune is not None:
-        failures = scheduler.run("tuning", plan.tuning())
-        scheduler.processes.check()
-        best = choose(plan, out)
-        if best is None:
+    tuned = read_json(out / "tuned.json", {})
+    if plan.tune is not None and not tuned:
+        failures = processes.run("tuning", plan.searched(), slots, result)
+        tuned = {} if processes.signalled else choose(plan, out)
+        if not tuned:
             return failures
-        tuned = best
-        # Kept for good: the trainings of the grid have it.
-        _write(chosen, tuned)
-    failures |= scheduler.run("grid", plan.cells(tuned))
-    return failures
+        _write(out / "tuned.json", tuned)  # for good: the trainings of the grid have it
+    elif plan.tune is not None and tuned not in combinations(plan.tune.grid):
+        raise OutputError(f"out: expected options of tune.grid in {out / 'tuned.json'}, got {tuned}")
+    return failures | processes.run("grid", plan.trainings(tuned), slots, result)
 
 
-def _check_same(plan: Plan, path: Path, out: Path) -> None:
+def _check_same(plan: StudyPlan, path: Path, out: Path) -> None:
     before = out / "plan.json"
     if not before.is_file():
         if any(one.name != "lock" for one in out.iterdir()):
@@ -113,13 +115,7 @@ def _check_same(plan: Plan, path: Path, out: Path) -> None:
         )
 
 
-def _note_machine(out: Path, found: dict[str, Any]) -> None:
-    """Add this machine to those that the study has been on."""
-    path = out / "machines.json"
-    before = json.loads(path.read_text()) if path.is_file() else []
-    if found not in before:
-        _write(path, [*before, found])
-
-
 def _write(path: Path, value: Any) -> None:
+    from ..train.checkpoints import write_whole
+
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())

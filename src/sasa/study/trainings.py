@@ -1,0 +1,203 @@
+"""Trainings as processes of their own, so many at once, and how they are stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from ..train import OutputError
+from .machine import Slots
+from .plan import Training
+
+COMMAND = [sys.executable, "-m", "sasa", "train"]
+
+STOPPING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+
+LINES = 12
+"""Of a failed training's log that are shown."""
+
+# What a launcher gives to the processes of one training; here each training is one process.
+_LAUNCHERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_LAUNCHERS_PREFIXES = ("SLURM_", "TORCHELASTIC_")
+
+
+@dataclass
+class _Started:
+    training: Training
+    gpu: str | None
+    process: subprocess.Popen
+    began: float
+
+
+class TrainingProcesses:
+    """Runs trainings in a study's folder, which no other study can use meanwhile.
+
+    Args:
+        out: the folder; each training has ``runs/KEY``, and its recipe and log beside it.
+
+    Attributes:
+        signalled: the signal that asked to stop, if any.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.signalled: signal.Signals | None = None
+        self._out = out
+        self._running: list[_Started] = []
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, no other study works in the folder, and signals that ask to stop are passed to the trainings.
+
+        Raises:
+            OutputError: another one does, or trainings that it left when it was killed.
+        """
+        with (self._out / "lock").open("a+") as self._lock:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._lock.seek(0)
+                holders = ", ".join(self._lock.read().split())
+                raise OutputError(
+                    f"out: expected no other study at work in {self._out}, got process {holders}; "
+                    "trainings left by a study that was killed save and end on SIGTERM"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            self._note_processes()
+            before: dict[signal.Signals, Any] = {}
+            if threading.current_thread() is threading.main_thread():
+                for number in STOPPING:
+                    if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+                        before[number] = signal.signal(number, self._stop)
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def run(
+        self, stage: str, trainings: list[Training], slots: Slots, result: Callable[[Training], str]
+    ) -> dict[str, str]:
+        """Train what has no result yet, until all have ended or a signal asks to stop; returns why some failed, by key.
+
+        Args:
+            stage: what to call the trainings.
+            trainings: all of them, finished or not.
+            slots: where they run at once.
+            result: what a training came to, in words; raises ValueError if it has come to none.
+        """
+        waiting = deque(training for training in trainings if _reason(result, training))
+        done, began, left = len(trainings) - len(waiting), time.monotonic(), len(waiting)
+        free, failures = list(slots.gpus), {}
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        task = bar.add_task(stage, total=len(trainings), completed=done)
+        if done:
+            console.print(f"{stage}: {done} of {len(trainings)} finished before")
+        try:
+            with bar:
+                while self._running or (waiting and not self.signalled):
+                    while waiting and free and not self.signalled:
+                        self._start(waiting.popleft(), free.pop(0), slots.threads)
+                    time.sleep(0.02)
+                    for one in [one for one in self._running if one.process.poll() is not None]:
+                        self._running.remove(one)
+                        free.append(one.gpu)
+                        key, status = one.training.key, one.process.returncode
+                        if status and self.signalled:
+                            continue
+                        left -= 1
+                        bar.advance(task)
+                        reason = self._failure(key, status) if status else _reason(result, one.training)
+                        seconds = (time.monotonic() - began) * left / (len(trainings) - done - left)
+                        line = f"{stage}: {len(trainings) - left} of {len(trainings)}"
+                        line += f", about {_duration(seconds)} left: {key}" if left else f": {key}"
+                        if reason:
+                            failures[key] = reason
+                            console.print(Text(f"{line} failed: {reason}", "red"), soft_wrap=True)
+                        else:
+                            took = _duration(time.monotonic() - one.began)
+                            console.print(Text(f"{line}: {result(one.training)} in {took}"), soft_wrap=True)
+        finally:
+            for one in self._running:
+                one.process.terminate()
+            for one in self._running:
+                one.process.wait()
+            self._running.clear()
+        return failures
+
+    def _start(self, training: Training, gpu: str | None, threads: int) -> None:
+        runs = self._out / "runs"
+        environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS}
+        environment = {name: value for name, value in environment.items() if not name.startswith(_LAUNCHERS_PREFIXES)}
+        environment |= {"OMP_NUM_THREADS": str(threads)} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+        config = runs / f"{training.key}.yaml"
+        config.write_text(yaml.safe_dump(training.recipe, sort_keys=False))
+        with (runs / f"{training.key}.log").open("ab") as log:
+            process = subprocess.Popen(  # noqa: S603
+                [*COMMAND, "--config", str(config), "--out", str(runs / training.key), "--resume", "auto"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                process_group=0,  # Ctrl-C is for this process, which passes it on
+                pass_fds=(self._lock.fileno(),),  # the folder is locked as long as the training lives
+            )
+        self._running.append(_Started(training, gpu, process, time.monotonic()))
+        if self.signalled:  # before it could be passed on
+            process.terminate()
+        self._note_processes()
+
+    def _note_processes(self) -> None:
+        """Write to the lock who holds it."""
+        self._lock.truncate(0)
+        self._lock.write("\n".join(map(str, [os.getpid(), *(one.process.pid for one in self._running)])))
+        self._lock.flush()
+
+    def _stop(self, number: int, frame: Any) -> None:
+        again, self.signalled = self.signalled is not None, signal.Signals(number)
+        for one in self._running:
+            with contextlib.suppress(ProcessLookupError):
+                if again:
+                    os.killpg(one.process.pid, signal.SIGKILL)
+                else:  # to the training alone: its workers' deaths would look like a failure to it
+                    one.process.terminate()
+        if self._running and not again:
+            # Not through rich, whose locks the interrupted code may hold.
+            os.write(2, f"\n{self.signalled.name}: waiting for trainings to save; again ends them at once\n".encode())
+
+    def _failure(self, key: str, status: int) -> str:
+        log = self._out / "runs" / f"{key}.log"
+        text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+        lines = [f"  {line.rstrip()}" for line in text.splitlines() if line.strip()]
+        return "\n".join((f"exit status {status}; {log} ends with", *lines[-LINES:]))
+
+
+def _reason(result: Callable[[Training], str], training: Training) -> str | None:
+    """Why the training has come to no result, or None."""
+    try:
+        result(training)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
