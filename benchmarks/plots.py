@@ -29,7 +29,7 @@ class Measure(NamedTuple):
     log: bool = True
 
 
-TIME, MEMORY = Measure("seconds", "seconds"), Measure("peak_gigabytes", "peak GB above the input")
+TIME, MEMORY = Measure("seconds", "time"), Measure("peak_gigabytes", "peak GB above the input")
 MEASURES = {
     "ceiling": (Measure("gflops", "GFLOP/s", "{:.0f}", False),),
     "attention": (TIME, MEMORY),

@@ -311,7 +311,7 @@ def figure(found: dict[str, Any]) -> Figure:
         panel.set(xlabel="GPUs", title=title)
         panel.grid(alpha=0.25)
     panel.set_yscale("log")
-    panel.legend(fontsize=7, loc="lower left")
+    drawn.axes[0].legend(fontsize=7, loc="lower left")
     return drawn
 
 
