@@ -4,7 +4,7 @@
 # make bench  measure and write benchmarks/results/; make bench-gpu: on a GPU
 # make zoo    convert other people's networks, some 200 of them, and write docs/zoo.md
 # make lint   ruff, pyright and clang-format
-# make results   bench and demo, copied to where the README shows them
+# make results   bench and demo, copied to where README and docs show them
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -46,12 +46,12 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
 
 bench-gpu: $(INSTALLED)
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.run --device cuda
 
 zoo: $(VENV)/.zoo
 	$(BIN)/python -m tests.zoo
 
-# the figures and pictures that the README shows
+# the figures and pictures of README and docs
 results: bench demo
 	mkdir -p docs/demo
 	cp runs/demo/results.json runs/demo/curves.png runs/demo/attention.png docs/demo/

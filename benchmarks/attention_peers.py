@@ -95,3 +95,14 @@ def flex(size: int, kernel_size: int, compiled: bool = True, device: str = "cpu"
         return output.mT.unflatten(3, (size, size))
 
     return attention
+
+
+def natten(kernel_size: int) -> Attention:
+    """NATTEN's neighbourhood attention, its window moved inside at the border, without positions."""
+    from natten import na2d  # type: ignore[import-not-found]
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        qkv = (x.permute(0, 3, 4, 1, 2) for x in (query, key, value))
+        return na2d(*qkv, kernel_size=(kernel_size, kernel_size), scale=1.0).permute(0, 3, 4, 1, 2)
+
+    return attention

@@ -1,83 +1,116 @@
-"""The whole layer, projections included, beside other ways to have such a layer and beside a 3x3 convolution.
+"""Whole layers: parts layer, kept and calls.
 
-    python -m benchmarks.one layer "notebook forward" unfold      one of its measurements
-
-Training is forward and backward with gradients of the input and of all parameters, as inside a network.
+layer: projections included, beside other ways to have such a layer and beside a 3x3 convolution. kept: a convolution,
+and attention that starts as that convolution. calls: what a call costs on one thread where there is next to nothing to
+compute. Training is forward and backward with gradients of the input and of all parameters, as inside a network. The
+convolution and HaloAttn compute something else than the layer: they are not checked.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sasa
 
-from .machine import import_seconds, machine
-from .measure import Call, call_of, largest_difference, measure
+from .cases import CONVOLUTION, MODES, PRECISIONS, REST, SHAPES, Case, Device, Pace, Part
 from .peers import UnfoldSelfAttention
-from .problems import LAYERS, LayerProblem
-from .processes import summarise, take_turns
+from .problems import LAYER_STAGES, LAYERS, LayerProblem
+from .verify import Call, call_of, largest_difference
 
-BFLOAT16 = " bfloat16"  # ends the names of what runs in it; the others run in float32
-CONVOLUTION = "convolution 3x3"
+BFLOAT16 = " bfloat16"  # ends the names of what runs in it whatever the case's precision
 HALO = "timm HaloAttn"
-# Whether the layer can project again in the backward pass instead of keeping queries, keys and values.
-CAN_RECOMPUTE = "recompute" in inspect.signature(sasa.RelativeSelfAttention).parameters
-OURS = ("sasa", "sasa recompute") if CAN_RECOMPUTE else ("sasa",)
-IN_BFLOAT16 = ("sasa" + BFLOAT16, CONVOLUTION + BFLOAT16)
+OURS = ("sasa", "sasa recompute")
 
-
-class Case(NamedTuple):
-    """What is compared: layers on a problem, ``"forward"`` or ``"training"`` (forward and backward)."""
-
-    problem: str
-    mode: str
-    peers: tuple[str, ...]
-
-
-# unfold's backward does not fit into memory for the notebook's batch.
-CASES = {
-    "notebook forward": Case("notebook", "forward", (*OURS, CONVOLUTION, *IN_BFLOAT16, HALO, "unfold")),
-    "notebook training": Case("notebook", "training", (*OURS, CONVOLUTION, HALO)),
-    "notebook-batch8 training": Case("notebook-batch8", "training", (*OURS, CONVOLUTION, HALO, "unfold")),
-    "stage4 forward": Case("stage4", "forward", (*OURS, CONVOLUTION, HALO, "unfold")),
-    "stage4 training": Case("stage4", "training", (*OURS, CONVOLUTION, HALO, "unfold")),
-}
-QUICK = {
-    "small forward": Case("small", "forward", (*OURS, CONVOLUTION, *IN_BFLOAT16, HALO, "unfold")),
-    "small training": Case("small", "training", (*OURS, CONVOLUTION, HALO, "unfold")),
+KEPT = {
+    "16 channels": LayerProblem(32, 16, 16, 32, 3, 9),
+    "64 channels": LayerProblem(8, 64, 64, 56, 3, 9),
+    "256 channels": LayerProblem(8, 256, 256, 14, 3, 9),
+    "512 channels": LayerProblem(8, 512, 512, 7, 3, 9),
+    "depthwise": LayerProblem(8, 96, 96, 28, 3, 9, groups=96),
 }
 
 
-def dtype_of(name: str) -> torch.dtype:
+def cases(device: Device) -> list[Case]:
+    """The notebook's layer; on a CPU one of a ResNet-50's last stage, on a GPU one of every stage, for 64 images."""
+    if device.quick:
+        every = (*OURS, CONVOLUTION, "sasa bfloat16", "convolution 3x3 bfloat16", HALO, "unfold")
+        return [Case("layer", f"small {mode}", mode, LAYERS["small"], every) for mode in MODES]
+    if not device.on_cpu:
+        chosen = [("notebook", LAYERS["notebook"], "bfloat16", ("sasa", CONVOLUTION, HALO), 0)]
+        for precision in ("bfloat16", "float32", "tf32"):
+            if precision != "bfloat16":
+                chosen.append(("notebook", LAYERS["notebook"], precision, ("sasa", CONVOLUTION), SHAPES))
+                chosen.append(("notebook", LAYERS["notebook"], precision, (HALO,), REST))
+            for name, problem in LAYER_STAGES.items() if precision != "tf32" else ():
+                chosen.append((name, problem, precision, ("sasa", CONVOLUTION), SHAPES))
+                chosen.append((name, problem, precision, (HALO,), REST))
+        return [
+            Case("layer", f"{name} {precision} {mode}", mode, problem, peers, precision, rank)
+            for name, problem, precision, peers, rank in chosen
+            for mode in MODES
+        ]
+    peers = (*OURS, CONVOLUTION, HALO, "unfold")
+    by_case = {
+        ("notebook", "forward"): (*OURS, CONVOLUTION, "sasa bfloat16", "convolution 3x3 bfloat16", HALO, "unfold"),
+        ("notebook", "training"): peers[:-1],  # unfold's backward does not fit into memory
+        ("notebook-batch8", "training"): peers,
+        ("stage4", "forward"): peers,
+        ("stage4", "training"): peers,
+    }
+    return [Case("layer", f"{name} {mode}", mode, LAYERS[name], peers) for (name, mode), peers in by_case.items()]
+
+
+def kept_cases(device: Device) -> list[Case]:
+    """3x3 convolutions of a ResNet's shapes."""
+    chosen = {"small": LayerProblem(2, 8, 8, 8, 3, 9)} if device.quick else KEPT
+    return [
+        Case("kept", f"{name} {mode}", mode, problem, ("sasa", CONVOLUTION), rank=REST)
+        for name, problem in chosen.items()
+        for mode in MODES
+    ]
+
+
+def call_cases(device: Device) -> list[Case]:
+    """Images of 2x2 pixels, by layers whose heads fill vectors and don't."""
+    peers = (CONVOLUTION, "sasa, 8 heads", "sasa, 2 heads")
+    names = {"forward": "forward", "training": "forward and backward"}
+    problem = LayerProblem(1, 8, 8, 2, 3, 8)
+    return [Case("calls", names[mode], mode, problem, peers, threads=1) for mode in MODES] if device.on_cpu else []
+
+
+def dtype_of(case: Case, peer: str) -> torch.dtype:
     """What a layer of this name computes in."""
-    return torch.bfloat16 if name.endswith(BFLOAT16) else torch.float32
+    return torch.bfloat16 if peer.endswith(BFLOAT16) else PRECISIONS[case.precision].dtype
 
 
-def build(name: str, problem: LayerProblem) -> nn.Module:
+def layer_of(case: Case, peer: str, device: Device) -> nn.Module:
     """A layer for the problem; sasa and unfold have the same weights, HaloAttn and the convolution their own."""
     torch.manual_seed(0)
-    kind, channels = name.removesuffix(BFLOAT16), (problem.in_channels, problem.out_channels)
-    layer: nn.Module
-    if kind == CONVOLUTION:
-        layer = nn.Conv2d(*channels, 3, padding=1)
+    problem: LayerProblem = case.problem
+    kind, channels = peer.removesuffix(BFLOAT16), (problem.in_channels, problem.out_channels)
+    layer: Any
+    if kind == CONVOLUTION or case.part == "kept":
+        layer = nn.Conv2d(*channels, 3, padding=1, groups=problem.groups, bias=case.part != "kept")
+        layer = sasa.AttentionConv2d(layer) if kind != CONVOLUTION else layer
     elif kind == HALO:
         layer = halo(problem)
+    elif case.part == "calls":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that eight heads of eight channels are narrow
+            layer = sasa.RelativeSelfAttention(*channels, problem.kernel_size, int(peer.split()[1]))
     else:
         layer = UnfoldSelfAttention(*channels, problem.kernel_size, problem.num_heads)
         if kind != "unfold":
             layer = sasa.RelativeSelfAttention.from_notebook(layer.state_dict(), problem.num_heads)
-        if kind == "sasa recompute":
-            weights = layer.state_dict()
-            options = {"position_split": "across_heads", "recompute": True}
-            layer = sasa.RelativeSelfAttention(*channels, problem.kernel_size, problem.num_heads, **options)
-            layer.load_state_dict(weights)
-    layer = layer.to(dtype_of(name))
-    return layer.to(memory_format=torch.channels_last) if wants_channels_last(name) else layer
+            layer.recompute = True if kind == "sasa recompute" else layer.recompute
+    if hasattr(layer, "implementation"):
+        layer.implementation = device.implementation
+    layer = layer.to(device.name, dtype_of(case, peer))
+    return layer.to(memory_format=torch.channels_last) if wants_channels_last(case, peer) else layer
 
 
 def halo(problem: LayerProblem) -> nn.Module:
@@ -92,59 +125,49 @@ def halo(problem: LayerProblem) -> nn.Module:
     return HaloAttn(problem.in_channels, problem.out_channels, **options)
 
 
-def wants_channels_last(name: str) -> bool:
+def wants_channels_last(case: Case, peer: str) -> bool:
     """Whether a layer gets its input so; the others copy it if given, and are faster without."""
-    return name.startswith(("sasa", CONVOLUTION))
+    return case.part == "layer" and peer.startswith(("sasa", CONVOLUTION))
 
 
-def inputs(problem: LayerProblem) -> tuple[Tensor, Tensor]:
+def inputs(case: Case, device: Device) -> tuple[Tensor, Tensor]:
     """An input, and a gradient of the output."""
     torch.manual_seed(1)
-    shape = problem.size, problem.size
-    return (
-        torch.randn(problem.batch, problem.in_channels, *shape),
-        torch.randn(problem.batch, problem.out_channels, *shape),
+    problem = case.problem
+    x, grad = (
+        torch.randn(problem.batch, channels, problem.size, problem.size, device=device.name)
+        for channels in (problem.in_channels, problem.out_channels)
     )
+    return x, grad
 
 
-def call(name: str, problem: LayerProblem, mode: str) -> Call:
-    """The call to measure; training gives the gradient of the input, then those of the parameters."""
-    layer = build(name, problem)
-    x, grad = (tensor.to(dtype_of(name)) for tensor in inputs(problem))
-    if wants_channels_last(name):
+def build(case: Case, peer: str, device: Device) -> Call:
+    """Output, and in training the gradients of the input and of the parameters."""
+    layer = layer_of(case, peer, device)
+    x, grad = (tensor.to(dtype_of(case, peer)) for tensor in inputs(case, device))
+    if wants_channels_last(case, peer):
         x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
-    x.requires_grad_(mode == "training")
-    return call_of(lambda: layer(x), mode, [x, *layer.parameters()], grad if mode == "training" else None)
+    training = case.mode == "training"
+    x.requires_grad_(training)
+    return call_of(lambda: layer(x), case.mode, [x, *layer.parameters()], grad if training else None)
 
 
-def check(name: str, problem: LayerProblem, mode: str) -> float:
-    """Largest difference of output and input gradient from the reference in float64; raises unless it is rounding."""
-    results = call(name, problem, mode)()
-    layer = build("sasa", problem).to(dtype_of(name)).double()
-    layer.implementation = "reference"
-    x, grad = (tensor.to(dtype_of(name)).double() for tensor in inputs(problem))
-    x.requires_grad_(mode == "training")
-    expected = call_of(lambda: layer(x), mode, [x], grad)()
-    return largest_difference(results[: len(expected)], expected, dtype_of(name))
-
-
-def measured(case: str, peer: str) -> dict[str, Any]:
-    """The figures of one layer, in this process, once its results are checked on a small image where they can be."""
-    name, mode, _ = (CASES | QUICK)[case]
-    problem, result = LAYERS[name], {}
+def check(case: Case, peer: str, call: Call, device: Device) -> float | None:
+    """Output and input's gradient against float64: the convolution that was kept, else the layer in plain PyTorch."""
     if peer.startswith((CONVOLUTION, HALO)):
-        call(peer, problem.tiny(), mode)()
-    else:
-        result["largest_difference"] = check(peer, problem.tiny(), mode)
-    return result | measure(call(peer, problem, mode))
+        return None
+    dtype = dtype_of(case, peer)
+    right: Any = layer_of(case, CONVOLUTION if case.part == "kept" else peer.replace("unfold", "sasa"), device)
+    right = right.to(dtype).double()
+    if case.part != "kept":
+        right.implementation = "reference" if device.on_cpu else "eager"
+    x, grad = (tensor.to(dtype).double() for tensor in inputs(case, device))
+    x.requires_grad_(case.mode == "training")
+    expected = call_of(lambda: right(x), case.mode, [x], grad)()
+    tolerance = PRECISIONS["bfloat16" if dtype == torch.bfloat16 else case.precision].tolerance
+    return largest_difference(call()[: len(expected)], expected, tolerance)
 
 
-def run(quick: bool, say: Callable[[str], object]) -> dict[str, Any]:
-    """All cases, one after the other; the peers of a case take turns."""
-    found = []
-    for name, case in (QUICK if quick else CASES).items():
-        turns = take_turns("layer", [(name, peer) for peer in case.peers], say, quick)
-        shape = LAYERS[case.problem]._asdict() | {"qkv_out_gigabytes": LAYERS[case.problem].qkv_out_bytes / 1e9}
-        peers = {peer: summarise(turns[name, peer], turns[name, "sasa"]) for peer in case.peers}
-        found.append({"case": name, "mode": case.mode, **shape, "peers": peers})
-    return {"machine": machine(), "import_seconds_after_torch": import_seconds(), "cases": found}
+PART = Part(cases, build, check)
+KEPT_PART = Part(kept_cases, build, check)
+CALLS_PART = Part(call_cases, build, check, baseline=lambda peer: CONVOLUTION, cpu_pace=Pace(0.02, 15, 60))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
-import statistics
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import sasa
+from sasa.ops import cpu
+
+ROOT = Path(__file__).parent.parent
 
 
-def machine() -> dict[str, Any]:
-    """Processor, threads and versions."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Names and versions."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -28,34 +31,45 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "sasa": sasa.__version__,
+        "sasa_capability": cpu.capability(),
     }
-    kernel = sasa_capability()
-    return found if kernel is None else found | {"sasa_capability": kernel}
+    if device == "cpu":
+        return found
+    properties = getattr(torch, device).get_device_properties(0)
+    found |= {"gpu": properties.name, "cores": os.cpu_count(), "memory_gigabytes": properties.total_memory / 1e9}
+    found |= {package: version(package) for package in ("triton", "timm", "natten")}
+    if device == "cuda":
+        found |= {
+            "gpu_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "driver": driver(),
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
 
 
-def sasa_capability() -> str | None:
-    """Instruction set of sasa's compiled kernel; None without one."""
+def version(package: str) -> str | None:
+    """Of an installed package."""
     try:
-        from sasa.ops import cpu
-    except ImportError:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return None
-    capability = getattr(cpu, "capability", None)
-    if callable(capability):
-        capability = capability()
-    return None if capability is None else str(capability)
 
 
-def in_words(found: dict[str, Any]) -> str:
+def driver() -> str | None:
+    """Version of NVIDIA's driver, as nvidia-smi says."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def described(found: dict[str, Any]) -> str:
     """The machine in a line."""
+    if "gpu" in found:
+        parts = [found["gpu"], f"driver {found['driver']}" if found.get("driver") else ""]
+        parts += [f"PyTorch {found['torch']}", f"Triton {found['triton']}" if found.get("triton") else ""]
+        return ", ".join(filter(None, parts))
     threads = f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}"
     return f"{found['cpu']} ({found['capability']}), {threads}, PyTorch {found['torch']}"
-
-
-def import_seconds(turns: int = 7) -> dict[str, float]:
-    """Median seconds that importing sasa takes once torch is imported."""
-    code = "import time, torch; s = time.perf_counter(); import sasa; print(time.perf_counter() - s)"
-    runs = [
-        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-        for _ in range(turns)
-    ]
-    return {"median": statistics.median(runs), "lowest": min(runs), "highest": max(runs)}

@@ -1,73 +1,94 @@
 """Whole networks: images a second, forward and training, and the memory of a training step.
 
-    python -m benchmarks.one networks "batch 8 forward" sasa_resnet50_convstem      one of its measurements
-
-Images are 224x224, channels_last, float32; HaloNet's are 256x256, since its blocks don't divide 224. A training step is
-forward, cross-entropy, backward, and SGD with momentum. Each network is timed in turn with ours, call by call, in one
-process. "Folded": batch norms behind a convolution are folded into it, in every network alike; those behind attention
-stay.
+Images are 224x224, channels_last; HaloNet's are 256x256, since its blocks don't divide 224. A training step is forward,
+cross-entropy, backward, and SGD with momentum. On a CPU in float32; "folded": batch norms behind a convolution are
+folded into it, in every network alike, those behind attention stay. On a GPU under autocast to bfloat16 with
+parameters in float32, as written and compiled; sasa computes with what it chooses itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import statistics
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import sasa.models  # noqa: F401  (registers its networks in timm)
+from .cases import COMPILED, PRECISIONS, TARGET, Case, Device, Pace, Part, RefusedError
+from .clock import with_rate
+from .verify import Call, largest_difference
 
-from .machine import machine
-from .measure import Call, enough, largest_difference, measure, seconds_of
-from .processes import summarise, take_turns
-
-OURS = "sasa_resnet50_convstem"
-TORCHVISION = "torchvision resnet50"
-HALONET = "timm halonet50ts"
-OF_DEPTH_50 = (OURS, "sasa_resnet50", TORCHVISION, "timm resnet50", HALONET)
+OURS, FULL = "sasa_resnet50_convstem", "sasa_resnet50"
+RESNET, HALONET = "torchvision resnet50", "timm halonet50ts"
+OF_DEPTH_50 = (OURS, FULL, RESNET, "timm resnet50", HALONET)
 SMALLER = ("sasa_resnet26_convstem", "sasa_resnet26_conv", "sasa_resnet38_convstem", "sasa_resnet38_conv")
+HALONET_SIZE = 256
+TOLERANCE = 1e-3  # of logits in float32, relative to the largest, after 50 layers
 
 
-class Case(NamedTuple):
-    """What is compared: networks, a batch, and what is done with it."""
+class NetworkProblem(NamedTuple):
+    """Images for a network."""
 
     batch: int
-    mode: str
-    peers: tuple[str, ...]
+    size: int = 224
+
+    def tiny(self) -> NetworkProblem:
+        """What loads all code."""
+        return NetworkProblem(2, 64)
 
 
-CASES = {
-    "batch 8 forward": Case(8, "forward", (*OF_DEPTH_50, *SMALLER, "sasa_resnet26", "sasa_resnet38")),
-    "batch 8 forward, folded": Case(8, "folded", OF_DEPTH_50[:3]),
-    "batch 1 forward": Case(1, "forward", OF_DEPTH_50),
-    "batch 8 training step": Case(8, "training", OF_DEPTH_50),
-}
-QUICK = {"batch 1 forward": Case(1, "forward", (OURS, TORCHVISION))}
+def cases(device: Device) -> list[Case]:
+    """Forward and training step."""
+    words = {"forward": "forward", "training": "training step", "folded": "forward, folded"}
+
+    def each(batch: int, mode: str, peers: tuple[str, ...], rank: int = TARGET, compiled: bool = False) -> Case:
+        problem = NetworkProblem(batch, 64) if device.quick else NetworkProblem(batch)
+        name = f"batch {batch} {words[mode]}{', compiled' if compiled else ''}"
+        precision = "float32" if device.on_cpu else "bfloat16"
+        return Case("networks", name, mode, problem, peers, precision, rank, compiled)
+
+    if device.quick:
+        return [each(2, "forward", (OURS, RESNET)), each(2, "training", (OURS,)), each(2, "forward", (OURS,), 2, True)]
+    if device.on_cpu:
+        return [
+            each(8, "forward", (*OF_DEPTH_50, *SMALLER, "sasa_resnet26", "sasa_resnet38")),
+            each(8, "folded", OF_DEPTH_50[:3]),
+            each(1, "forward", OF_DEPTH_50),
+            each(8, "training", OF_DEPTH_50),
+        ]
+    chosen = ((OF_DEPTH_50, TARGET, False), ((OURS, RESNET), COMPILED, True), ((FULL, HALONET), COMPILED + 1, True))
+    return [each(128, mode, *rest) for rest in chosen for mode in ("forward", "training")]
 
 
-def build(name: str) -> nn.Module:
-    """A network with fresh parameters, channels_last."""
+def network_of(name: str) -> nn.Module:
+    """A network with fresh parameters."""
+    import timm
+
+    import sasa.models  # noqa: F401  (registers its networks in timm)
+
     torch.manual_seed(0)
-    if name == TORCHVISION:
+    if name == RESNET:
         import torchvision
 
-        network = torchvision.models.resnet50()
-    else:
-        network = timm.create_model(name.removeprefix("timm "))
-    return network.to(memory_format=torch.channels_last)
+        return torchvision.models.resnet50()
+    return timm.create_model(name.removeprefix("timm "))
 
 
-def images(name: str, batch: int, size: int | None = None) -> Tensor:
+@functools.cache
+def parameters(name: str) -> int:
+    """Numbers to be trained."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in network_of(name).parameters())
+
+
+def images(name: str, problem: NetworkProblem, device: str) -> Tensor:
     """Random images of the size that the network takes."""
     torch.manual_seed(1)
-    size = size or (256 if name == HALONET else 224)
-    return torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    size = HALONET_SIZE if name == HALONET else problem.size
+    return torch.randn(problem.batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
 
 def folded(network: nn.Module) -> nn.Module:
@@ -81,103 +102,74 @@ def folded(network: nn.Module) -> nn.Module:
             norm = names[index + 1] if sequential and index + 1 < len(names) else name.replace("conv", "bn")
             pair = children[name], children.get(norm)
             if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(*pair).to(memory_format=torch.channels_last))
+                setattr(module, name, fuse_conv_bn_eval(*pair))
                 setattr(module, norm, nn.Identity())
     return network
 
 
-def forward_call(network: nn.Module, x: Tensor) -> Call:
-    """Logits, without gradients."""
+def build(case: Case, peer: str, device: Device) -> Call:
+    """Logits, or the loss of one training step."""
+    if case.compiled and device.quick:
+        raise RefusedError("nothing is compiled in --quick")
+    network = network_of(peer)
+    network = folded(network) if case.mode == "folded" else network.train(case.mode == "training")
+    network = network.to(device.name, memory_format=torch.channels_last)
+    x = images(peer, case.problem, device.name)
+    function = torch.compile(network, dynamic=False) if case.compiled else network
 
-    def call() -> tuple[Tensor, ...]:
-        with torch.inference_mode():
-            return (network(x),)
+    def precision() -> contextlib.AbstractContextManager[Any]:
+        if case.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(device.name, PRECISIONS[case.precision].dtype)
 
-    return call
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad(), precision():
+            return (function(x),)
 
-
-def training_call(network: nn.Module, x: Tensor) -> tuple[Call, torch.optim.Optimizer]:
-    """One step of SGD on random labels, and its optimizer."""
-    network.train()
-    labels = torch.arange(len(x)) * 7 % 1000
+    if case.mode != "training":
+        return forward
+    labels = torch.arange(len(x), device=device.name) * 7 % 1000
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
 
-    def call() -> tuple[Tensor, ...]:
+    def step() -> tuple[Tensor, ...]:
         optimizer.zero_grad()
-        loss = F.cross_entropy(network(x), labels)
+        with precision():
+            loss = F.cross_entropy(function(x), labels)
         loss.backward()
         optimizer.step()
         return (loss.detach(),)
 
-    return call, optimizer
+    return step
 
 
-def call(name: str, mode: str, x: Tensor) -> Call:
-    """What is measured; what it needs to load has been loaded, by small images."""
-    network = build(name)
-    small = images(name, 2, None if name == HALONET else 64)
-    if mode == "training":
-        warm, optimizer = training_call(network, small)
-        warm()
-        optimizer.zero_grad()
-        optimizer.state.clear()
-        return training_call(network, x)[0]
-    network = folded(network) if mode == "folded" else network.eval()
-    forward_call(network, small)()
-    return forward_call(network, x)
-
-
-def check(name: str, mode: str) -> float:
-    """Largest difference of the logits from those of the reference in float64; raises unless it is rounding."""
-    network = build(name)
-    _ = folded(network) if mode == "folded" else network.eval()
-    x = images(name, 2, 64)
-    results = forward_call(network, x)()
-    right = build(name).eval().double()
+def check(case: Case, peer: str, call: Call, device: Device) -> float | None:
+    """Logits of our networks in float32 against plain PyTorch in float64, on small images, once for each network."""
+    if not peer.startswith("sasa") or case.compiled or case.mode == "training":
+        return None
+    PRECISIONS["float32"].allow()
+    own, right = (network_of(peer).to(device.name) for _ in range(2))
+    own = folded(own) if case.mode == "folded" else own.eval()
+    right = right.eval().double()
     for module in right.modules():
         if hasattr(module, "implementation"):
-            module.implementation = "reference"
-    return largest_difference(results, forward_call(right, x.double())(), torch.float32)
+            module.implementation = "reference" if device.on_cpu else "eager"
+    x = images(peer, case.problem.tiny(), device.name)
+    with torch.no_grad():
+        results = own.to(memory_format=torch.channels_last)(x)
+        difference = largest_difference([results], [right(x.double())], TOLERANCE)
+    PRECISIONS[case.precision].allow()
+    return difference
 
 
-def measured(case: str, peer: str) -> dict[str, Any]:
-    """The figures of one network in this process; those of ours are checked before."""
-    batch, mode, _ = (CASES | QUICK)[case]
-    result = {"largest_difference": check(peer, mode)} if peer.startswith("sasa") else {}
-    own = call(peer, mode, images(peer, batch))
-    result |= measure(own, least_calls=1, slow_seconds=10)
-    if peer != OURS:
-        ours = call(OURS, mode, images(OURS, batch))
-        ours()
-        seconds: tuple[list[float], list[float]] = ([], [])
-        while not enough(seconds[0], 3 if mode == "training" else 5, slow_seconds=10):
-            for timed, one in zip(seconds, (own, ours), strict=True):
-                timed.append(seconds_of(one))
-        result["seconds"], result["sasa_seconds"] = map(statistics.median, seconds)
-        result["calls"] = len(seconds[0])
-    return result
+def figures(case: Case, peer: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Images a second."""
+    size = HALONET_SIZE if peer == HALONET else case.problem.size
+    return {
+        **with_rate("images_per_second", case.problem.batch, found),
+        "parameters": parameters(peer),
+        "size": size,
+    }
 
 
-@functools.cache
-def parameters(name: str) -> int:
-    """Numbers to be trained."""
-    return sum(p.numel() for p in build(name).parameters())
-
-
-def run(quick: bool, say: Callable[[str], object]) -> dict[str, Any]:
-    """All cases, one after the other; the networks of a case take turns."""
-    found = []
-    for name, case in (QUICK if quick else CASES).items():
-        turns = take_turns("networks", [(name, peer) for peer in case.peers], say, quick)
-        peers = {}
-        for peer in case.peers:
-            own = turns[name, peer]
-            ours = [{"seconds": figures.get("sasa_seconds", figures["seconds"])} for figures in own]
-            peers[peer] = summarise(own, ours)
-            peers[peer] |= {
-                "images_per_second": case.batch / peers[peer]["seconds"],
-                "parameters": parameters(peer),
-                "size": images(peer, 1).shape[-1],
-            }
-        found.append({"case": name, "batch": case.batch, "mode": case.mode, "peers": peers})
-    return {"machine": machine(), "cases": found}
+# Pauses for other processes hit single steps of seconds: many short turns on a CPU.
+PART = Part(cases, build, check, figures, lambda peer: OURS, cpu_pace=Pace(0.001, 15, 10), gpu_pace=Pace(0.2, 3, 6))

@@ -41,6 +41,7 @@ class LayerProblem(NamedTuple):
     size: int
     kernel_size: int
     num_heads: int
+    groups: int = 1  # of the convolution, where attention starts as one
 
     @property
     def qkv_out_bytes(self) -> int:
@@ -55,28 +56,30 @@ class LayerProblem(NamedTuple):
 ATTENTION = {
     "notebook": AttentionProblem(32, 8, 16, 56, 7),
     "notebook-batch8": AttentionProblem(8, 8, 16, 56, 7),
-    "small": AttentionProblem(1, 8, 16, 16, 7),
+    "small": AttentionProblem(1, 8, 16, 8, 3),
 }
 
 LAYERS = {
     "notebook": LayerProblem(32, 64, 128, 56, 7, 8),
     "notebook-batch8": LayerProblem(8, 64, 128, 56, 7, 8),
     "stage4": LayerProblem(32, 512, 512, 7, 7, 8),
-    "small": LayerProblem(1, 32, 32, 16, 7, 8),
+    "small": LayerProblem(1, 32, 32, 8, 3, 8),
 }
 
-# The attention of every stage of a ResNet-50, for one image.
+# The attention of every stage of a ResNet-50, for one image; a layer in each, for 64.
 STAGES = {
     "56x56, D 8": AttentionProblem(1, 8, 8, 56, 7),
     "28x28, D 16": AttentionProblem(1, 8, 16, 28, 7),
     "14x14, D 32": AttentionProblem(1, 8, 32, 14, 7),
     "7x7, D 64": AttentionProblem(1, 8, 64, 7, 7),
 }
+LAYER_STAGES = {
+    f"{size}x{size}, {width} channels": LayerProblem(64, width, width, size, 7, 8)
+    for width, size in ((64, 56), (128, 28), (256, 14), (512, 7))
+}
 
 # Series in which one thing grows: the image, or the window.
 SERIES = {
     "pixels": [AttentionProblem(1, 8, 8, size, 7) for size in (28, 56, 112, 224, 448, 1024, 2048)],
     "taps": [AttentionProblem(4, 8, 16, 112, k) for k in (3, 5, 7, 9, 11, 13, 15)],
-    "small pixels": [AttentionProblem(1, 8, 8, size, 7) for size in (8, 12, 16)],
-    "small taps": [AttentionProblem(1, 8, 16, 16, k) for k in (3, 5, 7)],
 }

@@ -1,56 +1,57 @@
-"""Writes the tables of README and docs from the committed results: ``python -m benchmarks.readme``."""
+"""Writes the tables of README and docs/ from the committed results: ``python -m benchmarks.readme``."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 
+from . import limits, scale, tables
 from .fine_tune import report as fine_tuning
-from .gpu import limits
-from .gpu.results import Results
-from .gpu.tables import section
-from .processes import ROOT
-from .run import RESULTS, result_file
-from .scale import model as scale
-from .scale.tables import TABLES as SCALE
-from .tables import ROWS, markdown
+from .machine import ROOT
+from .results import RESULTS, Results
 
-PAGES = [
-    ROOT / "README.md",
-    *(ROOT / "docs" / page for page in ("fine-tuning.md", "kernels.md", "scale.md", "studies.md")),
-]
+NOTHING = "Nothing has been measured on a GPU yet."
 STUDY = ROOT / "docs/studies/widths/table.md"
 
 
-def demo_table() -> str:
-    """Rows of docs/demo/results.json."""
-    lines = ["| network | top-1 | parameters | MFLOPs an image | seconds an epoch |", "|---|---|---|---|---|"]
-    for run in json.loads((ROOT / "docs/demo/results.json").read_text()):
-        figures = f"{run['top1']:.1%} | {run['parameters']:,} | {run['flops'] / 1e6:.2f}"
-        lines.append(f"| {run['model']} | {figures} | {run['seconds_per_epoch']:.1f} |")
-    return "\n".join(lines)
+def gpu_tables() -> str:
+    """All that was measured on one, part by part."""
+    found = Results(RESULTS, "cuda").found
+    if not found:
+        return NOTHING
+    shown = [tables.targets_table(found, "cuda"), *(tables.part_table(part, found) for part in found)]
+    return "\n\n".join(tables.markdown(table) for table in shown if table.rows)
 
 
 def table(mark: str) -> str:
-    """The table that belongs between the mark ``<!-- … table -->`` and ``<!-- end -->``."""
-    if mark == "demo":
-        return demo_table()
+    """What belongs between ``<!-- … table -->`` and ``<!-- end -->``."""
+    special: dict[str, Callable[[], tables.Listing]] = {
+        "demo": lambda: tables.demo_table(json.loads((ROOT / "docs/demo/results.json").read_text())),
+        "limits": lambda: limits.listing(json.loads(limits.FILE.read_text())),
+        "scale": lambda: scale.listing(json.loads(scale.FILE.read_text())),
+        "highlights": lambda: tables.highlights(Results(RESULTS, "cpu").found),
+        "targets": lambda: tables.targets_table(Results(RESULTS, "cpu").found, "cpu"),
+    }
+    if mark == "gpu":
+        return gpu_tables()
     if mark == "widths":
         return STUDY.read_text().partition("\n\n")[2].strip()  # without its title
-    if mark == "gpu":
-        return section(Results(RESULTS).found)
-    if mark == "limits":
-        return limits.table(json.loads(limits.FILE.read_text()))
     if mark.startswith("fine_tuning_"):
         return fine_tuning.table(mark.removeprefix("fine_tuning_"))
-    if mark.startswith("scale_"):
-        return SCALE[mark.removeprefix("scale_")](json.loads(scale.FILE.read_text()))
-    return markdown(ROWS[mark](json.loads(result_file(RESULTS, mark).read_text())))
+    make = special.get(mark, lambda: tables.part_table(mark, Results(RESULTS, "cpu").found))
+    return tables.markdown(make())
 
 
 def marks(text: str) -> list[str]:
     """The tables that a text has marks for."""
     return re.findall(r"<!-- (\w+) table -->", text)
+
+
+def pages() -> list[Path]:
+    """README and all of docs/ that have such marks."""
+    return [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if marks(page.read_text())]
 
 
 def with_tables(text: str) -> str:
@@ -63,5 +64,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for page in PAGES:
+    for page in pages():
         page.write_text(with_tables(page.read_text()))

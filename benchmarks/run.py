@@ -1,77 +1,117 @@
-"""Time and memory of sasa beside its peers on the CPU: checks results, measures, prints, writes and draws.
+"""Time and memory of sasa beside its peers: checks results, measures, prints, writes and draws.
 
-    python -m benchmarks.run                      everything; writes to benchmarks/results/
-    python -m benchmarks.run --only attention     one part: attention, layer, kept, stages, scaling, networks or calls
-    python -m benchmarks.run --quick              small problems only, for trying it out; writes to runs/bench/
+    python -m benchmarks.run                           everything on the CPU; writes to benchmarks/results/
+    python -m benchmarks.run --device cuda             on a GPU, within 8 minutes; or xpu
+    python -m benchmarks.run --only attention          one part; the results of others stay
+    python -m benchmarks.run --quick                   small problems, nothing compiled: a rehearsal in runs/bench/
 
-Every number but those of calls comes from a process of its own; what is compared takes turns. Numbers are medians of
-the turns, ratios are of medians, with the lowest and highest ratio of the turns.
+Each peer takes turns with sasa in one process; numbers are medians of the turns, ratios with the lowest and highest of
+them. On a GPU the most wanted measurements come first; what the time doesn't reach is written as skipped, what fails
+with its reason. ``python -m benchmarks.readme`` then fills in the tables of docs/.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
+import torch
 
-from .machine import machine
-from .one import PARTS
+from .machine import ROOT, machine
 from .plots import draw
-from .processes import ROOT
-from .tables import ROWS, rich
-from .targets import evaluate
+from .registry import PARTS
+from .results import RESULTS, SKIPPED, Results
+from .tables import markdown, part_table, targets_table
+from .worker import Orders
 
-RESULTS = ROOT / "benchmarks/results"
 TRIED = ROOT / "runs/bench"
-SAME_MACHINE = ("cpu", "capability", "threads", "torch")
+DEADLINE = 460.0  # seconds, on a GPU
+MOST_SECONDS = 120  # for one measurement on a GPU, compilation included
+SECONDS_TO_END = 10  # that a worker has behind the deadline
 
 
-def result_file(folder: Path, part: str) -> Path:
-    """Where a part's results are; the targets' too."""
-    return folder / ("targets.json" if part == "targets" else f"{part}-cpu.json")
+def start_workers(orders: Orders, results: Results) -> None:
+    """Have everything measured, by one worker after the other."""
+    with tempfile.TemporaryDirectory() as cache:  # so that compile times are those of a first time
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+        command = [sys.executable, "-m", "benchmarks.worker", orders.text()]
+        missing = sum(not results.has(step) for step in orders.steps())
+        while missing:
+            left = orders.deadline - time.time()
+            limit = None if math.isinf(left) else max(0, left) + SECONDS_TO_END
+            try:
+                status = subprocess.run(
+                    command, env=os.environ | caches, cwd=ROOT, timeout=limit, check=False
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = -signal.SIGKILL
+            results.read()
+            results.blame(ending(status))
+            before, missing = missing, sum(not results.has(step) for step in orders.steps())
+            if missing == before or time.time() > orders.deadline:
+                break
 
 
-def write(folder: Path, part: str, result: dict[str, Any]) -> None:
-    """Write a part's results as JSON."""
-    result_file(folder, part).write_text(json.dumps(result, indent=2) + "\n")
+def ending(status: int) -> str:
+    """How a process ended."""
+    if status == -signal.SIGALRM:
+        return "took too long"
+    return f"the process ended by {signal.Signals(-status).name if status < 0 else f'exit status {status}'}"
 
 
-def read(folder: Path, here: dict[str, Any]) -> dict[str, Any]:
-    """The results in a folder that were measured on this machine, by part."""
-    files = {part: result_file(folder, part) for part in PARTS}
-    found = {part: json.loads(path.read_text()) for part, path in files.items() if path.exists()}
-    return {part: own for part, own in found.items() if all(own["machine"][key] == here[key] for key in SAME_MACHINE)}
+def finish(orders: Orders, results: Results) -> None:
+    """Write why the rest is missing, complete every part, print and draw."""
+    over = time.time() > orders.deadline - 2
+    for step in orders.steps():
+        if not results.has(step):
+            results.ends(step, {"cannot": SKIPPED if over else "no worker was left to measure it"})
+    for part in orders.parts:
+        PARTS[part].summary(results.found[part])
+        results.save(part)
+        print(f"\n{part}\n\n{markdown(part_table(part, results.found))}")
+        try:
+            draw(part, results.found[part], results.path(part, "png"))
+        except Exception as error:  # the figures are written; matplotlib may be missing
+            print(f"no picture: {error}")
+    if not orders.quick:  # small problems say nothing about them
+        print(f"\ntargets\n\n{markdown(targets_table(results.found, orders.device))}")
+
+
+def run(device: str, quick: bool, only: list[str], folder: Path, seconds: float = math.inf) -> Results:
+    """Measure and show; the results."""
+    given = Orders(str(folder.resolve()), device, quick, [part for part in PARTS if part in (only or PARTS)])
+    parts = [part for part in given.parts if PARTS[part].cases(given.where)]
+    most_seconds = None if device == "cpu" else MOST_SECONDS
+    orders = Orders(given.folder, device, quick, parts, time.time() + seconds, most_seconds)
+    results = Results(folder, device)
+    results.begin(parts, {"machine": machine(device), "rehearsal": quick})
+    start_workers(orders, results)
+    finish(orders, results)
+    return results
 
 
 def main() -> None:
-    """Measure, print, write and draw; then compare what was measured here, now or before, with the targets."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small problems only")
+    """Read the options."""
+    parser = argparse.ArgumentParser("benchmarks.run", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda", "xpu"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="small problems, nothing compiled: a rehearsal")
     parser.add_argument("--only", choices=PARTS, action="append", help="one part; may be repeated")
     parser.add_argument("--out", type=Path, help="folder for JSON and PNG files")
+    parser.add_argument("--deadline", type=float, help="seconds after which nothing more is begun; on a GPU 460")
     options = parser.parse_args()
+    if options.device != "cpu" and not getattr(torch, options.device).is_available():
+        sys.exit(f"benchmarks.run: --device {options.device}: no such GPU here (--quick rehearses on the CPU)")
     folder = options.out or (TRIED if options.quick else RESULTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # so that compile times are those of a first time
-        for part in options.only or PARTS:
-            with console.status(part) as status:
-                result = PARTS[part].run(options.quick, status.update)
-            write(folder, part, result)
-            draw(part, result, result_file(folder, part).with_suffix(".png"))
-            console.print(rich(ROWS[part](result)))
-    if not options.quick:  # small problems say nothing about them
-        here = machine()
-        result = {"machine": here, "targets": evaluate(read(folder, here))}
-        write(folder, "targets", result)
-        console.print(rich(ROWS["targets"](result)))
-    console.print(f"wrote {folder}", highlight=False)
+    seconds = math.inf if options.device == "cpu" else DEADLINE
+    run(options.device, options.quick, options.only or [], folder, options.deadline or seconds)
+    print(f"\nwrote {folder}")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 import sasa
 
-from .machine import in_words, machine
-from .processes import ROOT
+from .machine import described, machine
+from .results import RESULTS
 
-RESULTS = ROOT / "benchmarks/results/start.json"
+FILE = RESULTS / "start.json"
 DEPTH = 16
 SEEDS = (0, 1)
 PEERS = ("convolution", "attention", "no taps")
@@ -130,8 +130,8 @@ def main() -> None:
     options = parser.parse_args()
     here = machine()
     console = Console(highlight=False, soft_wrap=True)
-    console.print(in_words(here))
-    result = json.loads(RESULTS.read_text()) if RESULTS.exists() and options.only else {}
+    console.print(described(here))
+    result = json.loads(FILE.read_text()) if FILE.exists() and options.only else {}
     result["machine"] = here
     for part in options.only or PARTS:
         result[part] = {}
@@ -140,8 +140,8 @@ def main() -> None:
             result[part][name] = {peer: [seed[peer] for seed in seeds] for peer in PEERS}
             for peer, figures in result[part][name].items():
                 console.print(f"{part:12}{name:28}{peer:14}", *(f"{figure:10.3g}" for figure in figures))
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"wrote {RESULTS}")
+    FILE.write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"wrote {FILE}")
 
 
 if __name__ == "__main__":

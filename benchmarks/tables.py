@@ -1,143 +1,198 @@
-"""The results as tables, for the terminal and for the README."""
+"""The results as tables in markdown, for the terminal and for docs/."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from rich.table import Table
+from .ceiling import COPY
+from .machine import described
+from .results import SKIPPED, Figures
+from .targets import Found, Value, evaluate, peers_of
 
-from .machine import in_words
 
-Result = dict[str, Any]
-
-
-class Rows(NamedTuple):
+class Listing(NamedTuple):
     """A table: the first ``words`` columns hold words, the others numbers. ``caption`` goes below it."""
 
-    title: str
     header: list[str]
     rows: list[list[str]]
-    words: int
     caption: str = ""
+    words: int = 2
 
 
-def compared(part: str, result: Result) -> Rows:
-    """Peers by case, of attention or of the layer."""
-    rows = []
-    for case in result["cases"]:
-        for name, peer in case["peers"].items():
-            if "cannot" in peer:
-                rows.append([case["case"], name, "raises", "", ""])
-                continue
-            ratio = f"{peer['ratio_to_sasa']:.2f} ({peer['ratio_lowest']:.2f} to {peer['ratio_highest']:.2f})"
-            rows.append([case["case"], name, f"{peer['seconds']:.3f}", ratio, f"{peer['peak_gigabytes']:.2f}"])
-    header = ["case", "by", "seconds", "times sasa (lowest to highest)", "peak GB above the input"]
-    titles = {"attention": "attention alone", "layer": "the whole layer", "kept": "a convolution as attention"}
-    caption = f"{in_words(result['machine'])}, float32 unless named otherwise."
-    if "import_seconds_after_torch" in result:
-        caption += f" Importing sasa after torch takes {result['import_seconds_after_torch']['median']:.2f} s."
-    return Rows(f"{titles[part]}: one call on the CPU", header, rows, 2, caption)
+class Column(NamedTuple):
+    """A header, and how to write figures below it; "" where they aren't there."""
+
+    header: str
+    cell: Callable[[Figures], str]
 
 
-def stages(result: Result) -> Rows:
-    """Throughput of every stage: a row a stage and batch, forward and training beside each other."""
-    by_row: dict[tuple[str, str], dict[str, str]] = {}
-    for entry in result["stages"]:
-        spread = f"{entry['gflops']:.0f} ({entry['gflops_lowest']:.0f} to {entry['gflops_highest']:.0f})"
-        by_row.setdefault((entry["stage"], str(entry["batch"])), {})[entry["mode"]] = spread
-    rows = [[*place, modes["forward"], modes["training"]] for place, modes in by_row.items()]
-    sgemm = result["sgemm"]["gflops"]
-    caption = f"{in_words(result['machine'])}. Its matrix product: {sgemm:.0f} GFLOP/s."
-    header = ["stage", "batch", "forward GFLOP/s (lowest to highest)", "training GFLOP/s (lowest to highest)"]
-    return Rows("attention alone in a ResNet-50's stages", header, rows, 1, caption)
+def number(name: str, form: str = "{:.2f}", factor: float = 1.0) -> Callable[[Figures], str]:
+    """One of the figures, with its lowest and highest in brackets where there are any."""
+
+    def cell(figures: Figures) -> str:
+        if name not in figures:
+            return ""
+        ends = [figures.get(f"{name}_{end}") for end in ("lowest", "highest")]
+        spread = "" if None in ends else f" ({' to '.join(form.format(factor * end) for end in ends)})"  # type: ignore[operator]
+        return form.format(factor * figures[name]) + spread
+
+    return cell
 
 
-def scaling(result: Result) -> Rows:
-    """Both series."""
-    rows = []
-    for name, series in result["series"].items():
-        for point in series["points"]:
-            shape = f"{point['size']}x{point['size']}, window {point['kernel_size']}"
-            nanoseconds = f"{point['seconds_per_share'] * 1e9:.1f}"
-            rows.append([name, shape, f"{point['seconds']:.4f}", nanoseconds, f"{point['relative']:.2f}"])
-    header = ["in", "image", "seconds", "ns a pixel (and tap)", "relative to the median"]
-    return Rows("is the forward pass linear?", header, rows, 2, in_words(result["machine"]))
+def milliseconds(figures: Figures) -> str:
+    """Of the median turn."""
+    if "seconds" not in figures:
+        return ""
+    value = 1e3 * figures["seconds"]
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def networks(result: Result) -> Rows:
-    """Images a second and memory of every network."""
-    rows = []
-    for case in result["cases"]:
-        for name, peer in case["peers"].items():
-            spread = f"{peer['ratio_lowest']:.2f} to {peer['ratio_highest']:.2f}"
-            label = name if peer["size"] == 224 else f"{name}, {peer['size']}x{peer['size']}"
-            rows.append(
-                [
-                    case["case"],
-                    label,
-                    f"{peer['parameters'] / 1e6:.1f}",
-                    f"{peer['images_per_second']:.1f}",
-                    f"{peer['ratio_to_sasa']:.2f} ({spread})",
-                    f"{peer['peak_gigabytes']:.2f}",
-                ]
-            )
-    first = next(iter(result["cases"][0]["peers"]))
-    header = ["case", "network", "M parameters", "images/s", f"times {first}'s seconds (lowest to highest)", "peak GB"]
-    caption = f"{in_words(result['machine'])}, float32, channels_last, 224x224. Peak memory is above the network's own."
-    return Rows("whole networks on the CPU", header, rows, 2, caption)
-
-
-def calls(result: Result) -> Rows:
-    """Microseconds of a call where there is next to nothing to compute."""
-    rows = []
-    for case in result["cases"]:
-        for name, peer in case["peers"].items():
-            ratio = f"{peer['ratio_to_convolution']:.2f} ({peer['ratio_lowest']:.2f} to {peer['ratio_highest']:.2f})"
-            rows.append([case["case"], name, f"{peer['microseconds']:.0f}", ratio])
-    header = ["call", "by", "µs", "times the convolution's (lowest to highest)"]
-    caption = f"{in_words(result['machine'])}. 8 channels, 3x3, an image of 2x2 pixels, one thread."
-    return Rows("what a call costs", header, rows, 2, caption)
-
-
-def targets(result: Result, words: str = "") -> Rows:
-    """Figure, target, and whether it is reached; ``words`` say where, if not those of a CPU."""
-    rows = []
-    for row in result["targets"]:
-        value, limit = "not measured", f"{'≥' if row['at_least'] else '≤'} {row['limit']:g}"
-        if row["value"] is not None:
-            value = f"{row['value']:.2f}"
-        if row["lowest"] is not None:
-            value += f" ({row['lowest']:.2f} to {row['highest']:.2f})"
-        rows.append([row["name"], value, limit, {True: "yes", False: "no", None: ""}[row["reached"]]])
-    header = ["figure", "value (lowest to highest)", "target", "reached"]
-    return Rows("targets", header, rows, 1, words or in_words(result["machine"]))
-
-
-ROWS = {
-    "attention": lambda result: compared("attention", result),
-    "layer": lambda result: compared("layer", result),
-    "kept": lambda result: compared("kept", result),
-    "stages": stages,
-    "scaling": scaling,
-    "networks": networks,
-    "calls": calls,
-    "targets": targets,
+TIME = Column("ms", milliseconds)
+RATIO = Column("times sasa (lowest to highest)", number("ratio"))
+MEMORY = Column("peak GB above the input", number("peak_gigabytes"))
+SPEED = Column("GFLOP/s (lowest to highest)", number("gflops", "{:.0f}"))
+COLUMNS = {
+    "ceiling": (SPEED, Column("GB/s (lowest to highest)", number("gigabytes_per_second", "{:.0f}"))),
+    "attention": (TIME, RATIO, MEMORY),
+    "layer": (TIME, RATIO, MEMORY),
+    "kept": (TIME, RATIO, MEMORY),
+    "stages": (SPEED, RATIO),
+    "scaling": (
+        TIME,
+        Column("ns a pixel (and tap)", number("seconds_per_share", "{:.1f}", 1e9)),
+        Column("relative to the median", number("relative")),
+    ),
+    "networks": (
+        Column("M parameters", number("parameters", "{:.1f}", 1e-6)),
+        Column("images/s", number("images_per_second", "{:.1f}")),
+        Column("times sasa_resnet50_convstem's time (lowest to highest)", number("ratio")),
+        Column("peak GB", number("peak_gigabytes")),
+    ),
+    "calls": (
+        Column("µs", number("seconds", "{:.0f}", 1e6)),
+        Column("times the convolution's (lowest to highest)", number("ratio")),
+    ),
 }
 
 
-def rich(table: Rows) -> Table:
-    """For the terminal."""
-    drawn = Table(title=table.title, caption=table.caption)
-    for index, column in enumerate(table.header):
-        drawn.add_column(column, justify="left" if index < table.words else "right")
-    for index, row in enumerate(table.rows):
-        below = table.rows[index + 1] if index + 1 < len(table.rows) else row
-        drawn.add_row(*row, end_section=table.words > 1 and below[0] != row[0])
-    return drawn
+def part_table(part: str, found: Found) -> Listing:
+    """Peers by case; what the time did not reach is left out, what can't be done is reported."""
+    result, columns = found[part], list(COLUMNS[part])
+    if part in ("attention", "stages"):
+        columns += shares(found)
+    rows = []
+    for case in result["cases"]:
+        for peer, figures in case["peers"].items():
+            if figures.get("cannot") == SKIPPED:
+                continue
+            name = f"{peer}, {figures['size']}x{figures['size']}" if figures.get("size", 224) == 256 else peer
+            cells = [column.cell(figures | {"precision": case.get("precision")}) for column in columns]
+            if "cannot" in figures:
+                cells = [figures["cannot"][:80], *[""] * (len(columns) - 1)]
+            rows.append([case["case"], name, *cells])
+    full = [index for index in range(len(columns)) if any(row[2 + index] for row in rows)]
+    rows = [[*row[:2], *(row[2 + index] for index in full)] for row in rows]
+    caption = f"{described(result['machine'])}."
+    left = sum(f.get("cannot") == SKIPPED for case in result["cases"] for f in case["peers"].values())
+    caption += f" {left} measurements did not fit into the time of the run." if left else ""
+    return Listing(["case", "by", *(columns[index].header for index in full)], rows, caption)
 
 
-def markdown(table: Rows) -> str:
-    """For the README."""
-    lines = [table.header, ["---"] * len(table.header), *table.rows]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return text.replace("| --- ", "|---").replace("|--- |", "|---|") + (f"\n\n{table.caption}" if table.caption else "")
+def shares(found: Found) -> list[Column]:
+    """Bandwidth and throughput as shares of what a copy and a product reach on a GPU."""
+
+    def of(name: str, case: Callable[[Figures], str], peer: str) -> Callable[[Figures], str]:
+        def cell(figures: Figures) -> str:
+            try:
+                return f"{figures[name] / peers_of(found, 'ceiling', case(figures))[peer][name]:.0%}"
+            except KeyError:
+                return ""
+
+        return cell
+
+    by_copy = of("gigabytes_per_second", lambda figures: COPY, COPY)
+    by_product = of("gflops", lambda figures: f"product {figures['precision']}", "matrix product")
+    return [Column("share of a copy", by_copy), Column("share of a product", by_product)]
+
+
+def limit_words(at_least: bool, limit: float) -> str:
+    """What is to be reached."""
+    return f"{'≥' if at_least else '≤'} {limit:g}"
+
+
+def value_words(value: Value | None) -> str:
+    """A figure with its spread."""
+    if value is None:
+        return "not measured"
+    middle, *ends = value
+    return f"{middle:.2f}" + ("" if None in ends else f" ({ends[0]:.2f} to {ends[1]:.2f})")
+
+
+def targets_table(found: Found, device: str) -> Listing:
+    """What is to be reached, what was measured, and whether it is reached."""
+    rows = [
+        [
+            target.name,
+            limit_words(target.at_least, target.limit),
+            value_words(value),
+            "" if value is None else "yes" if target.reached(value[0]) else "no",
+        ]
+        for target, value in evaluate(found, device)
+    ]
+    by_machine: dict[str, list[str]] = {}
+    for part in ("attention", "layer", "stages", "scaling", "networks"):
+        if part in found:
+            by_machine.setdefault(described(found[part]["machine"]), []).append(part)
+    lines = by_machine if len(by_machine) == 1 else [f"{', '.join(own)}: {name}" for name, own in by_machine.items()]
+    header = ["figure", "to reach", "measured (lowest to highest)", "reached"]
+    return Listing(header, rows, "; ".join(f"{line}." for line in lines), 1)
+
+
+def markdown(table: Listing) -> str:
+    """As GitHub shows it."""
+    rules = ["---" if index < table.words else "---:" for index in range(len(table.header))]
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in (table.header, *table.rows)]
+    text = "\n".join(f"| {line} |" for line in lines)
+    first, _, rest = text.partition("\n")
+    return f"{first}\n|{'|'.join(rules)}|\n{rest}" + (f"\n\n{table.caption}" if table.caption else "")
+
+
+def demo_table(runs: list[dict[str, Any]]) -> Listing:
+    """What ``make demo`` trained."""
+    rows = [
+        [
+            run["model"],
+            f"{run['top1']:.1%}",
+            f"{run['parameters']:,}",
+            f"{run['flops'] / 1e6:.2f}",
+            f"{run['seconds_per_epoch']:.1f}",
+        ]
+        for run in runs
+    ]
+    return Listing(["network", "top-1", "parameters", "MFLOPs an image", "seconds an epoch"], rows, words=1)
+
+
+# For the README: words, and what is shown of which case beside which peer.
+HIGHLIGHTS = (
+    ("layer, forward", "layer", "notebook forward"),
+    ("layer, forward and backward", "layer", "notebook training"),
+    ("layer, forward and backward, batch 8", "layer", "notebook-batch8 training"),
+    ("SASA-ResNet-50 with convolution stem, forward", "networks", "batch 8 forward"),
+    ("the same, training step", "networks", "batch 8 training step"),
+)
+
+
+def highlights(found: Found) -> Listing:
+    """Five rows."""
+    rows = []
+    for words, part, case in HIGHLIGHTS:
+        peers = peers_of(found, part, case)
+        others = ("convolution 3x3", "timm HaloAttn", "unfold")
+        if part == "networks":
+            others = ("torchvision resnet50", "timm halonet50ts", "")
+        own = next(iter(peers.values()))
+        cells = [f"{peers[name]['ratio']:.2f}" if name in peers else "" for name in others]
+        rows.append([words, f"{milliseconds(own)} ms", *cells])
+    header = ["", "sasa", "convolution, times as long", "halo attention", "`unfold`"]
+    return Listing(header, rows, f"{described(found['layer']['machine'])}.", 1)

@@ -1,321 +1,481 @@
-"""The benchmark's peers compute the same, its measurements run, and its summaries say what they should."""
+"""The benchmark's peers compute the same, its measurements survive what fails, and its tables show the figures."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
-import warnings
+import time
 
 import pytest
 import torch
 
-from benchmarks import attention, calls, layer, measure, networks, processes, run, scaling, stages, tables, targets
-from benchmarks.machine import machine, sasa_capability
-from benchmarks.plots import draw
-from benchmarks.problems import ATTENTION, LAYERS, SERIES, AttentionProblem
+import sasa
+from benchmarks import attention, layer, limits, networks, plots, readme, run, tables, worker
+from benchmarks.cases import CONVOLUTION, MODES, PRECISIONS, Case, Device, Pace, Part, RefusedError
+from benchmarks.clock import CpuClock, EventClock, alternate, summarise, with_rate
+from benchmarks.machine import described, machine
+from benchmarks.problems import LAYERS, AttentionProblem
+from benchmarks.registry import PARTS, plan
+from benchmarks.results import RESULTS, SKIPPED, Results
+from benchmarks.targets import CPU, evaluate
+from benchmarks.verify import largest_difference
 
-MODES = ("forward", "training")
+HERE, GPU = Device("cpu", quick=True), Device("cuda")
 WHERE = {"cpu": "a processor", "capability": "AVX512", "threads": 2, "torch": "2.15.0"}
+A_GPU = WHERE | {"gpu": "a GPU", "driver": "1.2", "triton": "3.9.0"}
+SMALL = AttentionProblem(1, 2, 16, 9, 5)
 
 
-def alone(*measurement):
-    command = [sys.executable, "-m", "benchmarks.one", *measurement]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+@pytest.fixture(autouse=True)
+def _as_before():
+    """Measuring sets what PyTorch may use."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    threads = torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:]
+    torch.set_num_threads(threads)
 
 
 # Peers agree, and disagreement is noticed.
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("peer", attention.PEERS)
-def test_ways_to_compute_attention_agree(peer, mode):
-    problem = AttentionProblem(1, 2, 16, 9, 5)
-    if attention.PEERS[peer].border == "mask" and mode == "training":
-        with pytest.raises(NotImplementedError, match="backward on CPU"):
-            attention.check(peer, problem, mode, compiled=False)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("peer", [peer for peer in attention.PEERS if "NATTEN" not in peer])
+def test_ways_to_compute_attention_agree(peer, precision, mode):
+    case = Case("attention", "a case", mode, SMALL, (peer,), precision)
+    if peer.removeprefix("sasa ") in attention.VARIANTS:
+        with pytest.raises(RefusedError, match="of the GPU's kernels"):
+            attention.build(case, peer, HERE)
         return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        assert attention.check(peer, problem, mode, compiled=False) < 1e-5
+    call = attention.build(case, peer, HERE)
+    if peer == attention.FLEX and mode == "training":
+        with pytest.raises(NotImplementedError, match="backward on CPU"):
+            call()
+        return
+    assert attention.check(case, peer, call, HERE) < (1e-5 if precision == "float32" else 0.1)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("peer", [*layer.OURS, "unfold", "sasa bfloat16"])
-def test_layers_agree(peer, mode):
-    assert layer.check(peer, LAYERS["small"], mode) < (0.1 if "bfloat16" in peer else 1e-5)
+@pytest.mark.parametrize("peer", ["sasa", "sasa recompute", "unfold", "sasa bfloat16", layer.HALO, CONVOLUTION])
+def test_layers_agree_or_have_the_same_shape(peer, mode):
+    case = Case("layer", "a case", mode, LAYERS["small"]._replace(out_channels=64), (peer,))
+    call = layer.build(case, peer, HERE)
+    difference = layer.check(case, peer, call, HERE)
+    assert difference is None or difference < (0.1 if "bfloat16" in peer else 1e-5)
+    assert (difference is None) == peer.startswith((layer.HALO, CONVOLUTION))
+    assert call()[0].shape == (1, 64, 8, 8)
 
 
-@pytest.mark.parametrize("size", [7, 16])
-def test_layers_that_compute_something_else_have_the_same_shape(size):
-    problem = LAYERS["small"]._replace(size=size, out_channels=64)
-    for peer in (layer.HALO, layer.CONVOLUTION, "convolution 3x3 bfloat16"):
-        output, *gradients = layer.call(peer, problem, "training")()
-        assert output.shape == (1, 64, size, size)
-        assert output.dtype == layer.dtype_of(peer)
-        assert gradients[0].shape == (1, 32, size, size)
+@pytest.mark.parametrize("part", ["kept", "calls"])
+def test_small_layers_agree(part):
+    for case in PARTS[part].cases(HERE):
+        for peer in case.peers:
+            difference = layer.check(case, peer, layer.build(case, peer, HERE), HERE)
+            assert (difference is None) if peer == CONVOLUTION else difference < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["forward", "folded"])
 @pytest.mark.parametrize("name", ["sasa_resnet26", "sasa_resnet26_convstem", "sasa_resnet26_conv"])
 def test_networks_agree_with_the_reference(name, mode):
-    assert networks.check(name, mode) < 1e-4
+    case = Case("networks", "a case", mode, networks.NetworkProblem(2, 64), (name,))
+    assert networks.check(case, name, lambda: (), HERE) < 1e-4
 
 
-@pytest.mark.parametrize("name", [networks.TORCHVISION, "timm resnet50", "sasa_resnet50"])
+@pytest.mark.parametrize("name", [networks.RESNET, "timm resnet50", "sasa_resnet50"])
 def test_batch_norms_behind_convolutions_are_folded(name):
-    network = networks.build(name)
+    network = networks.network_of(name)
     for module in network.modules():  # statistics that matter
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
-    x = networks.images(name, 1, 64)
-    (expected,) = networks.forward_call(network.eval(), x)()
-    (folded,) = networks.forward_call(networks.folded(network), x)()
-    torch.testing.assert_close(folded, expected, rtol=1e-3, atol=1e-3)
+    x = networks.images(name, networks.NetworkProblem(1, 64), "cpu")
+    with torch.no_grad():
+        expected = network.eval()(x)
+        torch.testing.assert_close(networks.folded(network)(x), expected, rtol=1e-3, atol=1e-3)
     left = [n for n, m in network.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(left) == (17 if name == "sasa_resnet50" else 0)
 
 
-def test_a_training_step_trains():
-    network = networks.build("sasa_resnet26_convstem")
-    before = network.fc.bias.detach().clone()
-    call, optimizer = networks.training_call(network, networks.images("sasa_resnet26_convstem", 2, 64))
-    call()
-    assert (network.fc.bias != before).any()
-    assert len(optimizer.state) == len(list(network.parameters()))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_training_step_trains(precision):
+    case = Case("networks", "a case", "training", networks.NetworkProblem(2, 64), (), precision)
+    step = networks.build(case, "sasa_resnet26_convstem", HERE)
+    losses = [step()[0].item() for _ in range(3)]
+    assert losses[0] != losses[1] != losses[2]
 
 
-def test_wrong_results_stop_the_benchmark():
+def test_wrong_results_stop_a_measurement():
     right = [torch.ones(3)]
-    assert measure.largest_difference(right, right, torch.float32) == 0
+    assert largest_difference(right, right, 1e-4) == 0
     for wrong in (right[0] + 1e-2, right[0] * float("nan")):
         with pytest.raises(ArithmeticError, match="differ"):
-            measure.largest_difference([wrong], right, torch.float32)
+            largest_difference([wrong], right, 1e-4)
 
 
-def test_every_case_names_what_exists():
-    for case in (attention.CASES | attention.QUICK).values():
-        assert case.problem in ATTENTION
-        assert set(case.peers) <= {*attention.PEERS, attention.CONVOLUTION}
-    for case in (layer.CASES | layer.QUICK).values():
-        assert case.problem in LAYERS
-    for case in (networks.CASES | networks.QUICK).values():
-        assert case.peers[0] == networks.OURS
-        assert case.mode in ("forward", "folded", "training")
-    assert {*scaling.CHOSEN, *scaling.QUICK} == set(SERIES)
+@pytest.mark.parametrize("layout", ["channels_last", "heads_last", "contiguous"])
+def test_layouts_hold_the_same_numbers(layout):
+    problem = AttentionProblem(2, 2, 4, 5, 3)
+    own = attention.inputs(problem, torch.bfloat16, layout, "cpu")
+    for one, other in zip(own, attention.inputs(problem, torch.bfloat16, "contiguous", "cpu"), strict=True):
+        assert torch.equal(one, other)
+    assert own[0].is_contiguous() == (layout == "contiguous")
+    assert own[0].permute(0, 3, 4, 1, 2).is_contiguous() == (layout == "heads_last")
 
 
-# Measurements.
+def test_variants_are_forced_around_the_whole_call(monkeypatch):
+    done = []
+
+    class Kernels:
+        @staticmethod
+        @contextlib.contextmanager
+        def using(variant):
+            done.append(variant)
+            yield
+            done.append("end")
+
+    monkeypatch.setattr(sasa.ops, "triton", Kernels, raising=False)
+    attention.forced(lambda: done.append("call"), "taps", GPU)()
+    assert done == ["taps", "call", "end"]
 
 
-def test_the_notebooks_input_needs_little_more_than_its_output():
-    """The notebook's own module takes 10.7 GB; the output is 0.05 GB, queries, keys and values would be 0.15 GB."""
-    peak = alone("layer", "notebook forward", "sasa")["peak_bytes"]
-    assert 0.05e9 < peak < 0.1e9
+@pytest.mark.parametrize("device", [Device("cpu"), GPU, HERE], ids=["cpu", "cuda", "quick"])
+def test_the_plan_names_what_exists_and_begins_with_what_the_targets_need(device):
+    steps = plan(list(PARTS), device)
+    assert len({(step.case.part, step.case.name, step.peer) for step in steps}) == len(steps)
+    assert [step.case.rank for step in steps] == sorted(step.case.rank for step in steps)
+    for step in steps:
+        assert step.case.precision in PRECISIONS
+        assert step.case.checked(device).problem._fields == step.case.problem._fields
+        if step.case.part in ("attention", "stages", "scaling"):
+            assert step.peer in (*attention.PEERS, CONVOLUTION)
 
 
-def test_a_process_reports_its_figures():
-    figures = processes.measured_alone("attention", "small training", "sasa")
-    assert figures["seconds"] > 0
-    assert 0 < figures["peak_bytes"] < 30e6  # the process's own: this one's memory doesn't count
-    assert figures["calls"] >= 3
-    assert figures["largest_difference"] < 1e-5
+# Time and memory.
 
 
-def test_a_failing_process_is_an_error_with_its_words():
-    with pytest.raises(RuntimeError, match="KeyError: 'no such case'"):
-        processes.measured_alone("layer", "no such case", "sasa")
+class FakeModule:
+    """Stands for torch.cuda: a millisecond between events, and a call that holds 3 bytes of 5."""
+
+    class Event:
+        moments = 0.0
+
+        def __init__(self, enable_timing):
+            self.moment = 0.0
+
+        def record(self):
+            FakeModule.Event.moments += 1
+            self.moment = FakeModule.Event.moments
+
+        def elapsed_time(self, end):
+            return end.moment - self.moment
+
+    synchronize = reset_peak_memory_stats = empty_cache = staticmethod(lambda: None)
+    memory_allocated = staticmethod(lambda: 2)
+    max_memory_allocated = staticmethod(lambda: 5)
 
 
-def test_calls_are_repeated_until_the_median_is_worth_something(monkeypatch):
-    assert measure.enough([1.5], 3)
-    assert not measure.enough([0.9], 3)
-    assert measure.enough([0.9, 0.9, 0.9], 3)
-    assert not measure.enough([0.9, 0.9, 0.9], 20)
-    assert measure.enough([1e-3] * 30, 3)
-    seconds = iter([9.0, 0.5, 0.6, 0.7, 0.8, 0.9])
-    monkeypatch.setattr(measure, "seconds_of", lambda call: next(seconds))
-    figures = measure.measure(lambda: (), compiled=True)
-    assert figures["compile_seconds"] == 9
-    assert (figures["seconds"], figures["calls"]) == (0.7, 3)
+def test_events_time_calls_on_a_device_whose_cache_is_emptied():
+    own = EventClock.__new__(EventClock)
+    own.module, own.flushed = FakeModule, torch.ones(4)
+    assert own.seconds(lambda: None, 3) == pytest.approx([1e-3] * 3)
+    assert own.flushed.eq(0).all()
+    assert own.peak_bytes(lambda: None) == 3
+    medians, counts = alternate(own, [lambda: None] * 2, Pace(0.007, 5, 60))
+    assert medians == [pytest.approx([1e-3] * 5)] * 2 and counts == [35, 35]
 
 
 def test_peak_memory_is_what_the_call_holds_at_most():
     bytes_held = 200_000_000
     torch.ones(bytes_held)  # what was held before doesn't count
-    figures = measure.measure(lambda: (torch.ones(bytes_held // 4),))
-    assert 0.95 * bytes_held < figures["peak_bytes"] < 1.2 * bytes_held
+    peak = CpuClock().peak_bytes(lambda: torch.ones(bytes_held // 4))
+    assert 0.95 * bytes_held < peak < 1.2 * bytes_held
 
 
-def test_turns_alternate_and_what_cannot_be_done_is_asked_once(monkeypatch):
-    asked = []
-
-    def figures(part, case, peer):
-        asked.append(peer)
-        return {"cannot": "no backward"} if peer == "b" else {"seconds": 1.0, "peak_bytes": 1e9, "calls": 3}
-
-    monkeypatch.setattr(processes, "measured_alone", figures)
-    turns = processes.take_turns("attention", [("case", "a"), ("case", "b")], lambda words: None)
-    assert asked == ["a", "b", "a", "a"]
-    assert processes.summarise(turns["case", "b"], turns["case", "a"]) == {"cannot": "no backward"}
+def test_calls_take_turns_until_the_time_is_up():
+    order = []
+    slow = Pace(1e-9, 3, 0)  # one call a turn, and no time for a second turn
+    medians, counts = alternate(CpuClock(), [lambda: order.append("a"), lambda: order.append("b")], slow)
+    assert order == ["a", "b", "a", "b"] and counts == [1, 1] and len(medians[0]) == 1
 
 
 def test_ratios_are_of_medians_with_the_spread_of_the_turns():
-    ours = [{"seconds": s, "peak_bytes": 1e9, "calls": 3} for s in (1.0, 2.0, 4.0)]
-    theirs = [{"seconds": s, "peak_bytes": 3e9, "calls": 4, "compile_seconds": 10 * s} for s in (3.0, 8.0, 10.0)]
-    summary = processes.summarise(theirs, ours)
-    assert summary["ratio_to_sasa"] == 4.0
-    assert (summary["ratio_lowest"], summary["ratio_highest"]) == (2.5, 4.0)
-    assert (summary["peak_gigabytes"], summary["calls"], summary["compile_seconds"]) == (3.0, 12, 30.0)
+    summary = summarise([3.0, 8.0, 10.0], [1.0, 2.0, 4.0])
+    assert (summary["ratio"], summary["ratio_lowest"], summary["ratio_highest"]) == (4.0, 2.5, 4.0)
+    assert (summary["seconds_lowest"], summary["seconds_highest"]) == (3.0, 10.0)
+    assert "ratio" not in summarise([1.0], None)
+    rate = with_rate("flops", 12, summarise([1.0, 2.0, 3.0], None))
+    assert rate == {"flops": 6, "flops_lowest": 4, "flops_highest": 12}
 
 
-def test_throughput_counts_both_products():
-    problem = AttentionProblem(1, 8, 8, 56, 7)
-    assert problem.flops == 2 * (2 * 49 * 8) * 8 * 56**2
-    figures = stages.throughput(12e9, [{"seconds": s} for s in (1.0, 2.0, 3.0)])
-    assert (figures["gflops"], figures["gflops_lowest"], figures["gflops_highest"]) == (6, 4, 12)
-    assert len(stages.cases()) == 16
+def test_bytes_and_flops_are_those_that_cannot_be_avoided():
+    problem = AttentionProblem(32, 8, 16, 56, 7)
+    assert problem.flops == 2 * (2 * 49 * 16) * 32 * 8 * 56**2
+    case = Case("attention", "a", "forward", problem, ("sasa",), "bfloat16")
+    found = attention.figures(case, "sasa", summarise([1e-4, 5e-5, 2e-4], None))
+    moved = 4 * 2 * 32 * 128 * 56**2  # queries, keys, values and outputs of two bytes
+    assert found["gigabytes_per_second"] == pytest.approx(moved / 1e-4 / 1e9)
+    assert found["gflops_highest"] == pytest.approx(problem.flops / 5e-5 / 1e9)
 
 
 def test_linear_time_deviates_by_nothing():
-    problems = SERIES["small taps"]
-    linear = [scaling.share("taps", problem) * 1e-9 for problem in problems]
-    slower = [*linear[:2], 1.5 * linear[2]]
-    summary = scaling.summarise("taps", problems, [{"seconds": s} for s in (linear, linear, slower)])
-    assert summary["deviation"] == pytest.approx(0)
-    assert summary["deviation_highest"] == pytest.approx(0.5)
-    assert [point["kernel_size"] for point in summary["points"]] == [3, 5, 7]
+    cases, seconds = PARTS["scaling"].cases(Device("cpu")), []
+    entries = []
+    for case in cases:
+        one = 1e-9 * attention.share(case.name.split(",")[0], case.problem)
+        slower = 1.5 * one if case.problem.kernel_size == 15 else one
+        seconds.append(one)
+        entries.append(case.facts() | {"peers": {"sasa": summarise([one, one, slower], None)}})
+    result = {"cases": entries}
+    attention.with_deviations(result)
+    assert result["deviation"]["pixels"] == pytest.approx({"value": 0, "lowest": 0, "highest": 0}, abs=1e-9)
+    assert result["deviation"]["taps"]["highest"] == pytest.approx(0.5)
+    assert entries[0]["peers"]["sasa"]["relative"] == pytest.approx(1)
 
 
-def test_small_series_are_measured():
-    assert len(scaling.measured("small taps", "sasa")["seconds"]) == len(SERIES["small taps"])
+# What fails.
 
 
-# What is made of the results.
+def breaks():
+    raise torch.OutOfMemoryError("no room\nand a long story")
 
 
-def fake_results():
-    """Results in which every peer takes twice as long as the one before, sasa being first."""
+def made_up(**calls):
+    """A part whose peers do nothing, or fail."""
+    calls = {"sasa": lambda: None} | calls
+    cases = [Case("attention", "a case", "forward", AttentionProblem(1, 1, 1, 1, 1), tuple(calls))]
+    figures = {"figures": lambda case, peer, found: {"double": 2 * found["seconds"]}}
+    return Part(lambda device: cases, lambda case, peer, device: calls[peer], lambda *_: None, **figures)
 
-    def compared(cases, problems):
-        found = []
-        for name, case in cases.items():
-            peers = {}
-            for index, peer in enumerate(case.peers):
-                runs = [{"seconds": 0.05 * 2**index * s, "peak_bytes": 2e8, "calls": 3} for s in (0.9, 1, 1.1)]
-                peers[peer] = processes.summarise(runs, [{"seconds": 0.05}] * 3)
-            if name == "notebook-batch8 training" and "FlexAttention compiled" in peers:
-                peers["FlexAttention compiled"] = {"cannot": "no backward"}
-            size = problems[case.problem].size
-            found.append({"case": name, "mode": case.mode, "batch": 8, "size": size, "peers": peers})
-        return {"machine": WHERE, "cases": found}
 
-    whole = compared(layer.CASES, LAYERS)
-    whole["cases"][0]["qkv_out_gigabytes"] = 0.1
-    whole["import_seconds_after_torch"] = {"median": 0.02}
-    speeds = stages.throughput(1e9, [{"seconds": s} for s in (0.01, 0.02, 0.025)])
-    entries = [
-        {"stage": name.split(", batch")[0], "mode": mode, **problem._asdict(), **speeds}
-        for name, (problem, mode) in stages.cases().items()
-    ]
-    whole_networks = []
-    for name, case in networks.CASES.items():
-        peers = {}
-        for index, peer in enumerate(case.peers):
-            run_ = {"seconds": 0.1 * (index + 1), "peak_bytes": 1e8 * (index + 1), "calls": 3}
-            peers[peer] = processes.summarise([run_] * 3, [{"seconds": 0.1}] * 3)
-            size = 256 if peer == networks.HALONET else 224
-            peers[peer] |= {"images_per_second": case.batch / run_["seconds"], "parameters": 2e7, "size": size}
-        whole_networks.append({"case": name, "batch": case.batch, "mode": case.mode, "peers": peers})
-    series = {}
-    for name in scaling.CHOSEN:
-        seconds = [1e-9 * scaling.share(name, problem) for problem in SERIES[name]]
-        series[name] = scaling.summarise(name, SERIES[name], [{"seconds": seconds}])
-    ratios = {"ratio_to_convolution": 2.0, "ratio_lowest": 1.5, "ratio_highest": 2.5}
-    one_call = {name: {"microseconds": 20.0, **ratios} for name in calls.layers()}
-    return {
-        "attention": compared(attention.CASES, ATTENTION),
-        "layer": whole,
-        "kept": compared(layer.CASES, LAYERS),
-        "stages": {"machine": WHERE, "sgemm": speeds, "stages": entries},
-        "scaling": {"machine": WHERE, "series": series},
-        "networks": {"machine": WHERE, "cases": whole_networks},
-        "calls": {"machine": WHERE, "cases": [{"case": mode, "peers": one_call} for mode in calls.MODES]},
+def orders(folder, deadline=None):
+    return worker.Orders(str(folder), "cpu", True, ["attention"], time.time() + 600 if deadline is None else deadline)
+
+
+def begun(folder, monkeypatch, part):
+    monkeypatch.setitem(PARTS, "attention", part)
+    results = Results(folder, "cpu")
+    results.begin(["attention"], {"machine": WHERE, "rehearsal": True})
+    return results
+
+
+def worked(folder, monkeypatch, part, **options):
+    begun(folder, monkeypatch, part)
+    status = worker.work(orders(folder, **options), lambda words: None)
+    cases = Results(folder, "cpu").found["attention"]["cases"]
+    return status, cases[0]["peers"] if cases else {}
+
+
+def test_a_failing_peer_is_written_down_and_the_next_is_measured(tmp_path, monkeypatch):
+    status, peers = worked(tmp_path, monkeypatch, made_up(breaks=breaks, fine=lambda: None))
+    assert status == 0
+    assert peers["breaks"] == {"cannot": "OutOfMemoryError: no room"}
+    assert peers["fine"]["ratio"] > 0
+    assert peers["fine"]["double"] == 2 * peers["fine"]["seconds"]
+
+
+def test_without_ours_a_peer_has_a_time_and_no_ratio(tmp_path, monkeypatch):
+    _, peers = worked(tmp_path, monkeypatch, made_up(sasa=breaks, fine=lambda: None))
+    assert peers["fine"]["no_ratio"] == "OutOfMemoryError: no room"
+    assert peers["fine"]["seconds"] > 0 and "ratio" not in peers["fine"]
+
+
+def test_wrong_results_are_not_timed(tmp_path, monkeypatch):
+    def wrong(case, peer, call, device):
+        raise ArithmeticError("the results differ")
+
+    part = made_up()
+    _, peers = worked(tmp_path, monkeypatch, Part(part.cases, part.build, wrong))
+    assert peers["sasa"] == {"cannot": "ArithmeticError: the results differ"}
+
+
+def test_behind_the_deadline_everything_is_skipped_and_stays_so(tmp_path, monkeypatch):
+    _, peers = worked(tmp_path, monkeypatch, made_up(other=lambda: None), deadline=time.time())
+    assert peers == {"sasa": {"cannot": SKIPPED}, "other": {"cannot": SKIPPED}}
+    assert worker.work(orders(tmp_path), lambda words: None) == 0
+    assert Results(tmp_path, "cpu").found["attention"]["cases"][0]["peers"] == peers
+
+
+def test_a_lost_device_ends_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "usable", lambda clock: False)
+    status, peers = worked(tmp_path, monkeypatch, made_up(breaks=breaks, fine=lambda: None))
+    assert status == worker.DEVICE_LOST
+    assert set(peers) == {"sasa", "breaks"}
+
+
+def test_a_new_worker_resumes_behind_what_killed_the_last(tmp_path, monkeypatch):
+    results = begun(tmp_path, monkeypatch, made_up(hangs=lambda: None, fine=lambda: None))
+    statuses = [-signal.SIGALRM, 0]
+
+    def process(line, **options):
+        assert options["env"]["TRITON_CACHE_DIR"]
+        given = worker.Orders(**json.loads(line[3]))
+        status = statuses.pop(0)
+        if status:
+            Results(tmp_path, "cpu").begins(given.steps()[1])  # and then the alarm
+        else:
+            assert worker.work(given, lambda words: None) == 0
+        return subprocess.CompletedProcess(line, status)
+
+    monkeypatch.setattr(subprocess, "run", process)
+    run.start_workers(orders(tmp_path), results)
+    peers = results.found["attention"]["cases"][0]["peers"]
+    assert peers["hangs"] == {"cannot": "took too long"}
+    assert all("seconds" in peers[name] for name in ("sasa", "fine"))
+
+
+def test_a_worker_that_dies_of_nothing_known_is_not_started_again(tmp_path, monkeypatch, capsys):
+    results = begun(tmp_path, monkeypatch, made_up())
+    monkeypatch.setattr(subprocess, "run", lambda line, **options: subprocess.CompletedProcess(line, 1))
+    run.start_workers(orders(tmp_path), results)
+    run.finish(orders(tmp_path), results)
+    peers = Results(tmp_path, "cpu").found["attention"]["cases"][0]["peers"]
+    assert peers["sasa"] == {"cannot": "no worker was left to measure it"}
+    assert (tmp_path / "attention-cpu.png").exists()
+
+
+def test_on_a_cpu_every_measurement_has_a_process_of_its_own(tmp_path, monkeypatch):
+    begun(tmp_path, monkeypatch, made_up(fine=lambda: None))
+    whole = worker.Orders(str(tmp_path), "cpu", False, ["attention"])
+    for count in (1, 2):
+        assert worker.work(whole, lambda words: None) == 0
+        assert len(Results(tmp_path, "cpu").found["attention"]["cases"][0]["peers"]) == count
+
+
+# The command.
+
+
+def test_a_rehearsal_measures_one_part_and_leaves_others_as_they_are(tmp_path):
+    (tmp_path / "layer-cpu.json").write_text('{"cases": []}')
+    (tmp_path / "targets-cpu.json").write_text("[]")
+    line = [sys.executable, "-m", "benchmarks.run", "--quick", "--only", "kept", "--only", "calls"]
+    done = subprocess.run([*line, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(f"{part}-cpu.{kind}" for part in ("kept", "calls") for kind in ("json", "png")),
+        *("layer-cpu.json", "targets-cpu.json"),
     }
+    assert (tmp_path / "layer-cpu.json").read_text() == '{"cases": []}'
+    assert "| small training | sasa |" in done.stdout
+    assert "no picture" not in done.stdout
+    for part in ("kept", "calls"):
+        found = json.loads((tmp_path / f"{part}-cpu.json").read_text())
+        assert found["rehearsal"] and "in_progress" not in found
+        for case in found["cases"]:
+            for figures in case["peers"].values():
+                assert figures["seconds_lowest"] <= figures["seconds"] <= figures["seconds_highest"]
+                assert figures["ratio_lowest"] <= figures["ratio"] <= figures["ratio_highest"]
+                assert figures["first_call_seconds"] > 0 and figures["peak_gigabytes"] >= 0
 
 
-@pytest.mark.parametrize("part", run.PARTS)
-def test_tables_and_pictures(part, tmp_path):
-    result = fake_results()[part]
-    rows = tables.ROWS[part](result)
-    assert all(len(row) == len(rows.header) for row in rows.rows)
-    assert tables.rich(rows).row_count == len(rows.rows)
-    assert tables.markdown(rows).count("\n") == len(rows.rows) + 3
-    draw(part, result, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_what_a_peer_cannot_do_is_in_the_table():
-    rows = tables.compared("attention", fake_results()["attention"]).rows
-    assert ["notebook-batch8 training", "FlexAttention compiled", "raises", "", ""] in rows
-
-
-def test_targets_are_compared_with_the_results():
-    results = fake_results()
-    rows = {row["name"]: row for row in targets.evaluate(results)}
-    assert all(row["value"] is not None for row in rows.values())
-    convolution = rows["attention forward / convolution"]  # the one after sasa
-    assert convolution["value"] == pytest.approx(1 / 2)
-    assert (convolution["lowest"], convolution["highest"]) == pytest.approx((1 / 2.2, 1 / 1.8))
-    assert not convolution["reached"]
-    assert rows["layer forward / convolution"]["reached"]
-    assert not rows["unfold / layer forward"]["reached"]
-    memory = rows["layer forward: peak memory / (q, k, v, out)"]
-    assert (memory["value"], memory["lowest"], memory["reached"]) == (2.0, None, False)
-    assert rows["slowest stage forward, GFLOP/s"]["value"] == 50
-    assert rows["deviation from linear in taps"]["value"] == pytest.approx(0)
-    forward = rows["SASA-ResNet-50, convolution stem / ResNet-50: images/s forward"]  # the third network of the case
-    assert (forward["value"], forward["reached"]) == (pytest.approx(3), True)
-    full = rows["SASA-ResNet-50, full attention / ResNet-50: images/s forward"]  # the second
-    assert full["value"] == full["lowest"] == pytest.approx(1.5)
-    assert rows["the same, peak memory of a training step"]["value"] == pytest.approx(1 / 3)
-    table = tables.targets({"machine": WHERE, "targets": list(rows.values())})
-    assert ["layer forward: peak memory / (q, k, v, out)", "2.00", "≤ 1.3", "no"] in table.rows
-
-
-def test_what_was_not_measured_has_no_value():
-    rows = targets.evaluate({"layer": {"cases": []}})
-    assert all(row["value"] is None and row["reached"] is None for row in rows)
-    assert tables.targets({"machine": WHERE, "targets": rows}).rows[0][1:] == ["not measured", "≤ 0.33", ""]
-
-
-@pytest.mark.parametrize("quick", [True, False])
-def test_the_command_measures_writes_and_draws(quick, tmp_path, monkeypatch, capsys):
-    """With measurements made up, as every real one takes a process."""
-
-    def figures(part, case, peer):
-        seconds = [0.1] * len(scaling.series(case)) if part == "scaling" else 0.1
-        return {"seconds": seconds, "peak_bytes": 1e8, "calls": 3}
-
-    monkeypatch.setattr(processes, "measured_alone", figures)
-    monkeypatch.setattr(networks, "parameters", lambda name: 10**7)
-    monkeypatch.setattr(calls, "TURNS", 2)
-    monkeypatch.setattr(calls, "CALLS", 5)
-    monkeypatch.setattr(layer, "import_seconds", lambda: {"median": 0.02})
-    monkeypatch.setattr(sys, "argv", ["run", "--out", str(tmp_path), *(["--quick"] if quick else [])])
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    run.main()
-    written = {f"{part}-cpu.{kind}" for part in run.PARTS for kind in ("json", "png")}
-    if not quick:
-        written.add("targets.json")
-        found = json.loads((tmp_path / "targets.json").read_text())["targets"]
-        assert all(row["value"] is not None for row in found)
-        assert "layer training / convolution" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == written
-    assert set(run.read(tmp_path, machine())) == set(run.PARTS)
-    assert run.read(tmp_path, machine() | {"threads": 1000}) == {}
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_without_a_gpu_the_command_says_so(device, monkeypatch):
+    monkeypatch.setattr(getattr(torch, device), "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["run", "--device", device])
+    with pytest.raises(SystemExit, match=f"--device {device}: no such GPU here"):
+        run.main()
 
 
 def test_the_machine_is_described():
     found = machine()
     assert set(WHERE) <= set(found)
-    assert found.get("sasa_capability") == sasa_capability()
+    assert described(WHERE) == "a processor (AVX512), 2 threads, PyTorch 2.15.0"
+    assert described(A_GPU) == "a GPU, driver 1.2, PyTorch 2.15.0, Triton 3.9.0"
+
+
+# What is made of the results.
+
+
+def fake_results(device, twice=2.0):
+    """The full plan: every peer takes ``twice`` as long as ours; one fails, one is skipped."""
+    results = Results.__new__(Results)
+    results.found = {part: {"machine": WHERE if device.on_cpu else A_GPU, "cases": []} for part in PARTS}
+    for step in plan(list(PARTS), device):
+        ours = [1.5e-4, 1.6e-4, 1.7e-4]
+        own = ours if step.peer.startswith("sasa") else [twice * one for one in ours]
+        figures = summarise(own, ours) | {"peak_gigabytes": 0.1, "calls": 3}
+        figures |= PARTS[step.case.part].figures(step.case, step.peer, figures)
+        if step.peer == "NATTEN, no position":
+            figures = {"cannot": "ModuleNotFoundError: No module named 'natten'"}
+        elif step.peer == "slices compiled":
+            figures = {"cannot": SKIPPED}
+        results.peers(step.case)[step.peer] = figures
+    attention.with_deviations(results.found["scaling"])
+    return {part: own for part, own in results.found.items() if own["cases"]}
+
+
+@pytest.mark.parametrize("device", [Device("cpu"), GPU], ids=["cpu", "cuda"])
+def test_targets_tables_and_pictures(device, tmp_path, monkeypatch):
+    found = fake_results(device)
+    rows = {target.name: (target, value) for target, value in evaluate(found, device.name)}
+    assert all(value is not None for _, value in rows.values())
+    name = "SASA-ResNet-50, convolution stem / ResNet-50: images/s forward"
+    assert rows[name][1][0] == pytest.approx(2) and rows[name][0].reached(2)
+    assert not rows[name][0].reached(float("nan"))
+    table = tables.targets_table(found, device.name)
+    assert table.rows[0][3] in ("yes", "no")
+    for part in found:
+        table = tables.part_table(part, found)
+        assert table.rows and all(len(row) == len(table.header) for row in table.rows)
+        assert tables.markdown(table).count("\n") == len(table.rows) + 3
+    text = tables.markdown(tables.part_table("attention", found))
+    assert " measurements did not fit into the time of the run" in text
+    if not device.on_cpu:
+        assert "No module named 'natten'" in text and SKIPPED not in text and "share of a copy" in text
+    for part in ("attention", "stages", "networks"):
+        plots.draw(part, found[part], tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_target_of_what_failed_has_no_value():
+    found = fake_results(GPU)
+    for case in found["attention"]["cases"]:
+        case["peers"][attention.FLEX] = {"cannot": "it can't"}
+    del found["networks"]
+    rows = {target.name: value for target, value in evaluate(found, "cuda")}
+    assert rows["FlexAttention / attention forward, bfloat16"] is None
+    assert rows["the same, forward, both compiled"] is None
+    assert rows["layer / 3x3 convolution forward, bfloat16"] is not None
+    assert "not measured" in tables.markdown(tables.targets_table(found, "cuda"))
+
+
+def test_results_of_several_machines_are_told_apart():
+    found = Results(RESULTS, "cpu").found
+    found["layer"] = found["layer"] | {"machine": WHERE}
+    caption = tables.targets_table(found, "cpu").caption
+    assert "layer: a processor (AVX512)" in caption and "attention, " in caption
+    assert len(evaluate(found)) == len(CPU)
+
+
+def test_docs_report_that_no_gpu_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    text = "<!-- gpu table -->\nold\n<!-- end -->"
+    assert readme.with_tables(text) == f"<!-- gpu table -->\n{readme.NOTHING}\n<!-- end -->"
+    for part, own in fake_results(GPU).items():
+        (tmp_path / f"{part}-cuda.json").write_text(json.dumps(own))
+    assert "| notebook bfloat16 forward | sasa | 0.16 |" in readme.with_tables(text)
+
+
+def test_limits_follow_from_counts():
+    """Microseconds of 1e9 pixels: bytes, FLOPs, exponentials and instructions over what the chip does in a second."""
+    kernel = {
+        "kernel": "forward", "dtype": "bfloat16", "width": 32, "exponentials_per_pixel": 100,
+        "warp_instructions_per_pixel": 50,
+    }  # fmt: skip
+    found = limits.limits(kernel, 10**9)
+    assert found["memory"] == pytest.approx(4 * 32 * 2 * 1e9 / 3.35e12 * 1e6)
+    assert found["tensor_cores"] == pytest.approx(2 * 2 * 32 * 100 * 1e9 / 989e12 * 1e6)
+    assert found["exponentials"] == pytest.approx(100 * 1e9 / (132 * 16 * 1.83e9) * 1e6)
+    assert found["issue"] == pytest.approx(50 * 1e9 / (132 * 4 * 1.83e9) * 1e6)
+    assert limits.limits(kernel | {"dtype": "float32"}, 10**9)["tensor_cores"] == 0
+
+
+def test_main_loops_are_the_innermost_of_the_first_that_take_exponentials():
+    code = ["MOV"] * 80
+    for place in (25, 45, 65):
+        code[place] = "MUFU.EX2 R1, R2"
+    loops = [(5, 9), (10, 35), (20, 30), (40, 50), (60, 70)]
+    assert limits.main_loops(code, loops, 1) == [(20, 30)]
+    assert limits.main_loops(code, loops, 2) == [(20, 30), (40, 50)]

@@ -12,11 +12,11 @@ import sasa
 from benchmarks.fine_tune import __main__ as command
 from benchmarks.fine_tune import report, training
 from benchmarks.fine_tune.resnet20 import ResNet20, converted, trained
-from benchmarks.fine_tune.training import Recipe
+from benchmarks.fine_tune.training import FineTuning
 
 pytestmark = pytest.mark.slow
 
-RECIPE = Recipe(train_images=4, held_out=4, epochs=1, batch=2, rates=(1e-2,), seeds=(0, 1))
+RECIPE = FineTuning(train_images=4, held_out=4, epochs=1, batch=2, rates=(1e-2,), seeds=(0, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def run(monkeypatch, folder, *more):
 
 def test_a_study_runs_once_and_is_drawn(given, monkeypatch):
     images = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8), torch.arange(8) % 2
-    study = command.Study(trained(given / "weights.safetensors"), images, images, RECIPE, given)
+    study = command.FineTuningRuns(trained(given / "weights.safetensors"), images, images, RECIPE, given)
     found = study.results()
     assert [(run["network"], run["strength"], run["seed"]) for run in found["runs"]] == [
         *(("convolution", None, 0), ("attention", 2, 0), ("convolution", None, 1), ("attention", 2, 1)),

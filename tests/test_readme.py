@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.readme import PAGES, marks, table, with_tables
+from benchmarks.readme import marks, pages, table, with_tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,12 +34,17 @@ def test_links_lead_somewhere(page):
             assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
 def test_the_tables_are_those_of_the_committed_results(page):
     text = page.read_text()
-    assert marks(text)
-    for mark in marks(text):
-        assert f"<!-- {mark} table -->\n{table(mark)}\n<!-- end -->" in text, mark
+    assert with_tables(text) == text
+
+
+def test_targets_are_in_docs_and_not_in_the_readme():
+    assert marks(README) == ["highlights"]
+    assert len(re.findall(r"!\[", README)) <= 2
+    assert "targets" in marks((ROOT / "docs/benchmarks.md").read_text())
+    assert all(not (set(marks(README)) & set(marks(page.read_text()))) for page in pages()[1:])
 
 
 def test_tables_are_put_between_their_marks_only():

@@ -21,19 +21,20 @@ import torch
 from torch import nn
 
 from ..machine import machine
+from ..results import Figures
 from .measures import conversion, cost, strengths
 from .report import draw
 from .resnet20 import STRENGTH, converted, trained
-from .training import EVALUATED, Figures, Images, Recipe, fine_tune, read
+from .training import EVALUATED, FineTuning, Labelled, fine_tune, read
 
 NETWORKS = {"convolution": None, "attention": STRENGTH}
 OTHER_STRENGTHS = (1.0, 3.0)  # trained with one seed
 
 
-class Study:
+class FineTuningRuns:
     """All runs of a folder; each is trained once, whatever stops the command in between."""
 
-    def __init__(self, network: nn.Module, train: Images, val: Images, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, network: nn.Module, train: Labelled, val: Labelled, recipe: FineTuning, folder: Path) -> None:
         self.network, self.val, self.recipe, self.folder = network, val, recipe, folder
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
         chosen, held_out = order[: recipe.train_images], order[len(order) - recipe.held_out :]
@@ -50,7 +51,7 @@ class Study:
         return json.loads(path.read_text())
 
     def run(
-        self, name: str, strength: float | None, rate: float, seed: int, val: Images, stage: int | None = None
+        self, name: str, strength: float | None, rate: float, seed: int, val: Labelled, stage: int | None = None
     ) -> Figures:
         """One training."""
         first_stage = self.recipe.first_stage if stage is None else stage
@@ -116,16 +117,20 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="safetensors file of a ResNet-20 for CIFAR-10")
     parser.add_argument("--images", type=Path, required=True, help="folder with train/CLASS/ and val/CLASS/, 32x32")
     parser.add_argument("--out", type=Path, required=True, help="folder for results; runs finished there are kept")
-    parser.add_argument("--first-stage", type=int, choices=(1, 2, 3), default=Recipe.first_stage, help="that attends")
-    parser.add_argument("--train-images", type=int, default=Recipe.train_images)
-    parser.add_argument("--held-out", type=int, default=Recipe.held_out, help="images that choose the learning rate")
-    parser.add_argument("--epochs", type=int, default=Recipe.epochs)
+    parser.add_argument(
+        "--first-stage", type=int, choices=(1, 2, 3), default=FineTuning.first_stage, help="that attends"
+    )
+    parser.add_argument("--train-images", type=int, default=FineTuning.train_images)
+    parser.add_argument(
+        "--held-out", type=int, default=FineTuning.held_out, help="images that choose the learning rate"
+    )
+    parser.add_argument("--epochs", type=int, default=FineTuning.epochs)
     options = parser.parse_args()
     needed = {options.weights: "--weights", options.images / "train": "--images", options.images / "val": "--images"}
     for path, argument in needed.items():
         if not path.exists():
             parser.error(f"{argument}: expected {path} to exist")
-    recipe = Recipe(options.first_stage, options.train_images, options.held_out, options.epochs)
+    recipe = FineTuning(options.first_stage, options.train_images, options.held_out, options.epochs)
     options.out.mkdir(parents=True, exist_ok=True)
     train, val = (read(options.images / part) for part in ("train", "val"))
     if recipe.train_images + recipe.held_out > len(train[0]):
@@ -135,7 +140,7 @@ def main() -> None:
         network = trained(options.weights)
     except ValueError as error:
         parser.error(f"--weights: {error}")
-    study = Study(network, train, val, recipe, options.out)
+    study = FineTuningRuns(network, train, val, recipe, options.out)
     settings = {"machine": machine(), "recipe": asdict(recipe)}
     if study.kept("settings", lambda: settings) != json.loads(json.dumps(settings)):
         parser.error(f"--out: expected a folder of runs with these options on this machine, got {options.out}")

@@ -12,13 +12,14 @@ from torch import nn
 
 import sasa
 
+from ..results import Figures
 from .resnet20 import converted
-from .training import Figures, Images, logits, normalised
+from .training import Labelled, logits, normalised
 
 STRENGTHS = (1.0, 2.0, 3.0, 8.0)
 
 
-def conversion(network: nn.Module, first_stage: int, val: Images) -> Figures:
+def conversion(network: nn.Module, first_stage: int, val: Labelled) -> Figures:
     """What a conversion changes on the validation images: nothing but rounding."""
     before, after = logits(network, val[0]), logits(converted(network, first_stage), val[0])
     return {
@@ -32,7 +33,7 @@ def conversion(network: nn.Module, first_stage: int, val: Images) -> Figures:
     }
 
 
-def strengths(network: nn.Module, val: Images, train: Images) -> list[Figures]:
+def strengths(network: nn.Module, val: Labelled, train: Labelled) -> list[Figures]:
     """Errors of the logits beside float64 convolutions, and gradients before the first step, by strength."""
     exact = logits(copy.deepcopy(network).double(), val[0])
     found = []
@@ -54,7 +55,7 @@ def strengths(network: nn.Module, val: Images, train: Images) -> list[Figures]:
     return found
 
 
-def cost(networks: dict[str, nn.Module], train: Images, batch: int, turns: int = 3) -> dict[str, Figures]:
+def cost(networks: dict[str, nn.Module], train: Labelled, batch: int, turns: int = 3) -> dict[str, Figures]:
     """Parameters, and CPU seconds of a training step and of a forward pass; the networks take turns.
 
     CPU seconds, of all threads: what else runs on the machine does not lengthen them much.

@@ -6,27 +6,24 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from ..machine import in_words
-from ..plots import CONVOLUTION, OURS, new_figure
-from ..processes import ROOT
-from ..tables import Rows, markdown
+from ..machine import ROOT, described
+from ..plots import CONVOLUTIONS, OURS, new_figure
+from ..results import Figures
+from ..tables import Listing, markdown
 
 FILE = ROOT / "docs/fine-tuning/results.json"
 NETWORKS = ("convolution", "attention")
 STAGES = {"convolution": "none", "3": "the last stage", "2": "the last two stages", "1": "all three stages"}
 
-Result = dict[str, Any]
 
-
-def runs(result: Result, network: str) -> list[Result]:
+def runs(result: Figures, network: str) -> list[Figures]:
     """Those of all seeds: of attention, with the strength that was tuned."""
     strength = next(one["strength"] for one in result["tuning"] if one["network"] == network)
     return [one for one in result["runs"] if one["network"] == network and one["strength"] == strength]
 
 
-def accuracies(result: Result, network: str) -> list[list[float]]:
+def accuracies(result: Figures, network: str) -> list[list[float]]:
     """Per cent by seed, before training and after each epoch."""
     stage = result["recipe"]["first_stage"]
     own = next(one for one in result["conversion"] if one["first_stage"] == stage)
@@ -34,14 +31,14 @@ def accuracies(result: Result, network: str) -> list[list[float]]:
     return [[100 * before, *(100 * epoch["top1"] for epoch in run["epochs"])] for run in runs(result, network)]
 
 
-def draw(result: Result, path: Path) -> None:
+def draw(result: Figures, path: Path) -> None:
     """Accuracy by epoch: the mean of the seeds, and from the lowest to the highest."""
     recipe, images = result["recipe"], result["conversion"][0]["images"]
     stages = STAGES[str(recipe["first_stage"])]
     title = f"ResNet-20 fine-tuned on {recipe['train_images']:,} images of CIFAR-10, attention in {stages}"
-    figure = new_figure(title, result, 4.2)
+    figure = new_figure(title, result["machine"], 4.2)
     panel = figure.subplots()
-    for network, shade, mark in (("convolution", CONVOLUTION, "s--"), ("attention", OURS, "o-")):
+    for network, shade, mark in (("convolution", CONVOLUTIONS, "s--"), ("attention", OURS, "o-")):
         by_epoch = list(zip(*accuracies(result, network), strict=True))
         epochs, means = range(len(by_epoch)), [statistics.mean(values) for values in by_epoch]
         panel.plot(epochs, means, mark, color=shade, label=network)
@@ -55,7 +52,7 @@ def draw(result: Result, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def conversion(result: Result) -> Rows:
+def conversion(result: Figures) -> Listing:
     """What converting changes."""
     rows = []
     for own in result["conversion"]:
@@ -64,10 +61,10 @@ def conversion(result: Result) -> Rows:
         rows.append([STAGES[str(own["first_stage"])], *correct, equal, f"{own['largest_difference']:.1e}"])
     header = ["attention in", "correct before", "correct after", "equal predictions", "largest difference of a logit"]
     caption = f"The largest logit is {result['conversion'][0]['largest_logit']:.1f}; float32."
-    return Rows("conversion", header, rows, 1, caption)
+    return Listing(header, rows, caption, 1)
 
 
-def accuracy(result: Result) -> Rows:
+def accuracy(result: Figures) -> Listing:
     """The end of all seeds."""
     rows, ends = [], {}
     for network in NETWORKS:
@@ -79,7 +76,7 @@ def accuracy(result: Result) -> Rows:
         rows.append([*row, f"{runs(result, network)[0]['rate']:g}"])
     gains = [after - before for before, after in zip(*(ends[network] for network in NETWORKS), strict=True)]
     caption = f"Attention less convolution, seed by seed: {', '.join(f'{gain:+.2f}' for gain in gains)} points, "
-    caption += f"mean {spread(gains, 2, '+')}. ±: standard deviation of the seeds. {in_words(result['machine'])}."
+    caption += f"mean {spread(gains, 2, '+')}. ±: standard deviation of the seeds. {described(result['machine'])}."
     if "all_stages" in result:
         own = [run["epochs"][-1] for run in result["all_stages"]]
         tops, losses = [100 * one["top1"] for one in own], [one["loss"] for one in own]
@@ -87,21 +84,21 @@ def accuracy(result: Result) -> Rows:
         row = ["attention in all stages", f"{before:.2f}", ", ".join(f"{top:.2f}" for top in tops), spread(tops, 2)]
         rows.append([*row, spread(losses, 3), f"{result['all_stages'][0]['rate']:g} (not tuned)"])
     header = ["network", "top-1 before, %", "after, by seed", "mean", "validation loss", "learning rate"]
-    return Rows("fine-tuning", header, rows, 1, caption)
+    return Listing(header, rows, caption, 1)
 
 
-def cost(result: Result) -> Rows:
+def cost(result: Figures) -> Listing:
     """Time and parameters by how much attends."""
     rows, least = [], result["cost"]["convolution"]["step"]["median"]
     for name, own in result["cost"].items():
         times = [f"{own[w]['median']:.2f} ({own[w]['lowest']:.2f} to {own[w]['highest']:.2f})" for w in WAYS]
         rows.append([STAGES[name], f"{own['parameters']:,}", *times, f"{own['step']['median'] / least:.1f}"])
     header = ["attention in", "parameters", "CPU seconds a training step (lowest to highest)", "CPU seconds forward"]
-    caption = f"{result['recipe']['batch']} images; CPU seconds of the process. {in_words(result['machine'])}."
-    return Rows("cost", [*header, "steps of convolution"], rows, 1, caption)
+    caption = f"{result['recipe']['batch']} images; CPU seconds of the process. {described(result['machine'])}."
+    return Listing([*header, "steps of convolution"], rows, caption, 1)
 
 
-def rates(result: Result) -> Rows:
+def rates(result: Figures) -> Listing:
     """Accuracy on the held-out images, by learning rate."""
     found = {(one["network"], one["rate"]): one["epochs"][-1]["top1"] for one in result["tuning"]}
     used = {network: runs(result, network)[0]["rate"] for network in NETWORKS}
@@ -109,10 +106,10 @@ def rates(result: Result) -> Rows:
         [f"{rate:g}", *(f"{found[n, rate]:.2%}{' (chosen)' if rate == used[n] else ''}" for n in NETWORKS)]
         for rate in sorted({rate for _, rate in found})
     ]
-    return Rows("learning rates", ["learning rate", *NETWORKS], rows, 1)
+    return Listing(["learning rate", *NETWORKS], rows, words=1)
 
 
-def strengths(result: Result) -> Rows:
+def strengths(result: Figures) -> Listing:
     """What the strength decides."""
     seed, rows = result["recipe"]["seeds"][0], []
     ends = {one["strength"]: one["epochs"][-1]["top1"] for one in result["runs"] if one["seed"] == seed}
@@ -131,7 +128,7 @@ def strengths(result: Result) -> Rows:
         "gradient of W_Q",
         f"top-1 after, seed {seed}",
     ]
-    return Rows("strengths", header, rows, 1)
+    return Listing(header, rows, words=1)
 
 
 def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
@@ -142,7 +139,7 @@ def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 WAYS = ("step", "forward")
-TABLES: dict[str, Callable[[Result], Rows]] = {
+TABLES: dict[str, Callable[[Figures], Listing]] = {
     "conversion": conversion,
     "accuracy": accuracy,
     "cost": cost,

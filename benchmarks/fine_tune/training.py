@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +14,16 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
+from ..results import Figures
+
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EVALUATED = 250  # images at a time
 
-Figures = dict[str, Any]
-Images = tuple[Tensor, Tensor]  # (N, 3, H, W) of uint8, and labels
+Labelled = tuple[Tensor, Tensor]  # (N, 3, H, W) of uint8, and labels
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FineTuning:
     """How every network is trained."""
 
     first_stage: int = 3  # attention is in this stage and those after it
@@ -39,7 +39,7 @@ class Recipe:
     shift: int = 4  # pixels an image is moved by at most
 
 
-def read(folder: Path) -> Images:
+def read(folder: Path) -> Labelled:
     """All images of a folder of classes."""
     pairs = list(ImageFolder(folder, PILToTensor()))
     return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
@@ -69,7 +69,7 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network(normalised(some).to(dtype)) for some in images.split(EVALUATED)])
 
 
-def evaluate(network: nn.Module, data: Images) -> Figures:
+def evaluate(network: nn.Module, data: Labelled) -> Figures:
     """Accuracy and loss in evaluation mode."""
     images, labels = data
     found = logits(network.eval(), images)
@@ -78,7 +78,13 @@ def evaluate(network: nn.Module, data: Images) -> Figures:
 
 
 def fine_tune(
-    network: nn.Module, train: Images, val: Images, recipe: Recipe, rate: float, seed: int, say: Callable[[str], object]
+    network: nn.Module,
+    train: Labelled,
+    val: Labelled,
+    recipe: FineTuning,
+    rate: float,
+    seed: int,
+    say: Callable[[str], object],
 ) -> list[Figures]:
     """Train; what was found after each epoch. The order of images is the seed's alone."""
     images, labels = train

@@ -1,6 +1,6 @@
 """What the GPU kernels must move and compute against an H100's limits, counted without a GPU.
 
-    python -m benchmarks.gpu.limits
+    python -m benchmarks.limits
 
 The kernels are compiled for the H100 and their machine code is read: registers, shared memory, and the instructions
 that a warp of one program runs, in straight line and around its loops. Times are what the chip could not beat if it did
@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from ..problems import STAGES
-from ..processes import ROOT
+from .problems import STAGES
+from .results import RESULTS
+from .tables import Listing, markdown
 
-FILE = ROOT / "benchmarks/results/gpu-limits.json"
+FILE = RESULTS / "gpu-limits.json"
 # NVIDIA H100 SXM5, from its architecture white paper: 132 multiprocessors at 1.83 GHz, four schedulers each.
 CHIP = {
     "name": "H100 SXM5",
@@ -185,29 +186,31 @@ def run() -> dict[str, Any]:
     return {"chip": CHIP, "triton": triton.__version__, "kernels": kernels}
 
 
-def table(found: dict[str, Any]) -> str:
-    """As markdown."""
+def listing(found: dict[str, Any]) -> Listing:
+    """The table of docs/kernels.md."""
     names = {
         "forward": "forward",
         "query_gradients": "gradient of queries",
         "key_gradients": "gradient of keys, values",
     }
-    lines = [
-        "| | kernel | tile | registers | shared KB | memory | tensor cores | exponentials | issue |",
-        "|---|---|---|---|---|---|---|---|---|",
+    rows = [
+        [
+            f"{kernel['dtype']}, D {kernel['width']}, {kernel['batch']} images of {kernel['size']}²",
+            names[kernel["kernel"]],
+            f"{kernel['ROWS']}x{kernel['COLUMNS']}, {kernel['warps']} warps",
+            f"{kernel['registers']}",
+            f"{kernel['shared_bytes'] / 1024:.0f}",
+            *(f"{kernel['microseconds'][name]:.0f}" for name in ("memory", "tensor_cores", "exponentials", "issue")),
+        ]
+        for kernel in found["kernels"]
     ]
-    for kernel in found["kernels"]:
-        shape = f"{kernel['dtype']}, D {kernel['width']}, {kernel['batch']} images of {kernel['size']}²"
-        times = [f"{kernel['microseconds'][name]:.0f}" for name in ("memory", "tensor_cores", "exponentials", "issue")]
-        tile = f"{kernel['ROWS']}x{kernel['COLUMNS']}, {kernel['warps']} warps"
-        facts = [f"{kernel['registers']}", f"{kernel['shared_bytes'] / 1024:.0f}"]
-        lines.append(f"| {' | '.join([shape, names[kernel['kernel']], tile, *facts, *times])} |")
-    return "\n".join([*lines, "", f"Microseconds, {found['chip']['name']}; Triton {found['triton']}."])
+    header = ["", "kernel", "tile", "registers", "shared KB", "memory", "tensor cores", "exponentials", "issue"]
+    return Listing(header, rows, f"Microseconds, {found['chip']['name']}; Triton {found['triton']}.", 3)
 
 
 if __name__ == "__main__":
     if os.environ.pop("TRITON_INTERPRET", None) not in (None, "", "0"):
-        sys.exit("benchmarks.gpu.limits: unset TRITON_INTERPRET: the kernels are to be compiled")
+        sys.exit("benchmarks.limits: unset TRITON_INTERPRET: the kernels are to be compiled")
     result = run()
     FILE.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    print(markdown(listing(result)))

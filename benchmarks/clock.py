@@ -1,0 +1,147 @@
+"""Time and memory of calls: by the wall and /proc on a CPU, by events and the allocator on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cases import Device, Pace
+
+# Written before every timed call, so that nothing of its input is left in the second cache (50 MB on an H100). It keeps
+# the GPU busy for some 0.2 ms as well, in which the next call is launched: what is timed is the GPU's work.
+FLUSHED_BYTES = 512 * 1024**2
+MOST_CALLS = 300
+
+
+class CpuClock:
+    """Times calls by the wall."""
+
+    def synchronize(self) -> None:
+        """Nothing is under way."""
+
+    def clean(self) -> None:
+        """Give back the memory that nothing holds."""
+        gc.collect()
+
+    def seconds(self, call: Callable[[], object], calls: int = 1) -> list[float]:
+        """Of each of some calls."""
+        found = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+        return found
+
+    def first_seconds(self, call: Callable[[], object]) -> float:
+        """Seconds of a first call by the wall: compilation and tuning included."""
+        self.synchronize()
+        start = time.perf_counter()
+        call()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """Most memory a call holds above what was held before it; None where the system doesn't count (not Linux)."""
+        gc.collect()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # glibc
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+            before = _status("VmRSS")
+            call()
+            return _status("VmHWM") - before
+        except (AttributeError, OSError):
+            return None
+
+
+class EventClock(CpuClock):
+    """Times calls by the device's events, its second cache emptied before each."""
+
+    def __init__(self, device: str) -> None:
+        self.module: Any = getattr(torch, device)
+        self.flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        self.module.synchronize()
+
+    def clean(self) -> None:
+        """Give back the memory that nothing holds."""
+        gc.collect()
+        self.module.empty_cache()
+
+    def seconds(self, call: Callable[[], object], calls: int = 1) -> list[float]:
+        """Of each of some calls."""
+        events = [[self.module.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for start, end in events:
+            self.flushed.zero_()
+            start.record()
+            call()
+            end.record()
+        self.synchronize()
+        return [1e-3 * start.elapsed_time(end) for start, end in events]
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """Most memory a call holds above what was held before it."""
+        self.synchronize()
+        before = self.module.memory_allocated()
+        self.module.reset_peak_memory_stats()
+        call()
+        self.synchronize()
+        return self.module.max_memory_allocated() - before
+
+
+def clock_of(device: Device) -> CpuClock:
+    """The device's."""
+    return CpuClock() if device.on_cpu else EventClock(device.name)
+
+
+def alternate(
+    clock: CpuClock, calls: Sequence[Callable[[], object]], pace: Pace
+) -> tuple[list[list[float]], list[int]]:
+    """Median seconds of each turn of the calls, which take turns; and how often each was called in all."""
+    counts = [max(1, min(MOST_CALLS, round(pace.call_seconds / max(*clock.seconds(call), 1e-6)))) for call in calls]
+    medians: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    for turn in range(pace.turns):
+        if turn and time.perf_counter() - start > pace.seconds:
+            break
+        for own, call, count in zip(medians, calls, counts, strict=True):
+            own.append(statistics.median(clock.seconds(call, count)))
+    return medians, [count * len(medians[0]) for count in counts]
+
+
+def summarise(own: Sequence[float], baseline: Sequence[float] | None) -> dict[str, Any]:
+    """Median, lowest and highest of the turns, and their ratios to the baseline's, turn by turn."""
+    summary = {
+        "seconds": statistics.median(own),
+        "seconds_lowest": min(own),
+        "seconds_highest": max(own),
+        "turn_seconds": list(own),
+    }
+    if baseline is None:
+        return summary
+    ratios = [one / other for one, other in zip(own, baseline, strict=True)]
+    return summary | {
+        "ratio": summary["seconds"] / statistics.median(baseline),
+        "ratio_lowest": min(ratios),
+        "ratio_highest": max(ratios),
+    }
+
+
+def with_rate(name: str, amount: float, found: dict[str, Any]) -> dict[str, float]:
+    """An amount a second: of the median turn, of the slowest and of the fastest."""
+    ends = {"": "seconds", "_lowest": "seconds_highest", "_highest": "seconds_lowest"}
+    return {name + end: amount / found[key] for end, key in ends.items()}
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, which is in kB (getrusage's peak would include the parent's)."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":")]
+    return int(line.split()[1]) * 1024
