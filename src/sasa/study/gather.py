@@ -19,9 +19,6 @@ from .read import read_plan
 
 PERCENT = frozenset(("top1", "top5"))
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t that chance exceeds, to either side, once in 20 times: for 1 to 10 degrees of freedom."""
-
 
 def gather(out: Path) -> dict[str, Any]:
     """Gather what a study's trainings came to so far, finished or not.
@@ -162,18 +159,20 @@ def _differences(plan: StudyPlan, cells: list[dict[str, Any]]) -> list[dict[str,
 
 
 def _welch(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Two means of unequal deviations: Welch, 1947; the degrees of freedom are Satterthwaite's, rounded down for t."""
+    """Two means of unequal deviations, as Welch (1947) compares them; chance: half of the 95 % confidence interval."""
+    from scipy import stats
+
     found: dict[str, Any] = dict.fromkeys(("difference", "standard_error", "degrees_of_freedom", "chance"))
-    if first["n"] and second["n"]:
-        found["difference"] = first["mean"] - second["mean"]
-    if first["n"] < 2 or second["n"] < 2:
+    values = [list(cell["values"].values()) for cell in (first, second)]
+    if not all(values):
         return found
-    squares = [cell["standard_deviation"] ** 2 / cell["n"] for cell in (first, second)]
-    found["standard_error"] = error = math.sqrt(sum(squares))
-    spread = sum(square**2 / (cell["n"] - 1) for square, cell in zip(squares, (first, second), strict=True))
-    if spread:
-        found["degrees_of_freedom"] = freedom = sum(squares) ** 2 / spread
-        found["chance"] = error * T_975[max(0, min(math.floor(freedom), len(T_975)) - 1)]
+    found["difference"] = first["mean"] - second["mean"]
+    if min(map(len, values)) > 1:
+        found["standard_error"] = math.hypot(*(stats.sem(of_cell) for of_cell in values))
+    if found["standard_error"]:
+        test = stats.ttest_ind(*values, equal_var=False)
+        low, high = test.confidence_interval(0.95)
+        found |= {"degrees_of_freedom": float(test.df), "chance": float(high - low) / 2}
     return found
 
 
