@@ -60,6 +60,20 @@ def test_other_classes_are_refused(run, tmp_path):
         evaluate(tmp_path / "nowhere")
 
 
+def test_a_file_that_can_not_be_written_is_reported_with_the_figures(run, data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"out: can't write to .*file: Not a directory"):
+        evaluate(run / "model.safetensors", data, tmp_path / "file" / "e.json")
+
+    def read_only(*arguments):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("sasa.train.evaluate.write_whole", read_only)
+    arguments = ["eval", "--weights", str(run / "model.safetensors"), "--data", str(data), "--out"]
+    assert main([*arguments, str(tmp_path / "e.json")]) == 2
+    assert "out: can't write" in (printed := capsys.readouterr().err) and "Read-only" in printed and "top1" in printed
+
+
 def test_every_image_has_a_row_in_order(run, images, tmp_path):
     out = tmp_path / "preds.csv"
     assert predict(images, out, run / "model.safetensors", top_k=2, batch_size=3, devices=1) == 11
