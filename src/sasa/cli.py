@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -71,7 +72,10 @@ def _info(program: str, arguments: list[str]) -> int:
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
     print("\nimplementations of the operator, fastest first:")
-    for implementation, missing in sorted(_implementations().items(), key=lambda item: item[1] is not None):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no compiled kernels is in the table already
+        found = _implementations()
+    for implementation, missing in sorted(found.items(), key=lambda item: item[1] is not None):
         print(f"  {implementation.name:<10} {implementation.summary}{f' (not here: {missing})' if missing else ''}")
     return 0
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from image_files import write_images
 from processes import Running, together
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torchvision.utils import save_image
 
 from sasa.cli import main
@@ -58,6 +60,15 @@ def test_other_classes_are_refused(run, tmp_path):
         evaluate(run / "model.safetensors", tmp_path / "images")
     with pytest.raises(DataError, match=r"weights: expected model.safetensors of a run .*nowhere"):
         evaluate(tmp_path / "nowhere")
+
+
+def test_weights_that_are_not_numbers_have_no_accuracy(run, data, tmp_path):
+    with safe_open(run / "model.safetensors", "pt") as file:
+        facts, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["fc.bias"][0] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors", facts)
+    with pytest.raises(DataError, match=r"weights: expected .*finite"):
+        evaluate(tmp_path / "nan.safetensors", data, devices=1)
 
 
 def test_a_file_that_can_not_be_written_is_reported_with_the_figures(run, data, tmp_path, monkeypatch, capsys):

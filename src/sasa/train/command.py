@@ -63,7 +63,7 @@ def train(program: str, arguments: list[str]) -> int:
     own = {"config": "auto", "print_config": False, "out": "", "resume": "", "overwrite": False}
     defaults = own | {field.name: field.default for field in dataclasses.fields(Recipe)}
     arguments = _plain(parser, arguments, defaults)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(program, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     config = first.parse_known_args(arguments)[0].config
     if config is not None:
@@ -187,7 +187,7 @@ def _plain(parser: Parser, arguments: list[str], defaults: dict[str, Any]) -> li
     plain: list[str] = []
     for place, word in enumerate(arguments):
         if not word.startswith("--") or word == "--":
-            plain.append(f"./{word}" if plain and plain[-1] == "--data" and not word.startswith("/") else word)
+            plain.append(_as_path(word) if plain and plain[-1] in ("--data", "--out") else word)
             continue
         option, equals, value = word.partition("=")
         name = option[2:].replace("-", "_")
@@ -200,10 +200,15 @@ def _plain(parser: Parser, arguments: list[str], defaults: dict[str, Any]) -> li
         following = arguments[place + 1] if place + 1 < len(arguments) else ""
         if isinstance(defaults.get(name), bool) and not equals and following not in ("true", "false"):
             equals, value = "=", "true"
-        if name == "data" and equals and not value.startswith("/"):
-            value = f"./{value}"  # "null" is a folder here: jsonargparse would leave the option out
+        if name in ("data", "out") and equals:
+            value = _as_path(value)
         plain.append(f"--{name}{equals}{value}")
     return plain
+
+
+def _as_path(word: str) -> str:
+    """The same file, in a form that is never read as YAML: ``null`` would leave the option out."""
+    return word if word.startswith("/") else f"./{word}"
 
 
 def _recipe_values(parser: Parser, name: str) -> dict[str, Any]:

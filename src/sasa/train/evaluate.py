@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def evaluate(
         ``top1``, ``top5`` and ``val_loss``, the number of ``images`` that were counted, and of those ``skipped``.
 
     Raises:
-        DataError: data can't be read, or has other classes or channels than the network.
+        DataError: data can't be read, or has other classes or channels than the network, whose loss is not finite.
         OptionError: an option out of range.
         OutputError: out is a folder, or can't be written.
     """
@@ -94,6 +95,8 @@ def evaluate(
         )
         classifier = Classifier(network, len(source.classes), recipe, steps=1)
         (metrics,) = trainer.validate(classifier, batches, verbose=False)
+    if not math.isfinite(metrics["val_loss"]):
+        raise DataError(f"weights: expected a finite loss of the network in {weights}, got {metrics['val_loss']}")
     skipped = len(everyones(watch.unreadable_val))
     figures = {name.removeprefix("val_") if "top" in name else name: value for name, value in metrics.items()}
     figures |= {"images": len(source.val) - skipped, "skipped": source.skipped + skipped}
