@@ -1,7 +1,6 @@
 """Runs that are killed, stopped, short of disk or of a sound checkpoint, and resume to the same bits."""
 
 import csv
-import io
 import json
 import os
 import random
@@ -153,26 +152,15 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(data, whole, tmp_path):
 
 
 def test_every_damage_of_a_checkpoint_is_found(whole, tmp_path):
-    """Or harms nothing: there are gaps between the parts of the archive."""
     content = checkpoints.newest_whole(whole[0]).read_bytes()
-    expected = saved_again(content)
     path, chance = tmp_path / "step-000000001.ckpt", random.Random(0)
     places = [chance.randrange(len(content)) for _ in range(50)] + [len(content) - 1 - n for n in range(0, 3000, 100)]
     changed = [content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :] for place in places]
-    found = 0
     for damaged in (b"", content[: len(content) // 2], content[:-1], *changed):
         path.write_bytes(damaged)
-        if checkpoints.why_broken(path) is not None:
-            found += 1
-        else:
-            assert saved_again(damaged) == expected
-    assert found > 40
-
-
-def saved_again(content):
-    buffer = io.BytesIO()
-    torch.save(torch.load(io.BytesIO(content), weights_only=True), buffer)
-    return buffer.getvalue()
+        assert checkpoints.why_broken(path) == "it is cut off or damaged"
+    path.write_bytes(content)
+    assert checkpoints.why_broken(path) is None
 
 
 def test_a_full_disk_ends_nothing(data, whole, tmp_path):
@@ -319,12 +307,11 @@ def test_checkpoints_are_read_as_plain_data_whatever_the_environment_says(data, 
     out = shutil.copytree(whole[0], tmp_path / "run")
     (out / "result.json").unlink()
     newest = checkpoints.newest_whole(out)
-    torch.save(torch.load(newest, weights_only=True) | {"code": Code(str(tmp_path / "ran"))}, newest)
+    checkpoints.save_checkpoint(torch.load(newest, weights_only=True) | {"code": Code(str(tmp_path / "ran"))}, newest)
     environment = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
     running = Running(tmp_path / "log", train, recipe(data, **OPTIONS), out, environment=environment, resume="auto")
-    assert f"{newest} can't be used (UnpicklingError: " in running.succeed()
+    assert running.end() != 0 and "weights_only" in running.printed()
     assert not (tmp_path / "ran").exists()
-    assert_equal_bits(whole[0], out)
 
 
 class Code:
