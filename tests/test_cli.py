@@ -1,5 +1,6 @@
 """The command line: what it prints, what it exits with."""
 
+import inspect
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from image_files import write_images
 import sasa
 from sasa.cli import main
 from sasa.ops import cpu, cpu_library
+from sasa.ops.implementations import IMPLEMENTATIONS, Implementation
 
 
 def test_info_names_versions_implementations_and_threads(capsys):
@@ -39,6 +41,16 @@ def test_info_tells_of_an_unknown_instruction_set(capsys, monkeypatch):
     monkeypatch.setenv("SASA_CPU_CAPABILITY", "avx1024")
     assert main(["info"]) == 0
     assert "SASA_CPU_CAPABILITY: expected one of 'default'" in compiled_kernels_in(capsys.readouterr().out)
+
+
+def test_info_lists_first_what_this_machine_has(capsys, monkeypatch):
+    missing = Implementation("fast", "other machines only", None, None, lambda *call: "no such device", bool)
+    monkeypatch.setattr("sasa.cli.IMPLEMENTATIONS", (missing, *IMPLEMENTATIONS))
+    main(["info"])
+    listed = capsys.readouterr().out.partition("fastest first:")[2].split("\n")
+    there = ["(not here: " not in line for line in listed if line]
+    assert there == sorted(there, reverse=True) and not there[-1]
+    assert any("other machines only (not here: no such device)" in line for line in listed)
 
 
 def test_help_lists_the_commands(capsys):
@@ -86,16 +98,50 @@ def test_train_from_the_command_line_and_a_config_file(tmp_path, capsys):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_a_bare_train_prints_typical_commands_and_trains_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train"]) == 2
+    printed = capsys.readouterr()
+    assert "sasa train --config demo --out" in printed.err and not printed.out
+    assert not list(tmp_path.iterdir())
+
+
+HEAVY = ("lightning", "pytorch_lightning", "timm", "torchvision", "matplotlib", "torchmetrics", "optuna", "datasets")
+CALLS = [["--version"], ["train"], *([command, "--help"] for command in ("train", "eval", "predict", "demo", "tables"))]
+CALLS += [["train", "--lerning-rate", "1"], ["train", "--config", "nowhere"], ["predict", "x", "--batch", "1"]]
+
+
+def test_help_and_mistakes_need_nothing_heavy():
+    program = f"""
+import contextlib, io, sys
+from sasa.cli import main
+import sasa.train.recipe
+for arguments in {CALLS!r}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            main(arguments)
+    found = [name for name in {HEAVY!r} if name in sys.modules]
+    assert not found, (arguments, found)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_predict_has_the_options_of_its_function():
+    from sasa.train.command import predict_images
+    from sasa.train.predict import predict
+
+    assert inspect.signature(predict_images) == inspect.signature(predict)
+
+
 def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "sasa", "info"], capture_output=True, text=True, check=True)
     assert "implementations of the operator" in done.stdout
 
 
 @pytest.mark.parametrize("how", [KeyboardInterrupt, "as Lightning does"])
-def test_ctrl_c_is_told_in_a_line(how, monkeypatch, capsys):
-    from sasa.train import command
-
-    def interrupted(*arguments, **options):
+def test_ctrl_c_is_reported_in_a_line(how, monkeypatch, capsys):
+    def interrupted():
+        """Do nothing."""
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -104,6 +150,5 @@ def test_ctrl_c_is_told_in_a_line(how, monkeypatch, capsys):
             sys.exit(1)
 
     monkeypatch.setattr("sasa.train.demo.demo", interrupted)
-    monkeypatch.setattr(command, "_add", lambda *arguments, **options: None)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "sasa demo: interrupted\n"

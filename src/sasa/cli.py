@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 
 from . import __version__
 from ._extras import require
 from .ops import cpu
-from .ops.implementations import IMPLEMENTATIONS
+from .ops.implementations import IMPLEMENTATIONS, Implementation
 
 USAGE = """usage: sasa COMMAND [options]
 
@@ -27,7 +28,10 @@ commands:
   study   train a grid of networks, options and seeds, and gather what came out
   demo    train attention and its convolutional twin side by side, and draw what attention sees
 
-sasa COMMAND --help tells the options."""
+sasa COMMAND --help lists the options."""
+
+PACKAGES = ("triton", "torchvision", "timm", "lightning", "torchmetrics", "torchinfo", "safetensors", "matplotlib")
+PACKAGES += ("webdataset", "datasets", "optuna")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,42 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     command, *rest = arguments
-    commands = {
-        "info": _info,
-        "tables": _tables,
-        "train": _train,
-        "eval": _eval,
-        "predict": _predict,
-        "study": _study,
-        "demo": _demo,
-    }
-    if command not in commands:
-        print(f"sasa: error: expected one of {', '.join(commands)}, got {command!r}\n\n{USAGE}", file=sys.stderr)
+    if command not in COMMANDS:
+        print(f"sasa: error: expected one of {', '.join(COMMANDS)}, got {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        return commands[command](rest)
+        return COMMANDS[command](f"sasa {command}", rest)
     except KeyboardInterrupt:
         print(f"sasa {command}: interrupted", file=sys.stderr)
         return 130
 
 
-def _info(arguments: list[str]) -> int:
+def _info(program: str, arguments: list[str]) -> int:
     if arguments:
-        print(f"usage: sasa info\nsasa info: error: takes no options, got {' '.join(arguments)}", file=sys.stderr)
-        return 2
+        return _no_options(program, arguments)
     rows = {"sasa": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in (
-        "triton",
-        "torchvision",
-        "timm",
-        "lightning",
-        "torchmetrics",
-        "torchinfo",
-        "safetensors",
-        "matplotlib",
-        "webdataset",
-        "datasets",
-    ):
+    for package in PACKAGES:
         try:
             rows[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -89,19 +72,42 @@ def _info(arguments: list[str]) -> int:
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
     print("\nimplementations of the operator, fastest first:")
-    for implementation in IMPLEMENTATIONS:
-        print(f"  {implementation.name:<10} {implementation.summary}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no compiled kernels is in the table already
+        found = _implementations()
+    for implementation, missing in sorted(found.items(), key=lambda item: item[1] is not None):
+        print(f"  {implementation.name:<10} {implementation.summary}{f' (not here: {missing})' if missing else ''}")
     return 0
 
 
-def _tables(arguments: list[str]) -> int:
+def _implementations() -> dict[Implementation, str | None]:
+    """Each with the reason why it isn't on this machine, or None."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    images = [torch.empty(1, 1, 1, 1, 1, device=device) for device in ("cpu", accelerator) if device is not None]
+    found: dict[Implementation, str | None] = {}
+    for one in IMPLEMENTATIONS:
+        reasons = [
+            one.unsupported(image, 1) or (None if one.automatic(image) else "no device for it") for image in images
+        ]
+        found[one] = None if None in reasons else reasons[-1]
+    return found
+
+
+def _no_options(program: str, arguments: list[str]) -> int:
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: {program}")
+        return 0
+    print(f"usage: {program}\n{program}: error: takes no options, got {' '.join(arguments)}", file=sys.stderr)
+    return 2
+
+
+def _tables(program: str, arguments: list[str]) -> int:
     if arguments:
-        print(f"usage: sasa tables\nsasa tables: error: takes no options, got {' '.join(arguments)}", file=sys.stderr)
-        return 2
+        return _no_options(program, arguments)
     try:
         tables = require("sasa.models.tables", "models")
     except ImportError as error:
-        print(f"sasa tables: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     print(tables.as_text(tables.paper_tables()))
     return 0
@@ -118,36 +124,30 @@ def _compiled_kernels() -> str:
         return f"error: {error}"
 
 
-def _train(arguments: list[str]) -> int:
-    return _call("sasa train", "sasa.train.command", "train", arguments)
+def _call(module: str, name: str) -> Callable[[str, list[str]], int]:
+    """A command of another module, which needs more than PyTorch alone."""
+
+    def command(program: str, arguments: list[str]) -> int:
+        try:
+            require("sasa.train", "train")
+            run = getattr(require(module, "train"), name)
+        except ImportError as error:
+            print(f"{program}: error: {error}", file=sys.stderr)
+            return 2
+        return run(program, arguments)
+
+    return command
 
 
-def _eval(arguments: list[str]) -> int:
-    return _call("sasa eval", "sasa.train.command", "evaluate", arguments)
-
-
-def _predict(arguments: list[str]) -> int:
-    return _call("sasa predict", "sasa.train.command", "predict", arguments)
-
-
-def _study(arguments: list[str]) -> int:
-    return _call("sasa study", "sasa.study.command", "study", arguments)
-
-
-def _demo(arguments: list[str]) -> int:
-    return _call("sasa demo", "sasa.train.command", "demo", arguments)
-
-
-def _call(program: str, module: str, name: str, arguments: list[str]) -> int:
-    """Run a command of another module, which needs more than PyTorch alone."""
-    try:
-        require("sasa.train", "train")
-        command = getattr(require(module, "train"), name)
-    except ImportError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-    return command(program, arguments)
-
+COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
+    "info": _info,
+    "tables": _tables,
+    "train": _call("sasa.train.command", "train"),
+    "eval": _call("sasa.train.command", "evaluate"),
+    "predict": _call("sasa.train.command", "predict"),
+    "study": _call("sasa.study.command", "study"),
+    "demo": _call("sasa.train.command", "demo"),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,6 +9,8 @@ import pytest
 import torch
 from image_files import write_images
 from processes import Running, together
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torchvision.utils import save_image
 
 from sasa.cli import main
@@ -58,6 +60,29 @@ def test_other_classes_are_refused(run, tmp_path):
         evaluate(run / "model.safetensors", tmp_path / "images")
     with pytest.raises(DataError, match=r"weights: expected model.safetensors of a run .*nowhere"):
         evaluate(tmp_path / "nowhere")
+
+
+def test_weights_that_are_not_numbers_have_no_accuracy(run, data, tmp_path):
+    with safe_open(run / "model.safetensors", "pt") as file:
+        facts, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["fc.bias"][0] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors", facts)
+    with pytest.raises(DataError, match=r"weights: expected .*finite"):
+        evaluate(tmp_path / "nan.safetensors", data, devices=1)
+
+
+def test_a_file_that_can_not_be_written_is_reported_with_the_figures(run, data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"out: can't write to .*file: Not a directory"):
+        evaluate(run / "model.safetensors", data, tmp_path / "file" / "e.json")
+
+    def read_only(*arguments):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("sasa.train.evaluate.write_whole", read_only)
+    arguments = ["eval", "--weights", str(run / "model.safetensors"), "--data", str(data), "--out"]
+    assert main([*arguments, str(tmp_path / "e.json")]) == 2
+    assert "out: can't write" in (printed := capsys.readouterr().err) and "Read-only" in printed and "top1" in printed
 
 
 def test_every_image_has_a_row_in_order(run, images, tmp_path):

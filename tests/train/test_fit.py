@@ -142,10 +142,11 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(images, tmp_path):
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_bad_data_leaves_no_result(tmp_path):
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_bad_data_leaves_nothing(tmp_path, resume):
     with pytest.raises(DataError, match="data: expected a folder"):
-        train(options(tmp_path / "nowhere"), tmp_path / "run")
-    assert not (tmp_path / "run" / "result.json").exists()
+        train(options(tmp_path / "nowhere"), tmp_path / "deep" / "run", resume=resume)
+    assert not (tmp_path / "deep").exists()
 
 
 def test_skipped_images_are_in_the_result(tmp_path):

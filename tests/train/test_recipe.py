@@ -1,4 +1,4 @@
-"""Recipes: those of the package, their options on the command line, and what is said of wrong ones."""
+"""Recipes: those of the package, their options on the command line, and the errors of wrong ones."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from processes import small_images
 from torch import nn
 
 from sasa.cli import main
-from sasa.train import OptionError, Recipe
+from sasa.train import OptionError, Recipe, train
 from sasa.train.module import Classifier
 from sasa.train.recipe import shipped_recipes
 
@@ -92,12 +92,25 @@ def test_idx_files_train_with_their_recipe(tmp_path, capsys):
         (["--config", "dmo"], "config: expected a YAML file or one of demo, fashion-mnist, imagenet-resnet50"),
         (["--config", "KEY"], "has 'epoch' (did you mean epochs?); expected one of accelerator"),
         (["--config", "VALUE"], "batch_size"),
-        (["--config", "LIST"], "config: expected options with values in"),
-        (["--config", "BROKEN"], "is not YAML"),
+        (["--config", "LIST"], "LIST: expected keys with values, got a list"),
+        (["--config", "BROKEN"], "BROKEN: line"),
+        (["--config", "ALIAS"], "expected values written out, got the alias *a"),
+        (["--config", "ITSELF"], "expected values written out, got the alias *a"),
+        (["--config", "DEEP"], "levels of nesting"),
+        (["--config", "LONG"], "expected a number of at most"),
+        (["--config", "TWICE"], "epochs: expected each key once, got it twice"),
+        (["--config", "OUT"], "has 'out', which only the command line may have"),
+        (["--config", "RESUME"], "has 'resume', which only the command line may have"),
+        (["--epochs", "1" * 5000], "epochs"),
+        (["--epoch", "3"], "epoch: no such option (did you mean epochs?)"),
     ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value)[:24],
 )
 def test_a_wrong_key_or_value_names_itself_and_what_is_allowed(options, message, tmp_path, capsys):
     files = {"KEY": "epoch: 3\n", "VALUE": "batch_size: [1, 2]\n", "LIST": "- 1\n", "BROKEN": "a: [1\n"}
+    files |= {"ALIAS": "model_options: {a: &a [1], b: [*a, *a]}\n", "ITSELF": "model_options: &a {a: *a}\n"}
+    files |= {"DEEP": f"model_options: {'[' * 5000}\n", "LONG": f"epochs: {'1' * 5000}\n"}
+    files |= {"TWICE": "epochs: 3\nepochs: 4\n", "OUT": "out: x\n", "RESUME": "resume: auto\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     options = [str(tmp_path / word) if word in files else word for word in options]
@@ -106,6 +119,9 @@ def test_a_wrong_key_or_value_names_itself_and_what_is_allowed(options, message,
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+IMAGENET = {"augment": "imagenet"}
 
 
 @pytest.mark.parametrize(
@@ -120,8 +136,63 @@ def test_a_wrong_key_or_value_names_itself_and_what_is_allowed(options, message,
         ({"strategy": "fsdp", "compile": True}, "compile: expected false with strategy fsdp"),
         ({"strategy": "fsdp", "precision": "64-true"}, "precision: expected 32-true or bf16-mixed with strategy fsdp"),
         ({"checkpoint_steps": 0}, "checkpoint_steps: expected at least 1, got 0"),
+        ({"workers": 1_000_000}, r"workers: expected at most \d+, got 1000000"),
+        ({"devices": 1_000_000}, r"devices: expected at most \d+, got 1000000"),
+        ({"epochs": 10**5000}, "epochs: expected at most 2147483647, got far more"),
+        ({"seed": -(10**5000)}, "seed: expected at least 0, got far less"),
+        ({"crop_pct": 1e-300}, "crop_pct: expected more than 0 and at most 1, got 1e-300"),
+        ({"strict": 1}, "strict: expected bool, got 1"),
+        ({"epochs": True}, "epochs: expected a whole number, got True"),
+        ({"augment": "shft"}, "augment: expected one of none, shift, imagenet, got 'shft'"),
+        ({"model_options": {"layers": [1, {"a": math.inf}]}}, "model_options: expected finite numbers, got inf"),
+        (
+            IMAGENET | {"auto_augment": "rand-n99999999"},
+            "auto_augment: expected at most 16 after n in .*, got 99999999",
+        ),
+        (IMAGENET | {"auto_augment": "rand-n9_9999999"}, "auto_augment: expected at most 16 after n"),
+        (IMAGENET | {"auto_augment": "augmix-w1000"}, "auto_augment: expected at most 16 after w"),
+        (IMAGENET | {"auto_augment": "rand-x9"}, "auto_augment: expected a policy of timm, .* got 'rand-x9'"),
+        (IMAGENET | {"auto_augment": "random"}, "auto_augment: expected a policy of timm, .* got 'random'"),
     ],
 )
 def test_what_can_not_be_meant(changes, message):
     with pytest.raises(OptionError, match=message):
         Recipe(**changes).check()
+
+
+NUMBERS = [field.name for field in dataclasses.fields(Recipe) if field.type in ("int", "float", "int | str")]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_is_finite(name, number):
+    with pytest.raises(OptionError, match=f"{name}: expected (finite numbers|a whole number.*), got {number}"):
+        Recipe(**{name: number}).check()
+
+
+@pytest.mark.parametrize("option", [["--data", "null"], ["--data=null"], ["--config", "QUOTED"]])
+def test_a_folder_may_be_called_null(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "QUOTED").write_text("data: 'null'\n")
+    assert main(["train", *option]) == 2
+    assert "data: expected a folder, got null" in capsys.readouterr().err
+    assert main(["train", *option, "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"] == "null"
+
+
+def test_a_printed_recipe_is_one_to_start_from(tmp_path, capsys):
+    assert main(["train", "--config", "demo", "--strict", "--no-tensorboard", "--epochs=3", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text(printed)
+    assert main(["train", "--config", str(tmp_path / "mine.yaml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+    expected = Recipe(augment="none", strict=True, tensorboard=False, epochs=3).as_dict()
+    assert yaml.safe_load(printed) == expected
+
+
+@pytest.mark.parametrize("options", [{"pretrained": True}, {"checkpoint_path": "x.pth"}, {"widht": 1}, {"width": "a"}])
+def test_model_options_are_a_networks_own(options, tmp_path):
+    for model in ("sasa_resnet14", "sasa_resnet26"):
+        with pytest.raises(OptionError, match="model_options: "):
+            train(Recipe(model=model, model_options=options), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

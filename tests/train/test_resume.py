@@ -1,6 +1,7 @@
-"""Runs that are killed, stopped, short of disk or of a whole checkpoint, and go on to the very same weights."""
+"""Runs that are killed, stopped, short of disk or of a sound checkpoint, and resume to the same bits."""
 
 import csv
+import json
 import os
 import random
 import shutil
@@ -11,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from processes import SMALL, Running, assert_equal_bits, recipe
 
-from sasa.train import OptionError, checkpoints
+from sasa.train import DataError, OptionError, OutputError, checkpoints
 from sasa.train.fit import train
+from sasa.train.folder import checkpoint_to_resume, finished_run
 
 OPTIONS = {"ema_decay": 0.9, "workers": 0, "epochs": 4}
 
@@ -80,7 +83,7 @@ def test_stopped_by_a_signal_it_ends_with_the_same_bits(data, tmp_path, number, 
     assert f"stopped by {number.name} after step 11" in cut.log.read_text()
     assert checkpoints.checkpoints(tmp_path / "run")[0].name == "step-000000011.ckpt"
     assert (
-        "going on after step 11" in Running(tmp_path / "log", train, options, tmp_path / "run", resume="auto").succeed()
+        "resuming after step 11" in Running(tmp_path / "log", train, options, tmp_path / "run", resume="auto").succeed()
     )
     whole.succeed()
     assert_equal_bits(tmp_path / "whole", tmp_path / "run")
@@ -138,14 +141,26 @@ def impatiently(step, *arguments, **options):
     stopped_at(step, *arguments, number=signal.SIGINT, times=2, **options)
 
 
-def test_a_truncated_newest_checkpoint_is_told_and_the_one_before_taken(data, whole, tmp_path):
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(data, whole, tmp_path):
     Running(tmp_path / "log", stopped_at, 20, recipe(data, **OPTIONS), tmp_path / "run").end()
     newest, before, *_ = checkpoints.checkpoints(tmp_path / "run")
     newest.write_bytes(newest.read_bytes()[:-100])
     printed = Running(tmp_path / "log", train, recipe(data, **OPTIONS), tmp_path / "run", resume="auto").succeed()
-    assert f"{newest} can't be used (its checksum is another: the file is cut off or damaged)" in printed
-    assert f"going on after step {checkpoints.step_of(before)}, from {before}" in printed
+    assert f"{newest} can't be used (" in printed
+    assert f"resuming after step {checkpoints.step_of(before)}, from {before}" in printed
     assert_equal_bits(whole[0], tmp_path / "run")
+
+
+def test_every_damage_of_a_checkpoint_is_found(whole, tmp_path):
+    content = checkpoints.newest_whole(whole[0]).read_bytes()
+    path, chance = tmp_path / "step-000000001.ckpt", random.Random(0)
+    places = [chance.randrange(len(content)) for _ in range(50)] + [len(content) - 1 - n for n in range(0, 3000, 100)]
+    changed = [content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :] for place in places]
+    for damaged in (b"", content[: len(content) // 2], content[:-1], *changed):
+        path.write_bytes(damaged)
+        assert checkpoints.why_broken(path) == "it is cut off or damaged"
+    path.write_bytes(content)
+    assert checkpoints.why_broken(path) is None
 
 
 def test_a_full_disk_ends_nothing(data, whole, tmp_path):
@@ -159,7 +174,7 @@ def test_a_full_disk_ends_nothing(data, whole, tmp_path):
         running = Running(tmp_path / "log", train, recipe(data, tensorboard=True, **OPTIONS), disk / "run")
         running.end()
         printed = running.log.read_text()
-        assert "no checkpoint written to" in printed and "training goes on, the last one is step-" in printed
+        assert "no checkpoint written to" in printed and "training continues, the last one is step-" in printed
         kept = checkpoints.checkpoints(disk / "run")
         assert kept and all(checkpoints.why_broken(path) is None for path in kept)
         shutil.copytree(disk / "run", tmp_path / "run")
@@ -203,6 +218,112 @@ def test_a_finished_run_is_left_as_it_is_and_another_recipe_refused(data, whole)
         train(recipe(data, **(OPTIONS | {"batch_size": 16})), out, resume="auto")
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def garble(path):
+    content = bytearray(path.read_bytes())
+    content[-9:] = b"\xff\0garbled"
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", Path.unlink),
+        ("model.safetensors", cut),
+        ("model.safetensors", garble),
+        ("model.safetensors.sha256", lambda path: path.write_text("")),
+        ("result.json", cut),
+        ("result.json", garble),
+        ("result.json", lambda path: path.write_text("5")),
+        ("result.json", lambda path: path.write_text("[" * 100_000)),
+    ],
+)
+def test_a_run_without_its_weights_or_result_is_not_finished(whole, tmp_path, name, damage):
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    assert finished_run(out, pytest.fail) is not None
+    damage(out / name)
+    told = []
+    assert finished_run(out, told.append) is None
+    assert len(told) <= 1 and all("finished run that can't be used" in line for line in told)
+
+
+def test_what_is_damaged_in_a_finished_run_is_made_again_to_the_same_bits(data, whole, tmp_path):
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    garble(out / "model.safetensors")
+    with (out / "metrics.csv").open("ab") as log:
+        log.write(b"3,30,\xff\xfe\n" + b"9" * 1_000_000 + b"\n3,\0")
+    printed = Running(tmp_path / "log", train, recipe(data, **OPTIONS), out, resume="auto").succeed()
+    assert "resuming after step 31" in printed
+    assert_equal_bits(whole[0], out)
+    assert comparable(whole[0]) == comparable(out)
+
+
+def replaced(name, text):
+    return lambda out: (out / name).write_text(text)
+
+
+def in_the_way(out):
+    (out / "recipe.json").unlink()
+    (out / "recipe.json").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (replaced("recipe.json", "5"), OutputError, r"recipe\.json, what the run was begun with, can't be read"),
+        (replaced("recipe.json", "{"), OutputError, r"recipe\.json, what the run was begun with, can't be read"),
+        (lambda out: (out / "recipe.json").unlink(), OutputError, r"recipe\.json, .* --overwrite begins it anew"),
+        (lambda out: (out / "data.json").unlink(), OutputError, r"data\.json, .* --overwrite begins it anew"),
+        (in_the_way, OutputError, r"out: expected a file at .*recipe\.json, got a folder"),
+        (
+            replaced("data.json", '{"classes": ["1", "0", "2"], "channels": 1}'),
+            DataError,
+            r"data: expected the classes and channels .* begun with, .*'1', '0', '2'.* got .*'0', '1', '2'",
+        ),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(data, whole, tmp_path, change, error, message):
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    (out / "result.json").unlink()
+    change(out)
+    with pytest.raises(error, match=message):
+        train(recipe(data, **OPTIONS), out, resume="auto")
+
+
+def test_a_run_whose_checkpoints_are_gone_begins_anew_and_says_so(data, whole, tmp_path):
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    (out / "result.json").unlink()
+    shutil.rmtree(out / "checkpoints")
+    told = []
+    described = json.loads((out / "data.json").read_text())
+    assert checkpoint_to_resume(out, recipe(data, **OPTIONS), described, told.append) is None
+    assert told == [f"no checkpoint that can be used in {out}: the run begins anew"]
+
+
+def test_checkpoints_are_read_as_plain_data_whatever_the_environment_says(data, whole, tmp_path):
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    (out / "result.json").unlink()
+    newest = checkpoints.newest_whole(out)
+    checkpoints.save_checkpoint(torch.load(newest, weights_only=True) | {"code": Code(str(tmp_path / "ran"))}, newest)
+    environment = {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+    running = Running(tmp_path / "log", train, recipe(data, **OPTIONS), out, environment=environment, resume="auto")
+    assert running.end() != 0 and "weights_only" in running.printed()
+    assert not (tmp_path / "ran").exists()
+
+
+class Code:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
 def test_torchrun_starts_again_after_a_worker_is_killed(data, tmp_path):
     """Two processes; the second kills itself once, early in the second epoch."""
     program = tmp_path / "program.py"
@@ -226,7 +347,7 @@ def test_torchrun_starts_again_after_a_worker_is_killed(data, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "mark").exists()
-    assert "going on after step 9" in done.stderr and "top-1" in done.stdout
+    assert "resuming after step 9" in done.stderr and "top-1" in done.stdout
     assert [row[0] for row in comparable(out) if row[1]] == ["7", "15"]
 
 

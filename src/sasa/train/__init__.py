@@ -1,15 +1,20 @@
-"""Training on images with Lightning. Needs the extra ``train``."""
+"""Training on images with Lightning. Needs the extra ``train``; Lightning, timm and torchvision are imported on use."""
 
-from .._extras import require
+from __future__ import annotations
 
-for _module in ("lightning", "torchmetrics", "torchvision", "timm", "safetensors", "rich", "tensorboard"):
-    require(_module, extra="train")
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from .callbacks import NonFiniteLoss, Stopped  # noqa: E402
-from .errors import DataError, OptionError, OutputError, UserError  # noqa: E402
-from .export import load_model  # noqa: E402
-from .fit import Result, train  # noqa: E402
+from .._extras import check_installed
+
+check_installed(("lightning", "torchmetrics", "torchvision", "timm", "safetensors", "rich", "tensorboard"), "train")
+
+from .errors import DataError, NonFiniteLoss, OptionError, OutputError, Stopped, UserError  # noqa: E402
 from .recipe import Recipe  # noqa: E402
+
+if TYPE_CHECKING:
+    from .export import load_model
+    from .fit import Result, train
 
 __all__ = [
     "DataError",
@@ -23,3 +28,12 @@ __all__ = [
     "load_model",
     "train",
 ]
+
+_HEAVY = {"Result": ".fit", "load_model": ".export", "train": ".fit"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs Lightning or timm."""
+    if name not in _HEAVY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HEAVY[name], __name__), name)

@@ -1,4 +1,4 @@
-"""What happens beside the training steps: checkpoints, signals, losses that are no numbers, speed."""
+"""What happens beside the training steps: checkpoints, signals, losses that are not finite, speed."""
 
 from __future__ import annotations
 
@@ -14,39 +14,22 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, RichProgressBar
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
 from .batch import Batch
-from .checkpoints import checkpoint_path, checkpoints, write_whole
-from .errors import OutputError, UserError
+from .checkpoints import checkpoint_path, checkpoints, save_checkpoint, write_whole
+from .errors import NonFiniteLoss, OutputError, Stopped
 from .launch import SIGNALS
 
 
-class Stopped(SystemExit):
-    """Training was asked to stop by a signal, and has saved where it is. Exit status as of a process ended by it.
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's way to files, written as :func:`save_checkpoint` does."""
 
-    143 for SIGTERM, SIGUSR1 and signals to other processes, 130 for Ctrl-C.
-    """
-
-    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
-        super().__init__(128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM))
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class NonFiniteLoss(UserError, ArithmeticError):  # noqa: N818
-    """The loss is infinite or not a number: the message names the step, the batch's images and the last checkpoint."""
-
-
-class Progress(RichProgressBar):
-    """Lightning's, without the end of the log folder's name."""
-
-    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
-        """What it shows."""
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        """Write ``checkpoint``."""
+        save_checkpoint(checkpoint, Path(path))
 
 
 ONE_PRESS = 2.0
@@ -56,27 +39,27 @@ ONE_PRESS = 2.0
 class SaveAndStop(Checkpoint):
     """Writes checkpoints every so many steps, before and after validation, and when a signal asks to stop.
 
-    Only between two steps, or after an epoch: there Lightning's loops can be continued exactly. A checkpoint one step
-    before the end of an epoch keeps a run that is killed in a long validation from losing more than that step.
-    A second Ctrl-C doesn't wait for the step.
+    Only between two steps, or after an epoch: there Lightning's loops resume exactly. (Lightning's ModelCheckpoint
+    saves neither one step before the end of an epoch, which keeps a run that is killed in a long validation from
+    losing more than that step, nor on a signal.) A second Ctrl-C doesn't wait for the step.
 
     Args:
         out: the run's folder.
         every: steps between checkpoints.
-        start: the checkpoint that this process goes on from.
+        start: the checkpoint that this process resumes from.
 
     Raises:
-        OutputError: the processes found different checkpoints to go on from.
+        OutputError: the processes found different checkpoints to resume from.
     """
 
     def __init__(self, out: Path, every: int, start: Path | None = None) -> None:
         self.out, self.every, self.start = out, every, start
         self.signalled: signal.Signals | None = None
         self._interrupted = math.inf  # when SIGINT came
-        self._says = False
+        self._first = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Listen for signals, in the place of Lightning's handlers.
 
         Lightning's start a collective operation from within the handler, in the middle of whatever the process does,
@@ -85,7 +68,7 @@ class SaveAndStop(Checkpoint):
         starts = trainer.strategy.broadcast(self.start)
         if starts != self.start:
             raise OutputError(f"out: expected all processes to see the same checkpoints, got {self.start} and {starts}")
-        self._says = trainer.is_global_zero
+        self._first = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             for number in (*SIGNALS, signal.SIGINT):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as shells leave it in the background
@@ -97,19 +80,12 @@ class SaveAndStop(Checkpoint):
             now = time.monotonic()
             if now > self._interrupted + ONE_PRESS:
                 raise KeyboardInterrupt
-            if self._says and self._interrupted == math.inf:
+            if self._first and self._interrupted == math.inf:
                 # Not through rich, whose locks the interrupted code may hold.
                 os.write(2, b"\nstopping: the step is finished and saved first; Ctrl-C again doesn't wait\n")
             self._interrupted = min(self._interrupted, now)
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Save if it is time to, or if a process was signalled."""
         accumulate = trainer.accumulate_grad_batches
         if (batch_idx + 1) % accumulate:
@@ -122,19 +98,13 @@ class SaveAndStop(Checkpoint):
             self._stop(trainer)
 
     def on_validation_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Stop at once if signalled: the checkpoint of the last step but one is there."""
         if not trainer.sanity_checking and self.signalled and trainer.world_size == 1:
             self._stop(trainer)
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Save after the validation of an epoch; after the last, the weights themselves are about to be written."""
         if trainer.current_epoch + 1 == trainer.max_epochs:
             return
@@ -157,14 +127,12 @@ class SaveAndStop(Checkpoint):
 
     def _stop(self, trainer: lightning.Trainer) -> None:
         saved = checkpoints(self.out)
-        where = (
-            f"the last checkpoint is {saved[0]}; --resume auto goes on from it" if saved else "there is no checkpoint"
-        )
+        where = f"the last checkpoint is {saved[0]}; --resume auto continues" if saved else "there is no checkpoint"
         by = self.signalled.name if self.signalled else "a signal to another process"
         message = f"stopped by {by} after step {trainer.global_step}; {where}"
         raise Stopped(message, self.signalled or signal.SIGTERM)
 
-    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -186,14 +154,7 @@ class FiniteLoss(Callback):
         self.out, self.every = out, every
         self._pending: list[tuple[Tensor, int, list[str]]] = []
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Note the loss."""
         self._pending.append((outputs["loss"].detach(), trainer.global_step, batch.names))
         if len(self._pending) >= self.every or trainer.strategy.root_device.type == "cpu":
@@ -239,7 +200,7 @@ class Watch(Callback):
         self._since = self._ended = 0.0
         self._waited, self._steps = 0.0, 0
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Validation isn't counted."""
         self._restart()
 
@@ -247,21 +208,12 @@ class Watch(Callback):
         self._since = self._ended = time.perf_counter()
         self._waited, self._steps = 0.0, 0
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """The batch is there: the wait is over."""
         self._waited += time.perf_counter() - self._ended
         self._note(batch, self.unreadable)
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log, if it is time to."""
         self._ended = time.perf_counter()
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -282,7 +234,7 @@ class Watch(Callback):
         self._restart()
 
     def on_validation_batch_start(
-        self, trainer: lightning.Trainer, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Look for images that could not be read."""
         self._note(batch, self.unreadable_val)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside, checksummed, renamed; and the newest whole one found."""
+"""Files and checkpoints that are complete or absent: written beside, synced, renamed. And the newest sound one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
-
 from .errors import OutputError
 
 KEPT = 3
@@ -26,7 +23,6 @@ PATIENCE = 20.0
 """Seconds that a training waits for another one in its folder to end."""
 
 FOLDER = "checkpoints"
-CHECKSUM = ".sha256"
 _NAME = re.compile(r"step-(\d{9})\.ckpt")
 
 
@@ -44,31 +40,33 @@ def step_of(path: Path) -> int:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The run's checkpoints, whole or not, the newest first."""
-    folder = out / FOLDER
-    found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=step_of, reverse=True)
+    """The run's checkpoints, sound or not, the newest first."""
+    return sorted(filter(lambda path: _NAME.fullmatch(path.name), (out / FOLDER).glob("step-*.ckpt")), reverse=True)
 
 
 def why_broken(path: Path) -> str | None:
-    """What is wrong with a checkpoint's file, or None."""
+    """What is wrong with a checkpoint's file, or None.
+
+    It ends with its checksum, behind the zip archive that ``torch.load`` reads. (The archive's own checksums do not do:
+    readers of zip files differ in what they make of damaged headers.)
+    """
     try:
-        expected = path.with_name(path.name + CHECKSUM).read_text().split()[0]
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, IndexError, UnicodeDecodeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None if found == expected else "its checksum is another: the file is cut off or damaged"
+        content = path.read_bytes()
+    except OSError as error:
+        return f"{error.strerror}"
+    return None if _checksum(content[:-64]) == content[-64:] else "it is cut off or damaged"
+
+
+def _checksum(content: bytes | memoryview) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def newest_whole(out: Path, tell: Callable[[str], None] = warnings.warn) -> Path | None:
-    """The newest checkpoint that is whole; of newer ones that aren't, it is told why.
+    """The newest sound checkpoint.
 
     Args:
         out: the run's folder.
-        tell: is given a line for each broken checkpoint.
+        tell: is called with a line for each newer checkpoint that is broken.
     """
     for path in checkpoints(out):
         reason = why_broken(path)
@@ -123,71 +121,34 @@ def alone_in(out: Path, patience: float = PATIENCE) -> Iterator[None]:
         yield
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's way to files: writes the checksum, then the checkpoint, each whole or not at all.
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint, and remove all but the last ones.
 
-    A file system that refuses (a full disk) does not end the training: the checkpoints that are kept make room, all but
-    the newest; if that isn't enough it is said, and training goes on with the checkpoints there are.
-
-    Attributes:
-        failed: why the last checkpoint could not be written, or None.
+    A file system that refuses (a full disk) does not end the training: all other checkpoints but the newest sound one
+    make room; if that isn't enough, there is a warning, and training continues with the checkpoints there are.
     """
+    import torch
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.failed: str | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
-        """Write ``checkpoint``; afterwards ``failed`` tells whether it could be."""
-        path = Path(path)
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        self.failed = None
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.write(_checksum(buffer.getvalue()))
+    out = path.parent.parent
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._write(path, buffer)
-            except OSError:
-                if not self._make_room(path):
-                    raise
-                self._write(path, buffer)
-        except OSError as error:
-            self.failed = f"{error.strerror or error}"
-            left = next(iter(checkpoints(path.parent.parent)), None)
-            kept = f"the last one is {left.name}" if left else "there is none yet"
-            warnings.warn(f"no checkpoint written to {path} ({self.failed}); training goes on, {kept}", stacklevel=2)
-            return
-        prune(path.parent.parent)
-
-    def _write(self, path: Path, buffer: io.BytesIO) -> None:
-        data = buffer.getbuffer()
-        digest = hashlib.sha256(data).hexdigest()
-        # A checksum without its checkpoint harms nobody; a checkpoint without its checksum would count as broken.
-        write_whole(path.with_name(path.name + CHECKSUM), f"{digest}  {path.name}\n".encode())
-        write_whole(path, data)
-
-    def _make_room(self, path: Path) -> bool:
-        """Remove all checkpoints but the newest whole one; whether there were any to remove."""
-        out = path.parent.parent
-        kept = newest_whole(out, tell=lambda line: None)
-        old = [other for other in checkpoints(out) if other != kept]
-        for other in old:
-            remove(other)
-        return bool(old)
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint and its checksum."""
-    path.unlink(missing_ok=True)
-    path.with_name(path.name + CHECKSUM).unlink(missing_ok=True)
-
-
-def prune(out: Path) -> None:
-    """Remove all but the last checkpoints, and what a killed process left half written."""
-    for path in checkpoints(out)[KEPT:]:
-        remove(path)
-    for left in (out / FOLDER).glob(".step-*.part"):
-        left.unlink(missing_ok=True)
-    for checksum in (out / FOLDER).glob(f"step-*{CHECKSUM}"):
-        if not checksum.with_name(checksum.name.removesuffix(CHECKSUM)).exists():
-            checksum.unlink(missing_ok=True)
+            write_whole(path, buffer.getbuffer())
+        except OSError:
+            kept = newest_whole(out, tell=lambda line: None)
+            old = [other for other in checkpoints(out) if other != kept]
+            if not old:
+                raise
+            for other in old:
+                other.unlink(missing_ok=True)
+            write_whole(path, buffer.getbuffer())
+    except OSError as error:
+        left = next(iter(checkpoints(out)), None)
+        kept = f"the last one is {left.name}" if left else "there is none yet"
+        warnings.warn(f"no checkpoint written to {path} ({error.strerror}); training continues, {kept}", stacklevel=2)
+        return
+    for leftover in (*checkpoints(out)[KEPT:], *path.parent.glob(".step-*.part")):
+        leftover.unlink(missing_ok=True)

@@ -1,7 +1,11 @@
-"""The commands that train, evaluate and predict: their options, read and checked by jsonargparse."""
+"""The commands that train, evaluate and predict: their options, read and checked by jsonargparse.
+
+Lightning, timm and torchvision take seconds to import: that waits until the options are read.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import inspect
@@ -14,13 +18,24 @@ import jsonargparse
 import yaml
 from docstring_parser import parse as parse_docstring
 
-from .callbacks import Stopped
-from .errors import UserError
-from .recipe import Recipe, shipped_recipes
+from .._yaml import read_mapping
+from .errors import Stopped, UserError
+from .recipe import Precision, Recipe, Resume, shipped_recipes
+
+TYPICAL = """usage: sasa train [options]
+
+  sasa train --config demo --out runs/first          the packaged images, two minutes on two cores
+  sasa train --config demo --data DIR --out runs/x   your own: one folder a class, or train and val folders of them
+  sasa train --config demo --out runs/x --resume auto   resume it after whatever stopped it
+
+sasa train --help lists the options."""
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Jsonargparse's, that says what is allowed in the place of an option it doesn't know."""
+    """Jsonargparse's, without abbreviations, whose errors are a line."""
+
+    def __init__(self, program: str, description: str | None) -> None:
+        super().__init__(prog=program, description=description, allow_abbrev=False)
 
     def error(self, message: str, *arguments: Any, **options: Any) -> NoReturn:
         """End with status 2 and the message."""
@@ -30,56 +45,116 @@ class Parser(jsonargparse.ArgumentParser):
 
 def train(program: str, arguments: list[str]) -> int:
     """``sasa train``: a recipe, and where its run goes."""
-    from .fit import train as run
-
-    parser = Parser(prog=program, description="Train a network on images and write its weights, log and result.")
+    if not arguments:
+        print(TYPICAL, file=sys.stderr)
+        return 2
+    parser = Parser(program, "Train a network on images and write its weights, log and result.")
     names = ", ".join(shipped_recipes())
     parser.add_argument(
-        "--config", action="config", help=f"recipe: one of the package's ({names}) or a YAML file; options override it"
+        "--config", type=str, help=f"recipe: one of the package's ({names}) or a YAML file; options override it"
     )
-    _add(parser, run, skip={"recipe"})
-    _add(parser, Recipe)
-    options = _parsed(parser, program, arguments)
-    out, resume, overwrite = (options.pop(name) for name in ("out", "resume", "overwrite"))
+    parser.add_argument("--print_config", type=bool, default=False, help="print the recipe and do nothing else")
+    parser.add_argument("--out", type=Path, default=Path("runs/train"), help="folder to write to")
+    parser.add_argument(
+        "--resume", type=Resume, default="never", help="auto resumes the run in out, or starts it; never refuses one"
+    )
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace an earlier run in out")
+    parser.add_class_arguments(Recipe, as_group=False)
+    own = {"config": "auto", "print_config": False, "out": "", "resume": "", "overwrite": False}
+    defaults = own | {field.name: field.default for field in dataclasses.fields(Recipe)}
+    arguments = _plain(parser, arguments, defaults)
+    first = argparse.ArgumentParser(program, add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config = first.parse_known_args(arguments)[0].config
+    if config is not None:
+        parser.set_defaults(_recipe_values(parser, config))
+    options = vars(parser.parse_args(arguments))
+    _, show, out, resume, overwrite = (options.pop(name) for name in own)
+    recipe = Recipe(**options)
 
-    def run_and_tell() -> None:
-        result = run(Recipe(**options), out, resume=resume, overwrite=overwrite)
+    def run() -> None:
+        recipe.check()
+        if show:
+            sys.stdout.write(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+            return
+        from .fit import train
+
+        result = train(recipe, out, resume=resume, overwrite=overwrite)
         if _first():
             print(f"{result.model}: top-1 {result.top1:.1%} on {result.val_images} validation images")
 
-    return _status(program, run_and_tell)
+    return _status(program, run)
 
 
 def evaluate(program: str, arguments: list[str]) -> int:
     """``sasa eval``: a trained network's accuracy."""
-    from .evaluate import evaluate as run
+    from .evaluate import evaluate
 
-    return run_function(program, run, arguments)
+    return run_function(program, evaluate, arguments)
 
 
 def predict(program: str, arguments: list[str]) -> int:
     """``sasa predict``: a folder of images to a table."""
-    from .predict import predict as run
+    return run_function(program, predict_images, arguments, positional=("images",))
 
-    return run_function(program, run, arguments, positional=("images",))
+
+def predict_images(
+    images: Path,
+    out: Path,
+    weights: Path = Path("runs/train/model.safetensors"),
+    top_k: int = 5,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: Precision = "32-true",
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+) -> int:
+    """Classify the images below a folder into a table: path, the most likely classes and their probabilities.
+
+    The signature of :func:`sasa.train.predict.predict`, whose module takes seconds to import.
+
+    Args:
+        images: folder; images anywhere below it are taken, in order of their paths.
+        out: CSV file to write.
+        weights: model.safetensors of a run.
+        top_k: classes an image; all, where there are fewer.
+        batch_size: images a batch, for each process.
+        workers: processes that load images, for each process; 0 loads in it.
+        precision: of the arithmetic.
+        accelerator: as Lightning's: auto, cpu, gpu.
+        devices: processes on this machine, as Lightning's; under torchrun and SLURM theirs count.
+        num_nodes: machines; likewise.
+    """
+    options = dict(locals())
+    from .predict import predict
+
+    return predict(**options)
 
 
 def demo(program: str, arguments: list[str]) -> int:
     """``sasa demo``: attention beside convolution."""
-    from .demo import demo as run
+    from .demo import demo
 
-    return run_function(program, run, arguments)
+    return run_function(program, demo, arguments)
 
 
 def run_function(program: str, function: Callable, arguments: list[str], positional: tuple[str, ...] = ()) -> int:
     """Run a function with arguments from the command line, as its signature and docstring describe them."""
-    parser = Parser(prog=program, description=parse_docstring(function.__doc__ or "").short_description)
-    _add(parser, function, positional=positional)
-    return _status(program, lambda: function(**_parsed(parser, program, arguments)))
+    documented = parse_docstring(function.__doc__ or "")
+    parser = Parser(program, documented.short_description)
+    for name in positional:
+        text = next((one.description for one in documented.params if one.arg_name == name), None)
+        parser.add_argument(name, type=Path, help=text)
+    parser.add_function_arguments(function, as_group=False, skip=set(positional))
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.name not in positional}
+    options = vars(parser.parse_args(_plain(parser, arguments, defaults)))
+    return _status(program, lambda: function(**options))
 
 
 def _status(program: str, run: Callable[[], Any]) -> int:
-    """Exit status of ``run``: 0, or that of what it raises, which is told without a traceback."""
+    """Exit status of ``run``: 0, or that of what it raises, which is reported without a traceback."""
     try:
         run()
     except UserError as error:
@@ -98,85 +173,66 @@ def _status(program: str, run: Callable[[], Any]) -> int:
 
 
 def _first() -> bool:
-    """Whether this is the one of several processes that talks to the user."""
+    """Whether this is the one of several processes that prints."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     return not getattr(rank_zero_only, "rank", 0)
 
 
-def _add(parser: Parser, function: Callable, skip: Iterable[str] = (), positional: Iterable[str] = ()) -> None:
-    """The arguments of a function or dataclass, with the help of its docstring; switches are --name and --no-name."""
-    helps = {p.arg_name: p.description for p in parse_docstring(function.__doc__ or "").params}
-    hints = inspect.get_annotations(function, eval_str=True) if inspect.isclass(function) else None
-    hints = hints or inspect.get_annotations(function, eval_str=True)
-    fields = {f.name: f for f in dataclasses.fields(function)} if dataclasses.is_dataclass(function) else {}
-    signature = inspect.signature(function)  # type: ignore[arg-type]
-    for name, parameter in signature.parameters.items():
-        if name in skip:
-            continue
-        field = fields.get(name)
-        default = parameter.default
-        if field is not None and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if name in positional:
-            parser.add_argument(name, type=hints[name], help=helps.get(name))
-        elif default is inspect.Parameter.empty:
-            parser.add_argument(f"--{name}", type=hints[name], required=True, help=helps.get(name))
-        elif isinstance(default, bool):
-            parser.add_argument(f"--{name}", action=jsonargparse.ActionYesNo, default=default, help=helps.get(name))
-        else:
-            parser.add_argument(f"--{name}", type=hints[name], default=default, help=helps.get(name))
+def _plain(parser: Parser, arguments: list[str], defaults: dict[str, Any]) -> list[str]:
+    """The arguments as jsonargparse reads them: with underscores, and values for switches (--strict, --no-tensorboard).
 
-
-def _parsed(parser: Parser, program: str, arguments: list[str]) -> dict[str, Any]:
-    """The options. A wrong one ends the program with status 2, its name and what is allowed."""
-    arguments = [_underscored(word) for word in arguments]
-    allowed = sorted({action.dest.partition(".")[0] for action in parser._actions} - {"help", "config", "print_config"})
+    An option that isn't there ends the program with status 2, its name and what is allowed.
+    """
+    plain: list[str] = []
     for place, word in enumerate(arguments):
-        if word == "--config" or word.startswith("--config="):
-            found = word.partition("=")[2] or (arguments[place + 1] if place + 1 < len(arguments) else "")
-            path = _recipe_file(parser, found)
-            arguments[place : place + (1 if "=" in word else 2)] = ["--config", str(path)]
-            _check_keys(parser, path, allowed)
-            break
-    for word in arguments:
-        name = word[2:].partition("=")[0].partition(".")[0] if word.startswith("--") else ""
-        name = name.removesuffix("+")
-        known = {*allowed, "help", "config", "print_config"}
-        if name and name not in known and name.removeprefix("no_") not in known:
-            parser.error(f"{name}: no such option{_near(name, allowed)}; expected one of {', '.join(allowed)}")
-    options = vars(parser.parse_args(arguments))
-    options.pop("config", None)
-    return {name: vars(o) if isinstance(o, jsonargparse.Namespace) else o for name, o in options.items()}
+        if not word.startswith("--") or word == "--":
+            plain.append(_as_path(word) if plain and plain[-1] in ("--data", "--out") else word)
+            continue
+        option, equals, value = word.partition("=")
+        name = option[2:].replace("-", "_")
+        if name.startswith("no_") and isinstance(defaults.get(name[3:]), bool) and not equals:
+            plain.append(f"--{name[3:]}=false")
+            continue
+        key = name.partition(".")[0].removesuffix("+")
+        if key not in defaults and key != "help":
+            parser.error(f"{key}: no such option{_near(key, defaults)}; expected one of {', '.join(sorted(defaults))}")
+        following = arguments[place + 1] if place + 1 < len(arguments) else ""
+        if isinstance(defaults.get(name), bool) and not equals and following not in ("true", "false"):
+            equals, value = "=", "true"
+        if name in ("data", "out") and equals:
+            value = _as_path(value)
+        plain.append(f"--{name}{equals}{value}")
+    return plain
 
 
-def _recipe_file(parser: Parser, name: str) -> Path:
-    """The recipe of the package that has that name, or the file."""
+def _as_path(word: str) -> str:
+    """The same file, in a form that is never read as YAML: ``null`` would leave the option out."""
+    return word if word.startswith("/") else f"./{word}"
+
+
+def _recipe_values(parser: Parser, name: str) -> dict[str, Any]:
+    """The values in the recipe of the package that has that name, or in a file."""
     shipped = shipped_recipes()
     path = shipped.get(name, Path(name))
     if not path.is_file():
         parser.error(f"config: expected a YAML file or one of {', '.join(shipped)}, got {name!r}")
-    return path
-
-
-def _check_keys(parser: Parser, path: Path, allowed: list[str]) -> None:
     try:
-        keys = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"config: {path} is not YAML: {error}")
-    if not isinstance(keys, dict):
-        parser.error(f"config: expected options with values in {path}, got {type(keys).__name__}")
-    for key in keys:
+        values = read_mapping(path)
+    except ValueError as error:
+        parser.error(f"config: {error}")
+    allowed = sorted(field.name for field in dataclasses.fields(Recipe))
+    for key, value in values.items():
+        if key in ("out", "resume", "overwrite"):
+            parser.error(f"config: {path} has {key!r}, which only the command line may have")
         if key not in allowed:
-            parser.error(f"config: {path} has {key!r}{_near(str(key), allowed)}; expected one of {', '.join(allowed)}")
+            parser.error(f"config: {path} has {key!r}{_near(key, allowed)}; expected one of {', '.join(allowed)}")
+        if key == "data" and isinstance(value, str):
+            values[key] = Path(value)
+    parsed = vars(parser.parse_object(values))
+    return {key: parsed[key] for key in values}
 
 
-def _near(name: str, allowed: list[str]) -> str:
+def _near(name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, allowed, 1)
     return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _underscored(word: str) -> str:
-    """Options may be spelled with dashes: --batch-size as well as --batch_size."""
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word

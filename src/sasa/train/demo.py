@@ -1,23 +1,21 @@
-"""The demonstration: attention, its convolutional twin and a linear classifier on the same images, and the pictures."""
+"""The demonstration: attention, its convolutional twin and a linear classifier on the same images, and the pictures.
+
+Imports Lightning, timm and Matplotlib only when it is called.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-
-from .data import ImageData
 from .errors import OutputError
-from .export import load_model
-from .fit import Result, fit, prepare_folder, train
-from .order import seed_everything
+from .folder import Result, prepare_folder
 from .recipe import Recipe
-from .sources import Source, open_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ATTENTION, CONVOLUTION, LINEAR = "sasa_resnet14", "resnet14", "linear classifier"
 
@@ -39,16 +37,23 @@ def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 
         OptionError: epochs or seed out of range.
         OutputError: out can't be written, or holds something else than a demonstration.
     """
+    import torch
+    from rich.console import Console
+
     from ..viz import plot_attention, plot_curves
+    from .data import ImageData
+    from .export import load_model
+    from .fit import train
+    from .sources import open_source
 
     # Without augmentation: it pays only with more epochs than a demonstration has.
-    recipe = Recipe(data=data, epochs=epochs, seed=seed, augment="none")
+    recipe = Recipe(data=data, epochs=epochs, seed=seed, augment="none", devices=1)
     recipe.check()
-    prepare_folder(out, overwrite=True)
-    if not (out / "linear").is_dir() and any(out.iterdir()):
+    if out.is_dir() and not (out / "linear").is_dir() and any(out.iterdir()):
         raise OutputError(f"out: expected an empty folder or an earlier demonstration, got {out}")
     console = Console()
     source = open_source(data)
+    prepare_folder(out, overwrite=True)
     console.print("[bold]1/3[/] a linear classifier, for comparison")
     results = [_linear(source, out / "linear", recipe)]
     for step, (model, what) in enumerate(((CONVOLUTION, "3x3 convolution"), (ATTENTION, "local self-attention")), 2):
@@ -78,8 +83,10 @@ def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 
     return results
 
 
-def table(results: list[Result]) -> Table:
+def table(results: list[Result]) -> Any:
     """Accuracy and cost of the runs, side by side."""
+    from rich.table import Table
+
     rows = Table(title="validation accuracy after the last epoch")
     rows.add_column("network")
     for column in ("top-1", "parameters", "MFLOPs an image", "seconds an epoch"):
@@ -90,8 +97,13 @@ def table(results: list[Result]) -> Table:
     return rows
 
 
-def _linear(source: Source, out: Path, recipe: Recipe) -> Result:
+def _linear(source: Any, out: Path, recipe: Recipe) -> Result:
     """A linear classifier of the pixels."""
+    from torch import nn
+
+    from .fit import fit
+    from .order import seed_everything
+
     prepare_folder(out, overwrite=True)
     seed_everything(recipe.seed)
     pixels = source.channels * recipe.image_size**2
@@ -99,8 +111,10 @@ def _linear(source: Source, out: Path, recipe: Recipe) -> Result:
     return fit(replace(recipe, learning_rate=1e-3, model=LINEAR), network, source, out, overwrite=True)
 
 
-def _edge_pixel(image: torch.Tensor) -> tuple[int, int]:
+def _edge_pixel(image: Tensor) -> tuple[int, int]:
     """The pixel of the steepest edge away from the border: a place where there is something to attend to."""
+    import torch
+
     grey = image.mean(0)
     down, across = torch.gradient(grey)
     steepness = down**2 + across**2

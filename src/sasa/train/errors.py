@@ -1,4 +1,8 @@
-"""Mistakes that are the user's to mend: the command line prints them without a traceback."""
+"""Errors that the user can act on: the command line prints them without a traceback."""
+
+from __future__ import annotations
+
+import signal
 
 
 class UserError(Exception):
@@ -15,3 +19,21 @@ class OutputError(UserError, OSError):
 
 class OptionError(UserError, ValueError):
     """An option out of range: the message names it, what was expected and what came."""
+
+
+class NonFiniteLoss(UserError, ArithmeticError):  # noqa: N818
+    """The loss is infinite or not a number: the message names the step, the batch's images and the last checkpoint."""
+
+
+class Stopped(SystemExit):
+    """A signal asked to stop, and the run is saved. The exit status is that of a process ended by the signal.
+
+    143 for SIGTERM, SIGUSR1 and signals to other processes, 130 for Ctrl-C.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM))
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

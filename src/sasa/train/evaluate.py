@@ -1,26 +1,19 @@
-"""How accurate a trained network is, on one process or many."""
+"""How accurate a trained network is, on one process or many. Imports Lightning and timm only when it is called."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning
-import torch
-from lightning.pytorch.callbacks import RichProgressBar
-from rich.console import Console
-
-from .callbacks import Watch
 from .checkpoints import write_whole
-from .data import ImageData
 from .errors import DataError, OutputError
-from .export import load_model
-from .fit import quiet
-from .launch import find_processes, make_trainer
-from .module import Classifier
+from .folder import check_folder
 from .recipe import Precision, Recipe
-from .sources import open_source
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def evaluate(
@@ -53,12 +46,24 @@ def evaluate(
         ``top1``, ``top5`` and ``val_loss``, the number of ``images`` that were counted, and of those ``skipped``.
 
     Raises:
-        DataError: data can't be read, or has other classes or channels than the network.
+        DataError: data can't be read, or has other classes or channels than the network, whose loss is not finite.
         OptionError: an option out of range.
-        OutputError: out is a folder.
+        OutputError: out is a folder, or can't be written.
     """
-    if out is not None and out.is_dir():
-        raise OutputError(f"out: expected a file, got the folder {out}")
+    from lightning.pytorch.callbacks import RichProgressBar
+    from rich.console import Console
+
+    from .callbacks import Watch
+    from .data import ImageData
+    from .fit import everyones, quiet
+    from .launch import find_processes, make_trainer
+    from .module import Classifier
+    from .sources import open_source
+
+    if out is not None:
+        if out.is_dir():
+            raise OutputError(f"out: expected a file, got the folder {out}")
+        check_folder(out.parent, overwrite=True)
     network, facts = trained(weights)
     source = open_source(data, strict)
     if list(facts["classes"]) != source.classes or facts["in_chans"] != source.channels:
@@ -90,24 +95,31 @@ def evaluate(
         )
         classifier = Classifier(network, len(source.classes), recipe, steps=1)
         (metrics,) = trainer.validate(classifier, batches, verbose=False)
-    skipped = _sum(len(watch.unreadable_val), trainer)
+    if not math.isfinite(metrics["val_loss"]):
+        raise DataError(f"weights: expected a finite loss of the network in {weights}, got {metrics['val_loss']}")
+    skipped = len(everyones(watch.unreadable_val))
     figures = {name.removeprefix("val_") if "top" in name else name: value for name, value in metrics.items()}
     figures |= {"images": len(source.val) - skipped, "skipped": source.skipped + skipped}
     if processes.first:
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(out, (json.dumps(figures, indent=2) + "\n").encode())
+            try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(out, (json.dumps(figures, indent=2) + "\n").encode())
+            except OSError as error:
+                raise OutputError(f"out: can't write {out}: {error.strerror}; got {figures}") from error
         line = f"top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}, loss {figures['val_loss']:.4f}"
         Console().print(f"{facts['model']}: {line}, on {figures['images']:,} images", highlight=False)
     return figures
 
 
-def trained(weights: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
+def trained(weights: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a file, and its facts.
 
     Raises:
         DataError: there is none.
     """
+    from .export import load_model
+
     try:
         return load_model(weights)
     except (ValueError, OSError) as error:
@@ -118,9 +130,3 @@ def trained(weights: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
 
 def _few(classes: list[str]) -> str:
     return ", ".join(classes[:4]) + (", …" if len(classes) > 4 else "")
-
-
-def _sum(number: int, trainer: lightning.Trainer) -> int:
-    """Over all processes, each of which sees other images."""
-    counted = torch.tensor(float(number), device=trainer.strategy.root_device)
-    return int(trainer.strategy.reduce(counted, reduce_op="sum"))

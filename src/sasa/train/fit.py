@@ -3,72 +3,50 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
 import io
-import json
 import logging
-import math
-import shutil
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Timer
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, RichProgressBar, Timer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from rich.console import Console
 from torch import nn
 
 from ..models import count_flops, create_model
-from .callbacks import FiniteLoss, Progress, SaveAndStop, Watch
-from .checkpoints import WholeCheckpoints, alone_in, checkpoints, newest_whole, step_of, write_whole
+from .callbacks import CheckpointFiles, FiniteLoss, SaveAndStop, Watch
+from .checkpoints import alone_in, checkpoints, step_of, write_whole
 from .data import ImageData
 from .errors import OptionError, OutputError
 from .export import save_weights
+from .folder import (
+    CHECKSUM,
+    DATA,
+    RECIPE,
+    RESULT,
+    WEIGHTS,
+    Result,
+    check_folder,
+    check_same_recipe,
+    checkpoint_to_resume,
+    finished_run,
+    prepare_folder,
+    remove_run,
+    write_json,
+)
 from .launch import Processes, find_processes, make_trainer, restarts
-from .logs import open_logs
+from .logs import RunLog
 from .module import Classifier, ShardedClassifier
 from .order import seed_everything
-from .recipe import FREE_TO_CHANGE, Recipe
+from .recipe import Recipe, Resume
 from .sources import Source, open_source
-from .sync_batch_norm import synchronised, unsynchronised
-
-Resume = Literal["never", "auto"]
-
-FILES = ("metrics.csv", "result.json", "model.safetensors", "recipe.json", "curves.png")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a training run came to.
-
-    Attributes:
-        model: name of the network.
-        top1: share of validation images classified rightly after the last epoch, from 0 to 1.
-        parameters: of the network.
-        flops: of one image's forward; a multiply-add is 2.
-        seconds_per_epoch: of training, validation not included.
-        epochs: passes over the training images.
-        train_images: images trained on.
-        val_images: images validated on.
-        skipped_images: unreadable images left out.
-        top5: share whose class is among the first five guesses.
-        val_loss: cross-entropy on the validation images.
-    """
-
-    model: str
-    top1: float
-    parameters: int
-    flops: int
-    seconds_per_epoch: float
-    epochs: int
-    train_images: int
-    val_images: int
-    skipped_images: int
-    top5: float = math.nan
-    val_loss: float = math.nan
 
 
 def train(
@@ -76,53 +54,59 @@ def train(
 ) -> Result:
     """Train a network on images and write its weights, log and result.
 
-    Writes to ``out``: ``checkpoints/`` (the last three, each with its checksum), ``metrics.csv``, TensorBoard's files,
-    ``model.safetensors`` (weights, with what is needed to use them), ``curves.png``, ``recipe.json`` and, at the very
-    end, ``result.json``.
+    Writes to ``out``: ``checkpoints/`` (the last three), ``metrics.csv``, TensorBoard's files,
+    ``model.safetensors`` (weights, with what is needed to use them; its checksum beside), ``curves.png``,
+    ``recipe.json``, ``data.json`` (the classes' names) and, at the very end, ``result.json``.
 
     Args:
         recipe: the network, the images and how it is trained.
         out: folder to write to.
-        resume: auto continues the run in ``out`` from its newest whole checkpoint, or starts it; one that is
+        resume: auto resumes the run in ``out`` from its newest sound checkpoint, or starts it; one that is
             finished is left as it is. never refuses a folder that isn't empty.
         overwrite: replace an earlier run in ``out``.
 
     Raises:
         DataError: data can't be trained on.
         OutputError: out can't be written, or holds a run and overwrite is off.
-        OptionError: an option out of range, or other than in the run that is to be continued.
-        NonFiniteLoss: the loss is no number any more.
+        OptionError: an option out of range, or other than in the run that is to be resumed.
+        NonFiniteLoss: the loss is not a finite number.
         Stopped: a signal asked to stop; the checkpoint is written.
     """
     recipe.check()
+    if resume not in ("never", "auto"):
+        raise OptionError(f"resume: expected never or auto, got {resume!r}")
     if resume == "auto" and overwrite:
-        raise OptionError("overwrite: expected it without resume auto, which goes on with the earlier run; got both")
+        raise OptionError("overwrite: expected it without resume auto, which keeps the earlier run; got both")
     processes = find_processes(recipe)
     if restarts():  # torchrun has started all processes anew because one failed
         resume, overwrite = "auto", False
-    if resume == "auto" and (out / "result.json").is_file():
-        _check_same_run(out, recipe)
-        return Result(**json.loads((out / "result.json").read_text()))
+    if processes.first:
+        check_folder(out, overwrite, resume == "auto")
+    tell: Callable[[str], None] = _tell if processes.first else lambda line: None
+    finished = finished_run(out, tell) if resume == "auto" else None
+    if finished is not None:
+        check_same_recipe(out, recipe)
+        return finished
+    # Everything that can be wrong with the options and images is found before the folder is touched.
+    source = open_source(recipe.data, recipe.strict)
+    seed_everything(recipe.seed)
+    network = _network(recipe, source)
+    batches = ImageData(source, recipe, processes.rank, processes.world_size)
     if processes.first:
         prepare_folder(out, overwrite, resume == "auto")
     with alone_in(out) if processes.first else contextlib.nullcontext():
-        return _train(recipe, out, resume == "auto", overwrite, processes)
+        # Other processes don't look for what the first may be about to remove.
+        checkpoint = checkpoint_to_resume(out, recipe, _described(source), tell) if resume == "auto" else None
+        return fit(recipe, network, source, out, checkpoint, processes, batches, overwrite=overwrite)
 
 
-def _train(recipe: Recipe, out: Path, resume: bool, overwrite: bool, processes: Processes) -> Result:
-    # Other processes don't look for what the first may be about to remove.
-    checkpoint = newest_whole(out, _tell if processes.first else lambda line: None) if resume else None
-    if checkpoint is not None:
-        _check_same_run(out, recipe)
-        if processes.first:
-            _tell(f"going on after step {step_of(checkpoint)}, from {checkpoint}")
-    source = open_source(recipe.data, recipe.strict)
-    seed_everything(recipe.seed)
+def _network(recipe: Recipe, source: Source) -> nn.Module:
     try:
-        network = create_model(recipe.model, len(source.classes), source.channels, **recipe.model_options)
-    except (ValueError, TypeError) as error:
+        return create_model(recipe.model, len(source.classes), source.channels, **recipe.model_options)
+    except Exception as error:
+        if not recipe.model_options:
+            raise
         raise OptionError(f"model_options: {error}") from error
-    return fit(recipe, network, source, out, checkpoint, processes, overwrite=overwrite)
 
 
 def fit(
@@ -132,48 +116,53 @@ def fit(
     out: Path,
     checkpoint: Path | None = None,
     processes: Processes | None = None,
+    batches: ImageData | None = None,
     *,
     overwrite: bool = False,
 ) -> Result:
     """Train ``network`` on ``source``, from ``checkpoint`` on if given, and write the files of :func:`train`.
 
-    ``overwrite`` removes those of an earlier run, once it is sure that this one can begin.
+    ``overwrite`` removes those of an earlier run.
     """
     processes = processes or find_processes(recipe)
-    batches = ImageData(source, recipe, processes.rank, processes.world_size)
+    batches = batches or ImageData(source, recipe, processes.rank, processes.world_size)
+    log = RunLog(out, 0 if checkpoint is None else step_of(checkpoint), recipe.tensorboard)
     if processes.first:
-        if overwrite:
-            _remove_run(out)
-        write_whole(out / "recipe.json", (json.dumps(recipe.as_dict(), indent=2) + "\n").encode())
+        try:
+            if overwrite:
+                remove_run(out)
+            write_json(out / RECIPE, recipe.as_dict())
+            write_json(out / DATA, _described(source))
+            log.begin()
+        except OSError as error:
+            raise OutputError(f"out: can't write to {out}: {error.strerror}") from error
+    trained = copy.deepcopy(network)  # what the weights go to at the end: neither split nor synchronised
     if recipe.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if processes.world_size > 1 and recipe.sync_batchnorm:
-        network = synchronised(network, gpu=processes.accelerator != "cpu")
+        network = _synchronised(network, processes)
     if recipe.compile:
         network.compile()
     build = ShardedClassifier if recipe.strategy == "fsdp" else Classifier
     classifier = build(network, len(source.classes), recipe, batches.steps_per_epoch * recipe.epochs)
     timer, watch = Timer(), Watch(recipe.log_steps, recipe.batch_size)
     with quiet():
-        trainer = _trainer(recipe, processes, out, checkpoint, [timer, watch])
-        # None: only tensors and plain values are read from a checkpoint, which is PyTorch's default.
-        trainer.fit(classifier, batches, ckpt_path=None if checkpoint is None else str(checkpoint))
+        callbacks = [timer, watch, SaveAndStop(out, recipe.checkpoint_steps, checkpoint)]
+        trainer = _trainer(recipe, processes, log, [FiniteLoss(out, recipe.log_steps), *callbacks])
+        resumed = None if checkpoint is None else str(checkpoint)
+        trainer.fit(classifier, batches, ckpt_path=resumed, weights_only=True)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     seconds = timer.time_elapsed("train") - timer.time_elapsed("validate")
     weights = trainer.strategy.lightning_module_state_dict()  # of all processes, where they are split
-    unreadable, unreadable_val = (_everyones(found) for found in (watch.unreadable, watch.unreadable_val))
-    if recipe.strategy == "fsdp" or processes.world_size > 1:
-        network = create_model(recipe.model, len(source.classes), source.channels, **recipe.model_options)
-        if processes.first:
-            own = {name.removeprefix("network."): weight for name, weight in weights.items()}
-            network.to(own[next(name for name, _ in network.named_parameters())].dtype)
-            network.load_state_dict({name: own[name] for name in network.state_dict()})
-    network = unsynchronised(network).eval()
+    unreadable, unreadable_val = (everyones(found) for found in (watch.unreadable, watch.unreadable_val))
+    if processes.first:
+        own = {name.removeprefix("network."): weight.cpu() for name, weight in weights.items()}
+        trained.load_state_dict({name: own[name] for name in trained.state_dict()}, assign=True)
     result = Result(
         model=recipe.model,
         top1=metrics["val_top1"],
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        flops=count_flops(network.cpu(), (1, source.channels, recipe.image_size, recipe.image_size)),
+        parameters=sum(parameter.numel() for parameter in trained.parameters()),
+        flops=count_flops(trained.eval(), (1, source.channels, recipe.image_size, recipe.image_size)),
         seconds_per_epoch=seconds / recipe.epochs,
         epochs=recipe.epochs,
         train_images=len(source.train),
@@ -183,67 +172,31 @@ def fit(
         val_loss=metrics["val_loss"],
     )
     if processes.first:
-        _write(recipe, network, source, result, out)
+        _write(recipe, trained, source, result, out)
     return result
 
 
-def prepare_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
-    """Make the output folder, and make sure now that it can be written.
-
-    Raises:
-        OutputError: it can't, or it holds something, and neither ``overwrite`` nor ``resume`` is on.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"out: can't write to {out}: {error.strerror}") from error
-    if not (resume or overwrite) and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise OutputError(
-            f"out: {out} is not empty; choose another folder, or pass --resume auto to go on with the run in it, "
-            "or --overwrite to replace it"
-        )
+def _synchronised(network: nn.Module, processes: Processes) -> nn.Module:
+    """The network with PyTorch's synchronised batch norms, which work on GPUs."""
+    if processes.accelerator in ("gpu", "cuda"):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if processes.first and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        _tell("sync_batchnorm: only GPUs synchronise; each process normalises over its own images of a batch")
+    return network
 
 
-def _remove_run(out: Path) -> None:
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)
-    for folder in ("checkpoints", "tensorboard"):
-        shutil.rmtree(out / folder, ignore_errors=True)
+def _described(source: Source) -> dict[str, Any]:
+    """What has to be the same when a run is resumed."""
+    return {"classes": list(source.classes), "channels": source.channels}
 
 
-def _check_same_run(out: Path, recipe: Recipe) -> None:
-    """Make sure that what is to be continued was begun alike.
-
-    Raises:
-        OptionError: something that changes the result is another; the message names it and both values.
-    """
-    try:
-        before = json.loads((out / "recipe.json").read_text())
-    except FileNotFoundError:
-        return
-    except ValueError as error:
-        raise OutputError(f"out: {out / 'recipe.json'} can't be read: {error}") from error
-    now = json.loads(json.dumps(recipe.as_dict()))
-    changed = [name for name in now if name not in FREE_TO_CHANGE and name in before and before[name] != now[name]]
-    if changed:
-        listed = "; ".join(f"{name}: {before[name]!r} then, {now[name]!r} now" for name in changed)
-        raise OptionError(f"resume: expected the options that the run in {out} was begun with; {listed}")
-
-
-def _trainer(
-    recipe: Recipe, processes: Processes, out: Path, checkpoint: Path | None, callbacks: list[Callback]
-) -> lightning.Trainer:
-    files = WholeCheckpoints()
-    steps = 0 if checkpoint is None else step_of(checkpoint)
-    callbacks = [Progress(), FiniteLoss(out, recipe.log_steps), *callbacks]
+def _trainer(recipe: Recipe, processes: Processes, log: RunLog, callbacks: list[Callback]) -> lightning.Trainer:
+    callbacks = [RichProgressBar(), *callbacks]
     if recipe.ema_decay:
         callbacks.append(EMAWeightAveraging(decay=recipe.scaled_ema_decay))
-    plugins: list[Any] = [files]
-    if SLURMEnvironment.detect():
-        # Lightning's way of going on under SLURM has checkpoints of its own; ours go on with --resume auto.
+    plugins: list[Any] = [CheckpointFiles()]
+    if processes.launcher == "slurm":
+        # Lightning's way of resuming under SLURM has checkpoints of its own; ours are resumed with --resume auto.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     return make_trainer(
         recipe,
@@ -251,15 +204,15 @@ def _trainer(
         max_epochs=recipe.epochs,
         accumulate_grad_batches=recipe.accumulate,
         gradient_clip_val=recipe.clip_grad_norm or None,
-        logger=open_logs(out, steps, recipe.tensorboard, processes.first),
-        callbacks=[*callbacks, SaveAndStop(out, recipe.checkpoint_steps, checkpoint)],
+        logger=log,
+        callbacks=callbacks,
         plugins=plugins,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
     )
 
 
-def _everyones(found: set[str]) -> set[str]:
+def everyones(found: set[str]) -> set[str]:
     """The union over all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return found
@@ -274,9 +227,12 @@ def _write(recipe: Recipe, network: nn.Module, source: Source, result: Result, o
     facts |= {"in_chans": source.channels, "image_size": recipe.image_size, "crop_pct": recipe.crop_pct}
     facts |= {"mean": source.mean, "std": source.std}
     try:
-        save_weights(network, out / "model.safetensors", facts)
+        save_weights(network, out / WEIGHTS, facts)
+        with (out / WEIGHTS).open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        write_whole(out / CHECKSUM, f"{checksum}  {WEIGHTS}\n".encode())
         _draw(recipe.model, result, out)
-        write_whole(out / "result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
+        write_json(out / RESULT, asdict(result))
     except OSError as error:
         saved = checkpoints(out)
         raise OutputError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,13 +15,17 @@ import lightning
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 
 from .errors import OptionError
-from .recipe import Recipe
+from .recipe import PROCESSES, Recipe
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Of a scheduler that wants its machine back: SLURM, Kubernetes and torchrun send the first, or what they are told."""
+"""Of a scheduler that wants its machine back: SLURM, Kubernetes and torchrun send the first, or a chosen one."""
+
+PATIENCE = timedelta(minutes=10)
+"""How long processes wait for each other to start."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class Processes:
         per_node: on each machine.
         nodes: machines.
         accelerator: cpu, gpu or what Lightning else calls it.
+        launcher: torchrun, slurm or lightning.
     """
 
     rank: int
     per_node: int
     nodes: int
     accelerator: str
+    launcher: str = "lightning"
 
     @property
     def world_size(self) -> int:
@@ -47,7 +53,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes files and tells the user."""
+        """Whether this is the one that writes files and prints."""
         return self.rank == 0
 
 
@@ -55,23 +61,23 @@ def find_processes(recipe: Recipe) -> Processes:
     """The processes that torchrun or SLURM have started, or that Lightning is to start.
 
     Raises:
-        OptionError: devices or num_nodes that can't be meant, or contradict the launcher.
+        OptionError: devices or accelerator that this machine doesn't have.
     """
     accelerator = recipe.accelerator
+    gpus = CUDAAccelerator.is_available() or MPSAccelerator.is_available()
     if accelerator == "auto":
-        accelerator = "gpu" if CUDAAccelerator.is_available() or MPSAccelerator.is_available() else "cpu"
-    if accelerator == "gpu" and not (torch.cuda.is_available() or MPSAccelerator.is_available()):
+        accelerator = "gpu" if gpus else "cpu"
+    if accelerator == "gpu" and not gpus:
         raise OptionError("accelerator: expected auto or cpu on a machine without a GPU, got gpu")
     if accelerator not in ("cpu", "gpu", "cuda", "mps", "xpu"):
         raise OptionError(f"accelerator: expected auto, cpu or gpu, got {accelerator!r}")
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" in environment:
         per_node, world = int(environment["LOCAL_WORLD_SIZE"]), int(environment["WORLD_SIZE"])
-        return Processes(int(environment["RANK"]), per_node, world // per_node, accelerator)
+        return Processes(int(environment["RANK"]), per_node, world // per_node, accelerator, "torchrun")
     if SLURMEnvironment.detect():
-        slurm, world = SLURMEnvironment(), int(environment["SLURM_NTASKS"])
-        nodes = int(environment.get("SLURM_NNODES", 1))
-        return Processes(slurm.global_rank(), world // nodes, nodes, accelerator)
+        nodes, world = int(environment.get("SLURM_NNODES", 1)), int(environment["SLURM_NTASKS"])
+        return Processes(SLURMEnvironment().global_rank(), world // nodes, nodes, accelerator, "slurm")
     per_node = _devices(recipe.devices, accelerator)
     # Lightning starts the others itself, as this command again with LOCAL_RANK set.
     rank = int(environment.get("NODE_RANK", 0)) * per_node + int(environment.get("LOCAL_RANK", 0))
@@ -83,31 +89,20 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def strategy(recipe: Recipe, processes: Processes) -> Any:
-    """Lightning's strategy. Under torchrun, this process has joined the others when it is returned."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and processes.world_size > 1:
-        join(processes)
-    if recipe.strategy == "fsdp":
-        from lightning.pytorch.strategies import ModelParallelStrategy
-
-        return ModelParallelStrategy(
-            data_parallel_size=processes.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
-    if processes.world_size == 1 and recipe.strategy == "auto":
-        return "auto"
-    from lightning.pytorch.strategies import DDPStrategy
-
-    # Gradients are views of the buckets they are summed in: one copy less of them in memory.
-    return DDPStrategy(gradient_as_bucket_view=True)
-
-
 def make_trainer(recipe: Recipe, processes: Processes, **options: Any) -> lightning.Trainer:
     """Lightning's trainer on those processes; ``options`` are its other arguments."""
+    strategy: Any = "auto"
+    if recipe.strategy == "fsdp":
+        sizes = {"data_parallel_size": processes.world_size, "tensor_parallel_size": 1}
+        strategy = _Sharded(processes, **sizes, save_distributed_checkpoint=False)
+    elif processes.world_size > 1 or recipe.strategy == "ddp":
+        # Gradients are views of the buckets they are summed in: one copy less of them in memory.
+        strategy = _Copied(processes, gradient_as_bucket_view=True)
     return lightning.Trainer(
         accelerator=processes.accelerator,
         devices=processes.per_node,
         num_nodes=processes.nodes,
-        strategy=strategy(recipe, processes),
+        strategy=strategy,
         precision=recipe.precision,
         use_distributed_sampler=False,  # the batches are shared out already
         enable_model_summary=False,
@@ -115,70 +110,102 @@ def make_trainer(recipe: Recipe, processes: Processes, **options: Any) -> lightn
     )
 
 
-def join(processes: Processes, timeout: float = 600.0) -> None:
-    """Form the group of the processes that torchrun has started, in a part of its store that is new each time.
+class _Joining:
+    """A strategy whose processes find each other as :func:`join` does."""
 
-    When torchrun starts the processes anew after a failure, they get the store of the failed ones, where the addresses
-    of those still are; PyTorch's own way of joining takes them for the new ones if it reads them first. Restarts are
-    not counted alike on all machines, so the processes agree on a name: each says hello with a number of its own, the
-    first answers every number with the session's name, and waits until all have heard it.
+    cluster_environment: Any
 
-    Raises:
-        TimeoutError: not all processes came.
+    def __init__(self, processes: Processes, **options: Any) -> None:
+        super().__init__(**options)
+        self.processes = processes
+
+    def setup_environment(self) -> None:
+        """Form the group before Lightning would."""
+        join(self.processes, self.cluster_environment.main_port)
+        super().setup_environment()  # type: ignore[misc]
+
+
+class _Copied(_Joining, DDPStrategy):
+    pass
+
+
+class _Sharded(_Joining, ModelParallelStrategy):
+    pass
+
+
+def join(processes: Processes, port: int) -> None:
+    """Form the group of the processes, where PyTorch's own way doesn't do: under torchrun, and on one machine.
+
+    On one machine, sockets listen on the loopback interface alone; PyTorch's listen on all of them. (Under torchrun its
+    agent has a socket that does.) Several machines under SLURM or Lightning are left to PyTorch.
     """
+    alone = processes.nodes == 1
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if alone and loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
     if distributed.is_initialized():
         return
-    store = distributed.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), processes.world_size, is_master=False
-    )
-    if processes.first:
-        name = secrets.token_hex(8)
-        waited, answered = set(range(1, processes.world_size)), set()
-        _until(lambda: _answered(store, name, waited, answered), timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = _torchrun_store(processes)
+    elif alone and processes.launcher == "lightning":
+        store = _loopback_store(processes, port)
     else:
-        number = secrets.token_hex(8)
-        store.set(f"sasa/hello/{processes.rank}", number)
-        store.wait([f"sasa/answer/{number}"], timedelta(seconds=timeout))
-        name = store.get(f"sasa/answer/{number}").decode()
-        store.set(f"sasa/{name}/{processes.rank}", "heard")
+        return
     gpu = processes.accelerator in ("gpu", "cuda")
     if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(
-        "nccl" if gpu else "gloo",
-        store=distributed.PrefixStore(f"sasa/{name}", store),
-        rank=processes.rank,
-        world_size=processes.world_size,
-    )
+        torch.cuda.set_device(processes.rank % processes.per_node)
+    backend = "nccl" if gpu else "gloo"
+    distributed.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.world_size)
 
 
-def _answered(store: Any, name: str, waited: set[int], answered: set[str]) -> bool:
-    """Answer those who say hello; whether all have heard."""
-    for rank in sorted(waited):
-        if store.check([f"sasa/hello/{rank}"]):
-            number = store.get(f"sasa/hello/{rank}").decode()
-            if number not in answered:
-                store.set(f"sasa/answer/{number}", name)
-                answered.add(number)
-        if store.check([f"sasa/{name}/{rank}"]):
-            waited.discard(rank)
-    return not waited
+def _loopback_store(processes: Processes, port: int) -> Any:
+    """A store that listens on 127.0.0.1."""
+    if not processes.first:
+        return distributed.TCPStore("127.0.0.1", port, processes.world_size, timeout=PATIENCE)
+    listening = socket.create_server(("127.0.0.1", port))
+    # The store closes the socket when it ends.
+    return distributed.TCPStore(
+        "127.0.0.1", port, processes.world_size, is_master=True, timeout=PATIENCE, wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )  # fmt: skip
 
 
-def _until(done: Callable[[], bool], timeout: float) -> None:
-    end = time.monotonic() + timeout
-    while not done():
+def _torchrun_store(processes: Processes) -> Any:
+    """A part of torchrun's store that is new each time.
+
+    When torchrun starts the processes anew after a failure, they get the store of the failed ones, where the addresses
+    of those still are, and may take them for the new ones. Agents on several machines do not count restarts alike, so
+    the processes agree on a name: each says hello with a number of its own, the first answers every number with the
+    session's name, and waits until all have confirmed it.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = distributed.TCPStore(address, port, processes.world_size, is_master=False, timeout=PATIENCE)
+    name = secrets.token_hex(8)
+    if not processes.first:
+        store.set(f"sasa/hello/{processes.rank}", name)
+        name = store.get(f"sasa/answer/{name}").decode()  # waits for it
+        store.set(f"sasa/{name}/{processes.rank}", "")
+        return distributed.PrefixStore(f"sasa/{name}", store)
+    missing, end = set(range(1, processes.world_size)), time.monotonic() + PATIENCE.total_seconds()
+    while missing:
         if time.monotonic() > end:
-            raise TimeoutError(f"torchrun: expected all processes to come within {timeout:.0f} s")
+            raise TimeoutError(f"torchrun: expected all processes within {PATIENCE}, {sorted(missing)} are missing")
+        for rank in sorted(missing):
+            if store.check([f"sasa/hello/{rank}"]):
+                store.set(f"sasa/answer/{store.get(f'sasa/hello/{rank}').decode()}", name)
+            if store.check([f"sasa/{name}/{rank}"]):
+                missing.discard(rank)
         time.sleep(0.05)
+    return distributed.PrefixStore(f"sasa/{name}", store)
 
 
 def _devices(devices: int | str, accelerator: str) -> int:
     available = max(1, torch.cuda.device_count()) if accelerator in ("gpu", "cuda") else 1
     if devices == "auto":
         return available
-    if not str(devices).isdigit() or not int(devices):
-        raise OptionError(f"devices: expected auto or a number of processes from 1, got {devices!r}")
+    if not str(devices).isdecimal() or not 1 <= int(devices) <= PROCESSES:
+        raise OptionError(f"devices: expected auto or a number of processes from 1 to {PROCESSES}, got {devices!r}")
     if accelerator != "cpu" and int(devices) > available:
         raise OptionError(f"devices: expected at most {available}, got {devices}")
     return int(devices)

@@ -1,16 +1,16 @@
-"""Logs that a continued run goes on with, and that a full disk doesn't end the training over."""
+"""The log of a run, in metrics.csv and for TensorBoard. A resumed run appends; a full disk doesn't end the training."""
 
 from __future__ import annotations
 
-import csv
-import io
+import contextlib
 import os
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .checkpoints import write_whole
@@ -27,103 +27,96 @@ COLUMNS = (
     "data_wait",
     "memory_gb",
 )
-"""Of ``metrics.csv``. ``step`` counts from 0 and is the last one that the line tells of."""
+"""Of ``metrics.csv``. ``step`` counts from 0 and is the last one that the line is about."""
+
+HEADER = ",".join(COLUMNS).encode() + b"\r\n"
+ROW = re.compile(rb"\d{0,9}(\.0)?,(\d{1,9})(,[-+.\dnaife]{0,40}){%d}" % (len(COLUMNS) - 2))
+WAITING = 100
+"""Lines that wait until they are written together."""
 
 
-class _Writer(ExperimentWriter):
-    """Appends to a file that is there already."""
+class RunLog(Logger):
+    """A line of ``metrics.csv`` for each call, and TensorBoard's event files.
 
-    def __init__(self, log_dir: str) -> None:
-        super().__init__(log_dir)
-        self.metrics_keys = list(COLUMNS)
-        self._told = False
-
-    def _check_log_dir_exists(self) -> None:
-        """Keep the former log: :func:`open_logs` has taken from it what is done again."""
-
-    def _record_new_keys(self) -> set[str]:
-        """Keep the columns in their order, as the file has them."""
-        new = sorted(set().union(*self.metrics) - set(self.metrics_keys))
-        self.metrics_keys += new
-        return set(new)
-
-    def save(self) -> None:
-        """Append the lines since the last time; what can't be written waits for the next."""
-        path = Path(self.metrics_file_path)
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            super().save()
-        except OSError as error:
-            if path.exists():
-                os.truncate(path, size)  # half a line would spoil the file
-            if not self._told:
-                warnings.warn(f"{path} can't be written ({error.strerror}); its lines wait", stacklevel=2)
-            self._told = True
-
-
-class ContinuedCSVLogger(CSVLogger):
-    """Lightning's, that goes on with the ``metrics.csv`` there is."""
-
-    @property
-    def experiment(self) -> Any:
-        """The writer; only the first process has one that writes."""
-        if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
-            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
-            self._experiment = _Writer(self.log_dir)
-        return super().experiment
-
-
-class ForgivingTensorBoardLogger(TensorBoardLogger):
-    """Lightning's, that falls silent where it can't write."""
-
-    _silent = False
-
-    def _try(self, function: Any, *arguments: Any, **options: Any) -> None:
-        if self._silent:
-            return
-        try:
-            function(*arguments, **options)
-        except OSError as error:
-            self._silent = True
-            warnings.warn(f"TensorBoard's files can't be written ({error.strerror}): no more of them", stacklevel=3)
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log, if the disk lets it."""
-        self._try(super().log_metrics, metrics, step)
-
-    def save(self) -> None:
-        """Flush, if the disk lets it."""
-        self._try(super().save)
-
-    def finalize(self, status: str) -> None:
-        """Close, if the disk lets it."""
-        self._try(super().finalize, status)
-
-
-def open_logs(out: Path, steps: int, tensorboard: bool, first: bool) -> list[Any]:
-    """Loggers that go on after that many steps: later lines of a former log are dropped, for they come again.
+    Lines of a former log from ``steps`` on are removed, for they come again; so is whatever is no line of a log.
 
     Args:
         out: the run's folder.
         steps: done so far.
         tensorboard: whether to write TensorBoard's files too.
-        first: whether this process is the one that writes.
     """
-    log = out / "metrics.csv"
-    if first and log.exists():
-        write_whole(log, _until(log, steps).encode())
-    loggers: list[Any] = [ContinuedCSVLogger(out, name="", version="")]
-    if tensorboard:
-        loggers.append(ForgivingTensorBoardLogger(out, name="", version="tensorboard", purge_step=steps or None))
-    return loggers
 
+    def __init__(self, out: Path, steps: int, tensorboard: bool) -> None:
+        super().__init__()
+        self.path, self.steps, self.tensorboard = out / "metrics.csv", steps, tensorboard
+        self._lines: list[str] = []
+        self._events: Any = None
+        self._warned: set[str] = set()
 
-def _until(log: Path, steps: int) -> str:
-    """The log's lines of the first ``steps`` steps."""
-    with log.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and int(row["step"]) < steps]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list[Any](COLUMNS), extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    @property
+    def name(self) -> None:
+        """None: the folder has the run's name."""
+
+    @property
+    def version(self) -> None:
+        """None, which keeps it out of the progress bar."""
+
+    @rank_zero_only
+    def begin(self) -> None:
+        """Clean the former log, and open TensorBoard's."""
+        rows = self.path.read_bytes().splitlines() if self.path.exists() else []
+        matches = [ROW.fullmatch(row) for row in rows]
+        kept = [found[0] for found in matches if found and int(found[2]) < self.steps]
+        write_whole(self.path, HEADER + b"".join(row + b"\r\n" for row in kept))
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self.steps or None)
+
+    def log_hyperparams(self, *arguments: Any, **options: Any) -> None:
+        """They are in recipe.json."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add a line."""
+        values = {**metrics, "step": step}
+        self._lines.append(",".join(str(values.get(column, "")) for column in COLUMNS) + "\r\n")
+        if self._events is not None:
+            for name, value in metrics.items():
+                self._try("TensorBoard's files", lambda n=name, v=value: self._events.add_scalar(n, v, step))
+        if len(self._lines) >= WAITING:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Append the lines since the last time; what can't be written waits for the next."""
+        if self._lines:
+            self._try(str(self.path), self._append)
+        if self._events is not None:
+            self._try("TensorBoard's files", self._events.flush)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        self.save()
+        if self._events is not None:
+            self._try("TensorBoard's files", self._events.close)
+
+    def _append(self) -> None:
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("ab") as file:
+                file.write("".join(self._lines).encode())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # half a line would spoil the file
+            raise
+        self._lines = []
+
+    def _try(self, what: str, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if what not in self._warned:
+                warnings.warn(f"{what} can't be written ({error.strerror}); training continues", stacklevel=3)
+            self._warned.add(what)

@@ -41,8 +41,7 @@ class Classifier(lightning.LightningModule):
         options: dict[str, Any] = {"average": "micro", "ignore_index": IGNORED}
         self.top1 = MulticlassAccuracy(num_classes, **options)
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), **options)
-        # So that a loss that is no number stays one. The strategy "disable", meant for it, forgets the weights
-        # (torchmetrics 1.9).
+        # Keeps a loss that is NaN. The strategy "disable", meant for it, forgets the weights (torchmetrics 1.9).
         self.val_loss = MeanMetric(nan_strategy=math.nan)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -50,7 +49,7 @@ class Classifier(lightning.LightningModule):
         return self.network(images)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Random draws that follow from the step: a run that is continued draws what it would have drawn."""
+        """Random draws that follow from the step: a resumed run draws what it would have drawn."""
         step = self.global_step * self.recipe.accumulate + batch_idx % self.recipe.accumulate
         seed_everything(STEP, self.recipe.seed, step, self.global_rank, gpu=self.device.type != "cpu")
 
@@ -109,7 +108,7 @@ class ShardedClassifier(Classifier):
     """The same, its parameters split over the processes block by block (FSDP2)."""
 
     def configure_model(self) -> None:
-        """Split the network: each residual block by itself, then what is left."""
+        """Split the network: each block of its stages by itself, inner ones first, then what is left."""
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         if isinstance(self.network, FSDPModule):
@@ -117,10 +116,15 @@ class ShardedClassifier(Classifier):
         mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         options: dict[str, Any] = {"mesh": mesh, "mp_policy": _mixed_precision(self.recipe.precision)}
         options["ignored_params"] = {p for p in self.network.parameters() if not p.numel()}  # can't be split
-        for block in self.network.modules():
-            if type(block).__name__ == "Bottleneck":
-                fully_shard(block, **options)
+        for block in blocks(self.network):
+            fully_shard(block, **options)
         fully_shard(self.network, **options)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """What stands one after another in the network's stages, inner ones first, without single layers."""
+    stages = [module for module in network.modules() if isinstance(module, nn.Sequential)]
+    return [block for stage in reversed(stages) for block in stage if any(True for _ in block.children())]
 
 
 def _mixed_precision(precision: str) -> Any:

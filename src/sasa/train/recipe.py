@@ -1,19 +1,24 @@
-"""Everything a training run is told, in one flat table; recipes are YAML files of it."""
+"""The options of a training run, in one flat table; recipes are YAML files of it.
+
+Imports nothing heavy: ``sasa train --help`` is printed from here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from timm.optim import list_optimizers
-
-from ..models import MODELS
 from .errors import OptionError
 
 Augmentation = Literal["none", "shift", "imagenet"]
+Resume = Literal["never", "auto"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 
@@ -56,7 +61,7 @@ class Recipe:
         devices: processes on this machine, as Lightning's; under torchrun and SLURM theirs count.
         num_nodes: machines; likewise.
         strategy: ddp copies the network to every process, fsdp (PyTorch's fully_shard) splits it over them.
-        sync_batchnorm: normalise over the whole batch when there are several processes.
+        sync_batchnorm: normalise over the whole batch when there are several processes; on GPUs only.
         seed: of the parameters, the order and the augmentation.
         checkpoint_steps: steps between checkpoints; there is one at the end of every epoch in any case.
         log_steps: steps between lines of the log.
@@ -104,21 +109,27 @@ class Recipe:
     tensorboard: bool = True
 
     def check(self) -> None:
-        """Make sure that every value can be meant.
+        """Check every value.
 
         Raises:
-            OptionError: one can't; the message names it, what was expected and what came.
+            OptionError: one is of a wrong type, not finite, out of range or contradicts another; the message names it,
+                what was expected and what came.
         """
-        if self.model not in MODELS:
-            raise OptionError(f"model: expected one of {', '.join(MODELS)}, got {self.model!r}")
-        if self.optimizer not in list_optimizers():
-            raise OptionError(f"optimizer: expected one of timm's, as sgd or adamw, got {self.optimizer!r}")
-        for name, minimum in LEAST.items():
-            if getattr(self, name) < minimum:
-                raise OptionError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
+        for name, hint in get_type_hints(Recipe).items():
+            _check_type(name, getattr(self, name), hint)
+            least, most = RANGES.get(name, (-math.inf, LARGEST))
+            for number in _numbers(getattr(self, name)):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise OptionError(f"{name}: expected finite numbers, got {number}")
+                if name != "model_options" and number < least:
+                    raise OptionError(
+                        f"{name}: expected at least {least}, got {number if number > -1e20 else 'far less'}"
+                    )
+                if name != "model_options" and number > most:
+                    raise OptionError(f"{name}: expected at most {most}, got {number if number < 1e20 else 'far more'}")
         if not self.learning_rate > 0:
             raise OptionError(f"learning_rate: expected more than 0, got {self.learning_rate}")
-        if not 0 < self.crop_pct <= 1:
+        if not 0 < self.crop_pct <= 1 or self.image_size / self.crop_pct > 2 * 16_384:
             raise OptionError(f"crop_pct: expected more than 0 and at most 1, got {self.crop_pct}")
         for name in ("label_smoothing", "momentum", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
@@ -135,6 +146,20 @@ class Recipe:
             raise OptionError("compile: expected false with strategy fsdp, got true")
         if self.strategy == "fsdp" and self.precision not in ("32-true", "bf16-mixed"):
             raise OptionError(f"precision: expected 32-true or bf16-mixed with strategy fsdp, got {self.precision}")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """What only timm knows."""
+        from timm.optim import list_optimizers
+
+        from ..models import MODELS
+
+        if self.model not in MODELS:
+            raise OptionError(f"model: expected one of {', '.join(MODELS)}, got {self.model!r}")
+        if self.optimizer not in list_optimizers():
+            raise OptionError(f"optimizer: expected one of timm's, as sgd or adamw, got {self.optimizer!r}")
+        if self.auto_augment:
+            _check_policy(self.auto_augment)
 
     @property
     def scaled_learning_rate(self) -> float:
@@ -152,25 +177,35 @@ class Recipe:
         return values | {"data": None if self.data is None else str(self.data)}
 
 
-LEAST: dict[str, float] = {
-    "epochs": 1,
-    "batch_size": 2,
-    "accumulate": 1,
-    "image_size": 1,
-    "workers": 0,
-    "base_batch_size": 0,
-    "warmup_epochs": 0,
-    "weight_decay": 0,
-    "clip_grad_norm": 0,
-    "mixup": 0,
-    "cutmix": 0,
-    "num_nodes": 1,
-    "seed": 0,
-    "checkpoint_steps": 1,
-    "log_steps": 1,
+LARGEST = 2**31 - 1
+"""Of numbers that have no bound of their own below."""
+
+PROCESSES = max(64, 8 * (os.cpu_count() or 1))
+"""Processes of a kind that a run may start on a machine."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (1, LARGEST),
+    "batch_size": (2, LARGEST),
+    "accumulate": (1, LARGEST),
+    "image_size": (1, 16_384),
+    "workers": (0, PROCESSES),
+    "base_batch_size": (0, LARGEST),
+    "warmup_epochs": (0, LARGEST),
+    "weight_decay": (0, LARGEST),
+    "clip_grad_norm": (0, LARGEST),
+    "mixup": (0, LARGEST),
+    "cutmix": (0, LARGEST),
+    "devices": (1, PROCESSES),
+    "num_nodes": (1, LARGEST),
+    "seed": (0, 2**63 - 1),
+    "checkpoint_steps": (1, LARGEST),
+    "log_steps": (1, LARGEST),
 }
 
-# What may differ between a run and its continuation: how fast it goes and what it tells, not what it computes.
+MOST_OPERATIONS = 16
+"""Of a policy on one image. Timm takes any number, and never ends with a large one."""
+
+# What may differ when a run is resumed: how fast it is and what it reports, not what it computes.
 FREE_TO_CHANGE = frozenset(
     [
         "data",
@@ -191,3 +226,40 @@ def shipped_recipes() -> dict[str, Path]:
     """The package's recipes by name."""
     folder = Path(str(resources.files("sasa.train") / "recipes"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise OptionError(f"{name}: expected one of {', '.join(get_args(hint))}, got {value!r}")
+        return
+    kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,)) if hint != dict[str, Any] else (dict,)
+    right = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    if not right or (isinstance(value, bool) and bool not in kinds):
+        names = {"int": "a whole number", "float": "a number", "str": "text", "dict": "options with values"}
+        expected = " or ".join(names.get(kind.__name__, kind.__name__) for kind in kinds)
+        raise OptionError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a value, and in lists and mappings of them."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
+
+
+def _check_policy(policy: str) -> None:
+    for key, number in re.findall(r"-([nwd])(\d[^-]*)", policy):
+        if not re.fullmatch("[0-9]{1,4}", number) or int(number) > MOST_OPERATIONS:
+            raise OptionError(
+                f"auto_augment: expected at most {MOST_OPERATIONS} after {key} in {policy[:80]!r}, got {number[:20]}"
+            )
+    from timm.data import create_transform
+
+    try:
+        create_transform(32, is_training=True, auto_augment=policy)
+    except (AssertionError, LookupError, ValueError) as error:
+        message = f"auto_augment: expected a policy of timm, as rand-m9-mstd0.5, got {policy[:80]!r}: {error}"
+        raise OptionError(message) from error
