@@ -17,7 +17,7 @@ from .. import _extras
 from .errors import DataError
 from .images import UnreadableImage, read_image
 
-VALIDATION_NAMES = ("validation", "valid", "val", "test")
+VALIDATION_NAMES = ("val", "valid", "validation", "test")
 IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
 

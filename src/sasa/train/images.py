@@ -143,5 +143,4 @@ def _grey(image: Image.Image, tags: dict) -> np.ndarray:
     if not (plain and (image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"))):
         raise ValueError("no range is known for grey of other than 8 or 16 bits without a sign, or with 0 for white")
     values = np.asarray(image).astype(np.uint32)
-    grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
-    return grey
+    return ((values * 255 + 32767) // 65535).astype(np.uint8)
