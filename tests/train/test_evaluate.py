@@ -14,7 +14,8 @@ from torchvision.utils import save_image
 from sasa.cli import main
 from sasa.train import DataError, OptionError, OutputError, load_model
 from sasa.train.evaluate import evaluate
-from sasa.train.predict import RowWriter, predict, walk
+from sasa.train.predict import RowWriter, predict
+from sasa.train.walk import walk
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def dying(after, *arguments, **options):
     def killed(self, trainer, module, prediction, indices, batch, batch_idx, *rest):
         if batch_idx == after:
             with self.file.open("a") as file:
-                file.write("a/1.p")
+                file.write('["a/1.p')
             os.kill(os.getpid(), signal.SIGKILL)
         write(self, trainer, module, prediction, indices, batch, batch_idx, *rest)
 
@@ -100,7 +101,7 @@ def test_killed_it_goes_on_where_it_stopped_on_another_number_of_processes(run, 
     first = Running(tmp_path / "log", dying, 2, images, out, weights, devices=1, **options)
     assert first.end() == -signal.SIGKILL and not out.exists()
     pair = together(tmp_path / "two", 2, predict, images, out, weights, workers=2, **options)
-    assert "going on: 4 images are done already" in "".join(running.succeed() for running in pair)
+    assert "resuming: 4 images are done already" in "".join(running.succeed() for running in pair)
     for found, expected in zip(rows(out), rows(tmp_path / "whole.csv"), strict=True):
         for name in ("probability_1", "probability_2"):  # other batches round otherwise
             assert float(found.pop(name) or 0) == pytest.approx(float(expected.pop(name) or 0), abs=1e-5)
