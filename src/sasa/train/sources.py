@@ -24,10 +24,10 @@ from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import extract_archive
 
 from .errors import DataError
-from .hugging_face import VALIDATION_NAMES, is_hugging_face, open_hugging_face
+from .hugging_face import is_hugging_face, open_hugging_face
 from .images import UnreadableImage, read_image
 from .shards import ShardImages, is_sharded, open_shards
-from .walk import subfolders, walk
+from .walk import VALIDATION_NAMES, subfolders, walk
 
 CHECKED_BEFOREHAND = 10_000
 """Folders of more images than this are not read through before training: a bad image is found when its turn comes."""

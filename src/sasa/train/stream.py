@@ -140,4 +140,4 @@ class ShardStream(IterableDataset):
     def _read(self, sample: Sample) -> Any:
         if sample.label is None or not 0 <= sample.label < self.classes:
             raise UnreadableImage(sample.name, f"expected a label from 0 to {self.classes - 1}, got {sample.label}")
-        return read_image(sample.image or b"", sample.name)
+        return read_image(sample.image, sample.name)

@@ -14,6 +14,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .errors import DataError
 
+VALIDATION_NAMES = ("val", "valid", "validation", "test")
+
 NOT_IMAGES = {
     "__MACOSX",
     "__pycache__",
