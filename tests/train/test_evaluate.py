@@ -193,7 +193,7 @@ def test_writing_fails(run, images, tmp_path, monkeypatch):
     out = tmp_path / "preds.csv"
     monkeypatch.setattr(Rows, "files", lambda self: [])
     monkeypatch.setattr("sasa.train.predict.RUN", "no folder/{}{}")
-    with pytest.raises(OutputError, match=r"out: can't write to \S+: No such file.*; the same command resumes"):
+    with pytest.raises(OutputError, match=r"out: can't write to .+: No such file.*; the same command resumes"):
         predict(images, out, run / "model.safetensors", devices=1)
 
 
