@@ -31,7 +31,7 @@ commands:
 sasa COMMAND --help lists the options."""
 
 PACKAGES = ("triton", "torchvision", "timm", "lightning", "torchmetrics", "torchinfo", "safetensors", "matplotlib")
-PACKAGES += ("webdataset", "datasets", "optuna")
+PACKAGES += ("webdataset", "datasets", "scipy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

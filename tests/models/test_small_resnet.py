@@ -1,6 +1,9 @@
 """The networks: twins but for the spatial layer, any image size, every parameter trained."""
 
+import math
+
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -82,3 +85,25 @@ def test_depth_counts_layers_as_a_resnets_are_counted():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         create_model(*arguments)
+
+
+@pytest.mark.parametrize("name", ["resnet14", "sasa_resnet26"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_filter_fn"),
+        *("cache_dir", "scriptable", "exportable", "no_jit", "features_only", "block", "device", "widht"),
+    ],
+)
+def test_options_are_the_networks_own(name, option, monkeypatch):
+    """What reads files or the network in timm's factory never gets there."""
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("reached timm"))
+    with pytest.raises(TypeError, match=rf"expected arguments of {name} \(.*width.*\), got {option}"):
+        create_model(name, **{option: "x"})
+
+
+@pytest.mark.parametrize(("name", "option"), [("resnet14", "width"), ("sasa_resnet26", "drop_rate")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_options_are_finite(name, option, value):
+    with pytest.raises(ValueError, match=f"{option}: expected a finite number, got {value}"):
+        create_model(name, **{option: value})

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -19,8 +20,8 @@ def encode(image, kind="PNG", **options):
     return stream.getvalue()
 
 
-def pixels(file, **options):
-    image = read_image(file, **options)
+def pixels(file):
+    image = read_image(file)
     assert type(image) is Image.Image and image.mode == "RGB" and not image.info
     return np.asarray(image).astype(int)
 
@@ -28,7 +29,8 @@ def pixels(file, **options):
 def attempt(data):
     """The pixels, or None for an unreadable image; any other error is none that should come."""
     try:
-        return pixels(data, max_pixels=10**6)
+        with mock.patch("sasa.train.images.MAX_PIXELS", 10**6):
+            return pixels(data)
     except UnreadableImage:
         return None
 

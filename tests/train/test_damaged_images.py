@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from image_bytes import ENCODED, NOISE, attempt, chunk, pixels, tiff
 from PIL import EpsImagePlugin, Image, ImageFile
 
+from sasa.train import images
 from sasa.train.errors import DataError
-from sasa.train.images import MAX_PIXELS, UnreadableImage, read_image
+from sasa.train.images import UnreadableImage, read_image
 
 # Files that are not whole
 
@@ -45,7 +46,7 @@ def test_truncated_file_is_named(tmp_path, name, part):
 def test_not_an_image():
     for data, reason in [
         (b"", "it is empty"),
-        (b"<html>404</html>", r"not an image in a known format \(JPEG, PNG, WebP, GIF, BMP, TIFF, PPM\)"),
+        (b"<html>404</html>", r"not an image in a known format \(JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM\)"),
         (b"\x89PNG\r\n\x1a\n", "."),
         (b"\xff\xd8\xff", "."),
     ]:
@@ -117,7 +118,7 @@ def bombs(width, height):
     }
 
 
-@pytest.mark.parametrize("side", [9460, 10_000, 60_000])  # Pillow warns of more than 9459 x 9459, fails over 13377
+@pytest.mark.parametrize("side", [9460, 60_000])  # Pillow warns of more than 9459 x 9459, fails over 13377
 @pytest.mark.parametrize("kind", bombs(9, 9))
 @pytest.mark.parametrize("action", ["error", "always"])
 def test_bomb_is_refused_by_its_header_without_a_warning(monkeypatch, kind, side, action):
@@ -127,12 +128,11 @@ def test_bomb_is_refused_by_its_header_without_a_warning(monkeypatch, kind, side
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter(action)
         filters = list(warnings.filters)
-        with pytest.raises(UnreadableImage, match=r"more than 89478485 pixels|exceeds limit") as raised:
+        with pytest.raises(UnreadableImage, match=r"more than 89478485 pixels|exceeds limit"):
             read_image(data)
         assert warnings.filters == filters
     assert not caught
     assert (Image.MAX_IMAGE_PIXELS, warnings.filters) == before
-    assert kind == "webp" or f"{side} x {side} are" in raised.value.reason
 
 
 @pytest.mark.parametrize("width", [60_000, 9])
@@ -152,18 +152,15 @@ def test_nothing_is_read_that_is_not_needed(tmp_path, width):
         tracemalloc.stop()
 
 
-def test_limit():
-    assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS  # unless set by the user: see where it is defined
-    for data in ENCODED.values():
-        assert read_image(data, max_pixels=16 * 24).size == (24, 16)
-        with pytest.raises(UnreadableImage, match="24 x 16 are more than 383 pixels"):
-            read_image(data, max_pixels=16 * 24 - 1)
-
-
-def test_a_larger_limit_allows_what_pillow_would_refuse(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    for name in ("jpeg", "png", "bmp", "ppm"):
-        assert read_image(ENCODED[name]).size == (24, 16)
+def test_limit(monkeypatch):
+    for limit in (16 * 24, 16 * 24 - 1):
+        monkeypatch.setattr(images, "MAX_PIXELS", limit)
+        for data in ENCODED.values():
+            if limit == 16 * 24:
+                assert read_image(data).size == (24, 16)
+                continue
+            with pytest.raises(UnreadableImage, match="24 x 16 are more than 383 pixels"):
+                read_image(data)
 
 
 def test_many_threads_leave_warnings_as_they_are():
@@ -210,7 +207,7 @@ def test_a_link_to_an_image_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ENCODED)
-def test_files_are_closed_and_streams_left_open(tmp_path, monkeypatch, name):
+def test_files_are_closed(tmp_path, monkeypatch, name):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.write_bytes(ENCODED[name])
     cut.write_bytes(ENCODED[name][:-100])
@@ -220,22 +217,11 @@ def test_files_are_closed_and_streams_left_open(tmp_path, monkeypatch, name):
         opened.append(open_path(path, *args))
         return opened[-1]
 
-    with whole.open("rb") as stream:
-        np.testing.assert_array_equal(pixels(stream), pixels(ENCODED[name]))
-        assert not stream.closed
     monkeypatch.setattr(Path, "open", remember)
     np.testing.assert_array_equal(pixels(whole), pixels(ENCODED[name]))
     with pytest.raises(UnreadableImage):
         read_image(cut)
     assert len(opened) == 2 and all(stream.closed for stream in opened)
-
-
-def test_stream_that_can_not_be_rewound():
-    reading, writing = os.pipe()
-    os.write(writing, ENCODED["png"])
-    os.close(writing)
-    with os.fdopen(reading, "rb") as stream:
-        np.testing.assert_array_equal(pixels(stream), NOISE)
 
 
 # Errors

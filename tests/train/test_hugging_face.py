@@ -92,9 +92,9 @@ def test_image_that_is_only_a_path(tmp_path):
 @pytest.mark.parametrize(
     ("there", "taken"),
     [
-        (["test", "val", "valid", "validation"], "validation"),
-        (["test", "val", "valid"], "valid"),
-        (["test", "val"], "val"),
+        (["test", "validation", "valid", "val"], "val"),
+        (["test", "validation", "valid"], "valid"),
+        (["test", "validation"], "validation"),
         (["unsupervised", "test"], "test"),
     ],
 )
@@ -221,7 +221,7 @@ def test_splits_missing(tmp_path):
     save(tmp_path / "a", test=split(1))
     refused(tmp_path / "a", r"expected a split train in \S+, got test$")
     save(tmp_path / "b", train=split(1), extra=split(1))
-    refused(tmp_path / "b", r"expected a split validation or valid or val or test in \S+, got train, extra$")
+    refused(tmp_path / "b", r"expected a split val or valid or validation or test in \S+, got train, extra$")
     save(tmp_path / "c", train=split(1), val=split(0))
     refused(tmp_path / "c", r"expected \S+val as .* writes it, got ValueError\('no images'\)")
 

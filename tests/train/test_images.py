@@ -2,7 +2,6 @@
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -101,27 +100,11 @@ def test_palette_and_alpha_apart():
     np.testing.assert_allclose(pixels(data)[0], ON_WHITE, atol=1)
 
 
-@pytest.mark.parametrize(
-    ("depth", "row", "hidden", "expected"),
-    [
-        (1, [0b10000000], 1, [255, 0]),
-        (1, [0b10000000], 0, [255, 255]),
-        (2, [0b01100000], 1, [255, 170]),
-        (4, [0x12], 1, [255, 34]),
-        (8, [100, 101], 100, [255, 101]),
-        (16, [0x12, 0x34, 0x12, 0x35], 0x1234, [255, 18]),
-    ],
-)
-def test_one_transparent_grey(depth, row, hidden, expected):
-    data = png(2, 1, depth, 0, [bytes(row)], chunk(b"tRNS", struct.pack(">H", hidden)))
-    assert pixels(data)[0, :, 2].tolist() == expected
-
-
-@pytest.mark.parametrize(("depth", "letter", "value"), [(8, "B", 200), (16, "H", 200 * 256 + 100)])
-def test_one_transparent_colour(depth, letter, value):
-    row = struct.pack(f">6{letter}", value, 0, 0, 0, 0, value)
-    data = png(2, 1, depth, 2, [row], chunk(b"tRNS", struct.pack(">3H", value, 0, 0)))
+def test_one_transparent_colour():
+    data = png(2, 1, 8, 2, [bytes([200, 0, 0, 0, 0, 200])], chunk(b"tRNS", struct.pack(">3H", 200, 0, 0)))
     assert pixels(data)[0].tolist() == [[255, 255, 255], [0, 0, 200]]
+    data = png(2, 1, 8, 0, [bytes([100, 101])], chunk(b"tRNS", struct.pack(">H", 100)))
+    assert pixels(data)[0, :, 2].tolist() == [255, 101]
 
 
 # CMYK
@@ -172,10 +155,6 @@ def test_16_bits_of_grey_are_scaled_by_their_range(how):
 def test_other_ranges_of_grey():
     assert pixels(b"P5 3 1 1000\n" + struct.pack(">3H", 0, 500, 1000))[0, :, 0].tolist() == [0, 128, 255]
     assert pixels(b"P2 3 1 1000\n0 500 1000\n")[0, :, 0].tolist() == [0, 128, 255]
-    twelve = bytes([0x00, 0x08, 0x00, 0xFF, 0xF0, 0x00])  # 0, 2048, 4095, 0
-    assert pixels(tiff(4, 1, 12, twelve))[0, :, 0].tolist() == [0, 128, 255, 0]
-    white_is_0 = tiff(3, 1, 16, struct.pack("<3H", 0, 257, 65535), photometric=0)
-    assert pixels(white_is_0)[0, :, 0].tolist() == [255, 254, 0]
 
 
 def test_16_bits_of_colour():
@@ -183,17 +162,21 @@ def test_16_bits_of_colour():
     assert pixels(png(1, 1, 16, 6, [row]))[0, 0].tolist() == [255, 128, 0]
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_no_range_is_made_up(dtype):
-    with pytest.raises(UnreadableImage, match="no range is known for pixels of 32 bits"):
-        read_image(encode(np.ones((2, 2), dtype), "TIFF"))
-
-
-def test_signed_and_float_files():
-    with pytest.raises(UnreadableImage, match="with a sign"):
-        read_image(tiff(1, 1, 16, b"\0\0", (339, (3, 2))))
-    with pytest.raises(UnreadableImage, match="with fractions"):
-        read_image(b"Pf\n1 1\n-1.0\n" + struct.pack("<f", 0.5))
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(np.ones((2, 2), np.int32), "TIFF"),
+        encode(np.ones((2, 2), np.float32), "TIFF"),
+        tiff(1, 1, 16, b"\0\0", (339, (3, 2))),
+        tiff(4, 1, 12, bytes(6)),
+        tiff(1, 1, 16, b"\0\0", photometric=0),
+        b"Pf\n1 1\n-1.0\n" + struct.pack("<f", 0.5),
+    ],
+    ids=["int32", "float32", "signed", "12 bits", "white is 0", "float map"],
+)
+def test_no_range_is_made_up(data):
+    with pytest.raises(UnreadableImage, match="no range is known for grey of other than 8 or 16 bits"):
+        read_image(data)
 
 
 # Which way up
@@ -260,34 +243,6 @@ def test_garbage_in_exif_does_not_matter(kind, garbage):
     options = {"lossless": True} if kind == "WEBP" else {}
     whole = pixels(encode(NOISE, kind, **options))
     np.testing.assert_array_equal(pixels(encode(NOISE, kind, exif=b"Exif\0\0" + garbage, **options)), whole)
-
-
-def test_garbage_in_exif_of_a_tiff_does_not_matter():
-    data = tiff(2, 1, 8, b"\1\2", (0x8769, (4, 150)), (0x0112, (3, 2)))
-    assert pixels(data)[0, :, 0].tolist() == [2, 1]
-    data = tiff(2, 1, 8, b"\1\2", (0x8769, (4, 2**31)), (0x8825, (4, 8)), (0x0112, (3, 2)))
-    assert pixels(data)[0, :, 0].tolist() == [2, 1]
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        chunk(b"tEXt", b"Comment\0wrong checksum", 1),
-        chunk(b"eXIf", exif(1), 1),
-        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**21))),
-        chunk(b"zTXt", b"Comment\0\7" + b"unknown compression"),
-        chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(bytes(2**21))),
-        chunk(b"iCCP", b"sRGB\0\0garbage"),
-        chunk(b"acTL", bytes(8)),
-        chunk(b"acTL", b"short"),
-        chunk(b"fcTL", bytes(26)),
-        chunk(b"pHYs", b""),
-        chunk(b"gAMA", b""),
-    ],
-    ids=lambda broken: f"{broken[4:8].decode()} {len(broken)}",
-)
-def test_broken_metadata_of_a_png_does_not_matter(broken):
-    assert pixels(png(2, 1, 8, 0, [b"\1\2"], broken))[0, :, 0].tolist() == [1, 2]
 
 
 def test_colour_profile_is_ignored():

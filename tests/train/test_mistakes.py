@@ -86,7 +86,7 @@ def test_predictions_go_on_with_rows_of_their_own_alone(run, tmp_path, capsys):
     parts = tmp_path / "p.csv.parts"
     parts.mkdir()
     (parts / "rows.json").write_text(json.dumps({"weights": "another", "top_k": 2, "images": "another"}))
-    (parts / "run-0000-00000.csv").write_text("cat/0.png,other,0.9,x,0.1,\n")
+    (parts / "run-0000-00000.jsonl").write_text('["cat/0.png", "other", "0.9", "x", "0.1", ""]\n')
     before = files(parts)
     with pytest.raises(OutputError, match=r"parts holds rows made with other weights, top_k, images; remove it"):
         predict(tmp_path / "images", out, weights, top_k=3)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -139,14 +140,100 @@ def test_a_cut_shard_is_read_as_far_as_it_goes(shards):
     with tarfile.open(path) as tar:
         member = tar.getmembers()[-2]
     path.write_bytes(path.read_bytes()[: member.offset_data + 10])
-    with pytest.warns(UserWarning, match=r"read only the first \d images of a broken shard: .*train-0001.tar \("):
+    with pytest.warns(
+        UserWarning, match=r"1 left out of \S+train-0001.tar, which has [56] images: the rest of it: unex"
+    ):
         source = open_source(shards)
     assert source.skipped == 1 and 26 <= len(source.train) <= 27
-    with pytest.raises(DataError, match=r"data: expected a whole shard, got .*train-0001.tar"):
+    with pytest.raises(DataError, match=r"data: 1 left out of \S+train-0001.tar"):
         open_source(shards, strict=True)
-    with pytest.warns(UserWarning, match="broken shard"):
+    with pytest.warns(UserWarning, match="the rest of it"):
         found = batches(shards)
     assert len(found) == 6 and not any(reason for batch in found for reason in batch.unreadable)
+
+
+def tar(path, *members, compressed=False):
+    """A shard of (name, content); without content, a link to the first member."""
+    with tarfile.open(path, "w:gz" if compressed else "w") as file:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type, info.linkname = tarfile.LNKTYPE, members[0][0]
+            info.size = len(content or b"")
+            file.addfile(info, io.BytesIO(content or b""))
+
+
+def sample(key, label=0):
+    return (f"{key}.jpg", picture(label)), (f"{key}.cls", str(label).encode())
+
+
+def replace(path, **options):
+    with tarfile.open(path) as file:
+        members = [(m.name, file.extractfile(m).read()) for m in file]
+    tar(path, *members, **options)
+
+
+def cut_in_a_header(path):
+    with tarfile.open(path) as file:
+        member = file.getmembers()[8]
+    path.write_bytes(path.read_bytes()[: member.offset + 100])
+
+
+ODD = {
+    "gzip": (lambda path: replace(path, compressed=True), 7, None),
+    "keys with dots": (lambda path: tar(path, *sample("a"), *sample("IMG_2024.01.0"), *sample("b")), 2, r"01.0.jpg"),
+    "parts of a sample": (lambda path: tar(path, *sample("a"), ("a.seg.png", b""), *sample("b")), 2, None),
+    "repeated key": (lambda path: tar(path, *sample("a"), *sample("b"), *sample("a")), 2, r"1 left out .*: a\.jpg"),
+    "repeated file": (lambda path: tar(path, *sample("a"), *sample("a")[:1]), 1, r"1 left out .*: a\.jpg"),
+    "no image": (lambda path: tar(path, *sample("a"), ("b.heic", b""), ("b.cls", b"1")), 1, r"1 left out .*: b\.cls"),
+    "a link": (lambda path: tar(path, *sample("a"), ("b.jpg", None), ("b.cls", b"1")), 1, r"1 left out .*: b\.jpg"),
+    "hidden": (lambda path: tar(path, *sample("a"), *sample("._b"), *sample("__MACOSX/c")), 1, None),
+    "cut in a header": (cut_in_a_header, 3, "without the mark of an end"),
+    "cut at a header": (lambda p: p.write_bytes(p.read_bytes().rstrip(b"\0")[:1024]), 0, "the rest of it: "),
+    "two in one": (lambda path: path.write_bytes(path.read_bytes() * 2), 6, "more follows its end"),
+    "cut gzip": (lambda p: (replace(p, compressed=True), os.truncate(p, p.stat().st_size // 2)), None, "end-of-stream"),
+    "named pipe": (lambda path: (path.unlink(), os.mkfifo(path)), 0, "it is not a regular file"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), 0, "the rest of it: it is not a regular file"),
+    "empty": (lambda path: path.write_bytes(b""), 0, "the rest of it: empty file"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("odd", ODD)
+def test_counting_is_reading_and_what_is_not_read_is_named(shards, odd):
+    make, count, reason = ODD[odd]
+    make(shards / "train-0000.tar")
+    if reason is None:
+        source = open_source(shards, strict=True)
+    else:
+        with pytest.warns(UserWarning, match=rf"left out of \S+train-0000.tar.*{reason.removeprefix('1 left out .*')}"):
+            source = open_source(shards)
+        with pytest.raises(DataError, match=r"left out of \S+train-0000.tar"):
+            open_source(shards, strict=True)
+    assert source.skipped == (reason is not None)
+    counted = len(source.train) - 21
+    assert counted == count or (count is None and 0 <= counted < 7)
+    read = list(source.train.samples(0, 1))
+    assert len(read) == len(source.train) and len({s.name for s in read}) == len(read)
+
+
+def test_a_shard_of_another_length_than_the_index_says(shards):
+    (shards / "classes.txt").write_text("cat\ndog\nowl\n")
+    for count in (6, 8):
+        index = {"shardlist": [{"url": "train-0000.tar", "nsamples": count}]}
+        (shards / "index.json").write_text(json.dumps(index))
+        with pytest.raises(DataError, match=rf"expected {count} images in \S+train-0000.tar, .* index.json, got 7"):
+            list(open_source(shards).train.samples(0, 1))
+
+
+@pytest.mark.parametrize("count", ["-4", "1e400", "NaN", "true", '"4"', "null", "4.0"])
+def test_an_index_of_no_numbers_is_refused(shards, count):
+    (shards / "classes.txt").write_text("cat\ndog\nowl\n")
+    (shards / "index.json").write_text(
+        '{"shardlist": [{"url": "train-0000.tar", "nsamples": COUNT}]}'.replace("COUNT", count)
+    )
+    with pytest.raises(DataError, match="data: expected the index that widsindex writes, got"):
+        open_source(shards)
 
 
 def test_training_on_shards_goes_on_to_the_same_bits_and_on_two_processes(shards, tmp_path):

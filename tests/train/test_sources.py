@@ -1,5 +1,7 @@
 """Images from the package, from IDX files and from folders, and what is said of bad ones."""
 
+import os
+import shutil
 import warnings
 
 import numpy as np
@@ -11,6 +13,7 @@ from sasa.train.data import ImageData
 from sasa.train.errors import DataError
 from sasa.train.recipe import Recipe
 from sasa.train.sources import open_source
+from sasa.train.walk import walk
 
 
 def labels_of(images):
@@ -65,6 +68,15 @@ def test_idx_file_cut_short(idx_folder):
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\S* is not a whole IDX file"):
         open_source(idx_folder)
+
+
+def test_images_of_one_grey_are_refused(tmp_path):
+    """Their deviation is 0: what is divided by it would be no number."""
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", torch.zeros(4, 28, 28, dtype=torch.uint8))
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", torch.arange(4, dtype=torch.uint8) % 2)
+    with pytest.raises(DataError, match="training images that are not all of one grey"):
+        open_source(tmp_path)
 
 
 def test_idx_counts_differ(tmp_path):
@@ -183,6 +195,52 @@ def test_strict_refuses_unreadable_images(tmp_path):
     (tmp_path / "dog" / "4.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"data: 1 of 10 images can't be read: .*dog.4\.png \(it is not"):
         open_source(tmp_path, strict=True)
+
+
+SYSTEM = (".ipynb_checkpoints", ".Trash", "__MACOSX", "@eaDir", "lost+found", ".hidden")
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_hidden_and_system_files_are_skipped_and_real_folders_are_read_once(tmp_path, split):
+    """By training and by prediction: of links that run in a circle, into the folder and out of it."""
+    for part in ("train", "val") if split else ("",):
+        folder = tmp_path / "data" / part
+        write_images(folder)
+        write_images(tmp_path / f"elsewhere{part}", classes=("owl", "far"), each=2)
+        shutil.move(tmp_path / f"elsewhere{part}" / "far", tmp_path / f"far{part}")
+        (folder / "owl").symlink_to(tmp_path / f"elsewhere{part}" / "owl")
+        (folder / "dog" / "deeper").symlink_to(tmp_path / f"far{part}")
+        (folder / "dog" / "same").symlink_to(tmp_path / f"far{part}")
+        for link, target in (("loop", "."), ("cat/up", ".."), ("dog/self", "self")):
+            (folder / link).symlink_to(target)
+        for name in SYSTEM:
+            for place in (folder, folder / "cat"):
+                (place / name).mkdir()
+                shutil.copy(folder / "cat" / "0.png", place / name / "0.png")
+        for name in (".x.png", "._0.png"):
+            (folder / "cat" / name).write_bytes(b"not an image")
+    source = open_source(tmp_path / "data", strict=True)
+    assert source.classes == ["cat", "dog", "owl"]
+    each = np.bincount(labels_of(source.train)) + (0 if split else np.bincount(labels_of(source.val)))
+    assert each.tolist() == [5, 7, 2]
+    paths = {source.train.name(i) for i in range(len(source.train))}
+    paths |= {source.val.name(i) for i in range(len(source.val))}
+    assert {str(tmp_path / "data" / path) for path in walk(tmp_path / "data")} == paths
+
+
+def test_a_class_that_is_a_link_to_another_is_refused(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "kitty").symlink_to("cat")
+    with pytest.raises(DataError, match=r"no readable images in \S+kitty"):
+        open_source(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "cat").chmod(0)
+    with pytest.raises(DataError, match=r"data: \S+cat can't be read: Permission denied"):
+        open_source(tmp_path)
 
 
 def test_class_left_without_a_readable_image_is_named(tmp_path):

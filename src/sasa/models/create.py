@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Any
 
 import timm
+from timm.models.resnet import ResNet
 from torch import nn
 
 from ..ops import checks
 from .presets import MODELS, SMALL_MODELS, scaled
+from .sasa_resnet import SasaResNet
 from .small_resnet import SmallResNet
+
+_NOT_OPTIONS = {"self", "block", "num_classes", "in_chans", "kwargs", "device", "dtype"}
+OPTIONS = tuple(
+    dict.fromkeys(
+        name
+        for network in (SasaResNet, ResNet)
+        for name in inspect.signature(network.__init__).parameters
+        if name not in _NOT_OPTIONS
+    )
+)
+"""Arguments of the paper's networks themselves. What timm's factory takes besides, such as ``checkpoint_path`` and
+``pretrained_cfg``, reads files and URLs: options come from recipes and weights files of others, and must not."""
 
 
 def create_model(name: str, num_classes: int = 10, in_chans: int = 3, **kwargs: Any) -> nn.Module:
-    """Build the network called ``name``, with fresh parameters.
+    """Build the network called ``name``, with fresh parameters. Nothing is read from files or the network.
 
     Args:
         name: one of :data:`sasa.models.MODELS`.
         num_classes: outputs of the classifier.
         in_chans: channels of the images.
-        **kwargs: of the paper's networks: arguments of :class:`sasa.models.SasaResNet`, and what
-            ``timm.create_model`` takes (``features_only``). Of the small ones: ``width``, a factor of all widths
-            inside and between the blocks (to whole channels a head), 1 if left out.
+        **kwargs: of the paper's networks: arguments of :class:`sasa.models.SasaResNet` and timm's ``ResNet`` (for those
+            of timm's factory, such as ``features_only``, call ``timm.create_model``). Of the small ones: ``width``, a
+            factor of all widths inside and between the blocks (to whole channels a head), 1 by default.
 
     Raises:
         ValueError: no network of that name, or an argument out of range.
         TypeError: an argument that the network doesn't have.
     """
     checks.choice("name", name, MODELS)
+    options = ("width",) if name in SMALL_MODELS else OPTIONS
+    unknown = sorted(set(kwargs) - set(options))
+    if unknown:
+        raise TypeError(f"expected arguments of {name} ({', '.join(options)}), got {', '.join(unknown)}")
+    for option, value in kwargs.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{option}: expected a finite number, got {value}")
     if name not in SMALL_MODELS:
         return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
     size, spatial = SMALL_MODELS[name]

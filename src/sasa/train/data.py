@@ -4,57 +4,40 @@ from __future__ import annotations
 
 import signal
 import zlib
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import lightning
 import torch
 from timm.data.mixup import Mixup
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .batch import IGNORED, Batch, Taken, collate
+from .batch import IGNORED, Batch, Candidate, Preparation, Taken, collate
 from .errors import OptionError
-from .images import UnreadableImage
 from .launch import SIGNALS
-from .order import IMAGE, MIXUP, PADDING, BatchOrder, seed_everything
+from .order import MIXUP, PADDING, BatchOrder, seed_everything
 from .recipe import Recipe
 from .shards import ShardImages
 from .sources import Images, Source, TensorImages
 from .stream import ShardStream
-from .transforms import ImageNetTransform, Transform, fit_transform, normalise, shift_transform
+from .transforms import ImageNetTransform, fit_transform, normalise, shift_transform
 
 
 class LabelledImages(Dataset):
-    """Takes images by (epoch, index), with random draws that follow from seed, epoch and index alone.
-
-    An image that can't be read is a blank one labelled :data:`IGNORED` in validation; in training the next readable one
-    takes its place. Both are told in the batch.
+    """Takes images by (epoch, index).
 
     Args:
         images: to take from.
-        fit: brings an image to its size.
-        vary: changes it at random; None: doesn't.
-        seed: of the draws.
-        training: whether unreadable images are replaced.
-        strict: raise for them instead.
-        blank: (C, S, S) bytes: what stands for an image that is not there.
+        preparation: of the images.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        fit: Transform,
-        vary: Transform | None,
-        *,
-        seed: int = 0,
-        training: bool = False,
-        strict: bool = False,
-        blank: Tensor,
-    ) -> None:
+    def __init__(self, images: Images, preparation: Preparation) -> None:
         if isinstance(images, TensorImages):  # fit all at once, now; later there is nothing to do for each
-            images, fit = TensorImages(fit(images.images), images.labels, images.part), _same
-        self.images, self.fit, self.vary = images, fit, vary
-        self.seed, self.training, self.strict, self.blank = seed, training, strict, blank
+            images = TensorImages(preparation.fit(images.images), images.labels, images.part)
+            preparation = replace(preparation, fit=_same)
+        self.images, self.preparation = images, preparation
 
     def __len__(self) -> int:
         return len(self.images)
@@ -62,25 +45,11 @@ class LabelledImages(Dataset):
     def __getitem__(self, place: tuple[int, int] | int) -> Taken:
         epoch, index = (0, place) if isinstance(place, int) else place
         if index == PADDING:
-            return Taken(self.blank, IGNORED, "")
-        unreadable = ""
-        for other in range(len(self.images)):
-            found = (index + other) % len(self.images)
-            try:
-                image = self.images.read(found)
-            except UnreadableImage as error:
-                if self.strict:
-                    raise
-                unreadable = unreadable or str(error)
-                if self.training:
-                    continue
-                return Taken(self.blank, IGNORED, self.images.name(index), unreadable)
-            image = self.fit(image)
-            if self.vary is not None:
-                seed_everything(IMAGE, self.seed, epoch, index)
-                image = self.vary(image)
-            return Taken(image, self.images.label(found), self.images.name(found), unreadable)
-        raise UnreadableImage("data", "not one of the images can be read")
+            return Taken(self.preparation.blank, IGNORED, "")
+        images, count = self.images, len(self.images)
+        found = chain(range(index, count), range(index))
+        candidates = (Candidate(images.name(i), images.label(i), index, partial(images.read, i)) for i in found)
+        return self.preparation.take(candidates, epoch)
 
 
 class ImageData(lightning.LightningDataModule):
@@ -123,29 +92,21 @@ class ImageData(lightning.LightningDataModule):
                 raise OptionError("augment: expected none or shift for small grey images in memory, got imagenet")
             train_fit, vary = _same, ImageNetTransform(size, recipe.auto_augment, source.mean)
         blank = torch.zeros(source.channels, size, size, dtype=torch.uint8)
-        options: dict[str, Any] = {"seed": recipe.seed, "strict": recipe.strict, "blank": blank}
-        self.train_set = self._set(source.train, train_fit, vary, training=True, **options)
-        self.val_set = self._set(source.val, fit, None, training=False, **options)
+        train_preparation = Preparation(train_fit, vary, blank, recipe.seed, training=True, strict=recipe.strict)
+        self.train_set = self._set(source.train, train_preparation)
+        self.val_set = self._set(source.val, Preparation(fit, None, blank, strict=recipe.strict))
         self.normalise = normalise(source.mean, source.std)
         self.mixup = None
         if recipe.mixup or recipe.cutmix:
-            self.mixup = Mixup(
-                recipe.mixup,
-                recipe.cutmix,
-                label_smoothing=recipe.label_smoothing,
-                num_classes=len(source.classes),
-            )
+            options = {"label_smoothing": recipe.label_smoothing, "num_classes": len(source.classes)}
+            self.mixup = Mixup(recipe.mixup, recipe.cutmix, **options)
 
-    def _set(self, images: Images | ShardImages, fit: Transform, vary: Transform | None, **options: Any) -> Dataset:
+    def _set(self, images: Images | ShardImages, preparation: Preparation) -> Dataset:
         if not isinstance(images, ShardImages):
-            return LabelledImages(images, fit, vary, **options)
-        options |= {
-            "batch_size": self.recipe.batch_size,
-            "accumulate": self.recipe.accumulate,
-            "rank": self.rank,
-            "world_size": self.world_size,
-        }
-        return ShardStream(images, fit, vary, classes=len(self.source.classes), **options)
+            return LabelledImages(images, preparation)
+        recipe, classes = self.recipe, len(self.source.classes)
+        shares = (recipe.batch_size, recipe.accumulate, self.rank, self.world_size)
+        return ShardStream(images, preparation, classes, *shares)
 
     @property
     def steps_per_epoch(self) -> int:

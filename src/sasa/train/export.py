@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ..models import create_model
+from ..models import MODELS, create_model
 from .checkpoints import write_whole
+
+LARGEST = 10_000
+"""Side in pixels of images that a weights file may ask for."""
 
 
 def save_weights(network: nn.Module, path: Path, facts: dict[str, Any]) -> None:
@@ -21,22 +26,59 @@ def save_weights(network: nn.Module, path: Path, facts: dict[str, Any]) -> None:
 
 
 def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network in ``model.safetensors``, in evaluation mode, and its facts.
+    """The trained network in ``model.safetensors``, in evaluation mode, and its facts. Nothing else is read.
 
     Returns:
         The network, and a dict of ``model``, ``model_options``, ``classes``, ``in_chans``, ``image_size``,
         ``crop_pct``, ``mean`` and ``std``.
 
     Raises:
-        ValueError: not a safetensors file that ``sasa train`` wrote, or weights that don't fit the network.
+        ValueError: not a safetensors file that ``sasa train`` wrote, facts of the wrong type, weights that don't fit
+            the network, or NaN or infinity in them.
         FileNotFoundError: no such file.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
             facts = {name: json.loads(fact) for name, fact in (file.metadata() or {}).items() if name != "format"}
-        options = facts.get("model_options", {})
-        network = create_model(facts["model"], len(facts["classes"]), facts["in_chans"], **options)
-        network.load_state_dict(load_file(path))
-    except (SafetensorError, KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+        _check_facts(facts)
+        network = create_model(facts["model"], len(facts["classes"]), facts["in_chans"], **facts["model_options"])
+        weights = load_file(path)
+        network.load_state_dict(weights)
+    except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"path: {path} does not hold weights written by sasa train: {error}") from error
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"path: expected finite weights in {path}, got NaN or infinity in {name}")
     return network.eval(), facts
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    """Raise ValueError unless every fact is there and of a type and range that can be meant."""
+    facts.setdefault("model_options", {})
+    facts.setdefault("crop_pct", 1.0)
+
+    def channels(values: Any) -> bool:
+        return isinstance(values, list) and len(values) == facts["in_chans"] and all(map(_finite, values))
+
+    def names(values: Any) -> bool:
+        return isinstance(values, list) and bool(values) and all(isinstance(name, str) for name in values)
+
+    expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "model": ("the name of a network", lambda value: value in MODELS),
+        "model_options": ("a dict of the network's arguments", lambda value: isinstance(value, dict)),
+        "classes": ("a list of names", names),
+        "in_chans": ("1 or 3", lambda value: type(value) is int and value in (1, 3)),
+        "image_size": (f"an int from 1 to {LARGEST}", lambda value: type(value) is int and 1 <= value <= LARGEST),
+        "crop_pct": ("more than 0 and at most 1", lambda value: _finite(value) and 0 < value <= 1),
+        "mean": ("a finite number for each channel", channels),
+        "std": ("a number above 0 for each channel", lambda value: channels(value) and min(value) > 0),
+    }
+    for name, (what, right) in expected.items():
+        if name not in facts:
+            raise ValueError(f"{name!r} is missing, expected {what}")
+        if not right(facts[name]):
+            raise ValueError(f"{name}: expected {what}, got {str(facts[name])[:200]}")
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < sys.float_info.max

@@ -16,8 +16,8 @@ from PIL import Image
 from .. import _extras
 from .errors import DataError
 from .images import UnreadableImage, read_image
+from .walk import VALIDATION_NAMES
 
-VALIDATION_NAMES = ("validation", "valid", "val", "test")
 IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
 
@@ -65,7 +65,7 @@ def open_hugging_face(folder: Path) -> tuple[HubImages, HubImages, list[str]]:
     column called so with whole numbers, which are then the names too, or with text, which is sorted.
 
     Args:
-        folder: what ``DatasetDict.save_to_disk`` wrote, with a split train, and one called validation, valid, val or
+        folder: what ``DatasetDict.save_to_disk`` wrote, with a split train, and one called val, valid, validation or
             test. The first of these that is there is taken; other splits are not opened.
 
     Raises:

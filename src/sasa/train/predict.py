@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import heapq
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .batch import Batch, Taken, collate
-from .checkpoints import write_whole
+from .checkpoints import alone_in, write_whole
 from .errors import DataError, OptionError, OutputError
 from .evaluate import trained
 from .fit import quiet
@@ -29,9 +32,11 @@ from .images import UnreadableImage, read_image
 from .launch import Processes, find_processes, make_trainer
 from .recipe import Precision, Recipe
 from .transforms import Transform, fit_transform, normalise
+from .walk import walk
 
 ANY_NAME: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
-RUN = "run-{:04d}-{:05d}.csv"  # of one attempt and process
+RUN = "run-{:04d}-{:05d}.jsonl"  # of one attempt and process
+PATIENCE = 5.0  # seconds to wait for another predict that is about to end
 
 
 def predict(
@@ -49,11 +54,12 @@ def predict(
     """Classify the images below a folder into a table: path, the most likely classes and their probabilities.
 
     The images are neither listed nor held in memory all at once. While it runs, rows gather in ``OUT.parts``; if it is
-    cut off, the same command goes on with what is missing, on any number of processes. An image that can't be read has
+    cut off, the same command resumes with what is missing, on any number of processes. An image that can't be read has
     its reason in the last column.
 
     Args:
-        images: folder; images anywhere below it are taken, in order of their paths.
+        images: folder; images anywhere below it are taken, in order of their paths. Hidden and system folders are
+            skipped; links are followed, and every real folder is read once.
         out: CSV file to write.
         weights: model.safetensors of a run.
         top_k: classes an image; all, where there are fewer.
@@ -69,7 +75,7 @@ def predict(
 
     Raises:
         DataError: no folder, no images in it, or no trained network.
-        OutputError: the table exists already, or can't be written.
+        OutputError: the table exists already, can't be written, or another predict is at work on it.
         OptionError: an option out of range.
     """
     network, facts = trained(weights)
@@ -94,46 +100,44 @@ def predict(
         raise OutputError(f"out: {out} exists already; remove it, or choose another name")
     processes = find_processes(recipe)
     parts = out.with_name(f"{out.name}.parts")
-    _check_same_rows(parts, weights, top_k, images, processes.first)
-    done = _done(parts)
-    if done and processes.first:
-        Console(stderr=True).print(f"going on: {len(done):,} images are done already", highlight=False)
-    writer = RowWriter(parts, classes, top_k)
-    size = facts["image_size"]
-    fit, shape = fit_transform(size, facts.get("crop_pct", 1.0)), (facts["in_chans"], size, size)
-    unread = UnreadImages(images, done, fit, shape, batch_size, processes)
-    loader = DataLoader(unread, batch_size, num_workers=workers, collate_fn=collate)
-    with quiet():
-        trainer = make_trainer(
-            recipe, processes, logger=False, callbacks=[RichProgressBar(), writer], enable_checkpointing=False
-        )
-        predictor = Predictor(network, normalise(tuple(facts["mean"]), tuple(facts["std"])))
-        trainer.predict(predictor, loader, return_predictions=False)
-    trainer.strategy.barrier()
-    rows = 0
-    if processes.first:
-        rows = _merge(parts, out, top_k)
-        Console().print(f"{rows:,} images classified into {out}", highlight=False, soft_wrap=True)
+    with _alone(parts, out) if processes.first else contextlib.nullcontext():
+        _check_same_rows(parts, weights, top_k, images, processes.first)
+        table = Rows(parts, classes, top_k)
+        done = {row[0] for row in table}
+        if done and processes.first:
+            Console(stderr=True).print(f"resuming: {len(done):,} images are done already", highlight=False)
+        size = facts["image_size"]
+        fit, shape = fit_transform(size, facts["crop_pct"]), (facts["in_chans"], size, size)
+        unread = UnreadImages(images, done, fit, shape, batch_size, processes)
+        loader = DataLoader(unread, batch_size, num_workers=workers, collate_fn=collate)
+        with quiet():
+            callbacks = [RichProgressBar(), RowWriter(table)]
+            trainer = make_trainer(recipe, processes, logger=False, callbacks=callbacks, enable_checkpointing=False)
+            predictor = Predictor(network, normalise(tuple(facts["mean"]), tuple(facts["std"])))
+            trainer.predict(predictor, loader, return_predictions=False)
+        trainer.strategy.barrier()
+        rows = 0
+        if processes.first:
+            rows = table.write(out)
+            shutil.rmtree(parts)
+            Console().print(f"{rows:,} images classified into {out}", highlight=False, soft_wrap=True)
     return rows
 
 
-def walk(folder: Path) -> Iterator[str]:
-    """Images below a folder as paths relative to it, in order, one folder at a time in memory."""
-
-    def below(prefix: str) -> Iterator[str]:
+@contextlib.contextmanager
+def _alone(parts: Path, out: Path) -> Iterator[None]:
+    """Within, no other predict works on the same table."""
+    with contextlib.ExitStack() as stack:
         try:
-            with os.scandir(folder / prefix) as entries:
-                # A folder's place is that of its name with the slash, so that paths come out in order as whole strings.
-                found = sorted(e.name + "/" if e.is_dir(follow_symlinks=False) else e.name for e in entries)
+            parts.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone_in(parts, PATIENCE))
+        except OutputError:
+            raise OutputError(f"out: expected no other predict at work on {out}, got one") from None
         except OSError as error:
-            raise DataError(f"images: {folder / prefix} can't be read: {error.strerror}") from error
-        for name in found:
-            if name.endswith("/"):
-                yield from below(prefix + name)
-            elif name.lower().endswith(IMG_EXTENSIONS):
-                yield prefix + name
-
-    return below("")
+            raise OutputError(f"out: can't write to {parts}: {error.strerror}") from error
+        if out.exists():  # another one has ended meanwhile
+            raise OutputError(f"out: {out} exists already; remove it, or choose another name")
+        yield
 
 
 class UnreadImages(IterableDataset):
@@ -190,20 +194,77 @@ class Predictor(lightning.LightningModule):
         return self.network(self.normalised(batch.images)).float().softmax(1)
 
 
+class Rows:
+    """The rows made so far, one line of JSON each in files that are each in order of the paths.
+
+    A line that is cut off or damaged is no row: its image is classified again.
+    """
+
+    def __init__(self, parts: Path, classes: Sequence[str], top_k: int) -> None:
+        self.parts, self.classes, self.top_k = parts, classes, top_k
+        guesses = (f"{what}_{k}" for k in range(1, top_k + 1) for what in ("class", "probability"))
+        self.header = ["path", *guesses, "error"]
+        self._known = set(classes)
+
+    def files(self) -> list[Path]:
+        """One of each attempt and process."""
+        return sorted(self.parts.glob("run-*.jsonl"))
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """In order of the paths, each once; no more than a row of each file in memory."""
+        last = None
+        for row in heapq.merge(*map(self._read, self.files()), key=itemgetter(0)):
+            if row[0] != last:
+                yield row
+            last = row[0]
+
+    def _read(self, path: Path) -> Iterator[list[str]]:
+        with path.open("rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if line.endswith(b"\n") and self._is_whole(row):
+                        yield row
+
+    def _is_whole(self, row: Any) -> bool:
+        if not (isinstance(row, list) and len(row) == len(self.header) and all(isinstance(c, str) for c in row)):
+            return False
+        path, *guesses, reason = row
+        if reason:
+            return bool(path) and not any(guesses)
+        return bool(path) and self._known.issuperset(guesses[::2]) and all(0 <= float(p) <= 1 for p in guesses[1::2])
+
+    def write(self, out: Path) -> int:
+        """The table as CSV; returns its rows."""
+        beside, count = out.with_name(f".{out.name}.part"), 0
+        try:
+            with beside.open("w", newline="", **ANY_NAME) as file:
+                writer = csv.writer(file)
+                writer.writerow(self.header)
+                for row in self:
+                    writer.writerow(row)
+                    count += 1
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(out)
+        except OSError as error:
+            raise OutputError(f"out: can't write {out}: {error.strerror}; the rows are in {self.parts}") from error
+        return count
+
+
 class RowWriter(BasePredictionWriter):
     """Appends each batch's rows to the file of this attempt and process."""
 
-    def __init__(self, parts: Path, classes: Sequence[str], top_k: int) -> None:
+    def __init__(self, table: Rows) -> None:
         super().__init__("batch")
-        self.parts, self.classes, self.top_k = parts, classes, top_k
-        self.file: Path | None = None
+        self.table = table
+        self.file = Path()
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Choose the attempt's number: all processes the same."""
-        self.parts.mkdir(parents=True, exist_ok=True)
-        attempts = [int(path.name.split("-")[1]) for path in self.parts.glob("run-*.csv")]
+        attempts = [int(path.name.split("-")[1]) for path in self.table.files()]
         attempt = trainer.strategy.broadcast(max(attempts, default=-1) + 1)
-        self.file = self.parts / RUN.format(attempt, trainer.global_rank)
+        self.file = self.table.parts / RUN.format(attempt, trainer.global_rank)
 
     def write_on_batch_end(
         self,
@@ -216,18 +277,26 @@ class RowWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """A row an image, then to the disk."""
-        probabilities, found = prediction.topk(self.top_k)
-        with self.file.open("a", newline="", **ANY_NAME) as file:  # type: ignore[union-attr]
-            writer = csv.writer(file)
-            for name, reason, row, labels in zip(
-                batch.names, batch.unreadable, probabilities.tolist(), found.tolist(), strict=True
-            ):
-                guesses = [g for label, p in zip(labels, row, strict=True) for g in (self.classes[label], f"{p:.6f}")]
-                writer.writerow([name, *([""] * len(guesses) if reason else guesses), reason])
+        lines = []
+        probabilities, found = prediction.topk(self.table.top_k)
+        for name, reason, row, labels in zip(
+            batch.names, batch.unreadable, probabilities.tolist(), found.tolist(), strict=True
+        ):
+            if not reason and not all(map(math.isfinite, row)):
+                reason = "the network's output is not finite"
+            guesses = [g for n, p in zip(labels, row, strict=True) for g in (self.table.classes[n], f"{p:.6f}")]
+            lines.append(json.dumps([name, *([""] * len(guesses) if reason else guesses), reason]) + "\n")
+        try:
+            with self.file.open("a") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise OutputError(
+                f"out: can't write to {self.file}: {error.strerror}; the same command resumes from the rows so far"
+            ) from error
 
 
 def _check_same_rows(parts: Path, weights: Path, top_k: int, images: Path, first: bool) -> None:
-    """Note whose rows these are, and go on with no others.
+    """Note whose rows these are, and resume from no others.
 
     Raises:
         OutputError: the rows there are of another network, folder or number of classes; or none can be written.
@@ -237,12 +306,18 @@ def _check_same_rows(parts: Path, weights: Path, top_k: int, images: Path, first
     now["images"] = str(images.resolve())
     note = parts / "rows.json"
     try:
-        parts.mkdir(parents=True, exist_ok=True)
-        if first and not note.exists():  # one process alone: several would take each other's half-written file
-            write_whole(note, json.dumps(now).encode())
-        before = json.loads(note.read_text()) if note.exists() else now
-    except ValueError as error:
-        raise OutputError(f"out: {note} can't be read: {error}") from error
+        if note.exists():
+            before = json.loads(note.read_text())
+        elif any(parts.glob("run-*")):
+            raise ValueError("it is missing, and there are rows")
+        else:
+            before = now
+            if first:  # one process alone: several would take each other's half-written file
+                write_whole(note, json.dumps(now).encode())
+        if not isinstance(before, dict):
+            raise ValueError("expected a dict")
+    except (ValueError, IsADirectoryError, RecursionError) as error:
+        raise OutputError(f"out: {note} can't be read ({error}); remove {parts}, or choose another name") from error
     except OSError as error:
         raise OutputError(f"out: can't write to {parts}: {error.strerror}") from error
     other = [name for name in now if before.get(name) != now[name]]
@@ -250,42 +325,3 @@ def _check_same_rows(parts: Path, weights: Path, top_k: int, images: Path, first
         raise OutputError(
             f"out: {parts} holds rows made with other {', '.join(other)}; remove it, or choose another name"
         )
-
-
-def _done(parts: Path) -> set[str]:
-    """The images that have a whole row; half a row at the end of a file is cut off."""
-    done: set[str] = set()
-    for path in sorted(parts.glob("run-*.csv")) if parts.is_dir() else ():
-        text = path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) != len(text):
-            os.truncate(path, len(whole))
-        with path.open(newline="", **ANY_NAME) as file:
-            done.update(row[0] for row in csv.reader(file))
-    return done
-
-
-def _merge(parts: Path, out: Path, top_k: int) -> int:
-    """One table in order of the paths, of parts that each are: no more than a row of each in memory."""
-
-    def rows(path: Path) -> Iterator[list[str]]:
-        with path.open(newline="", **ANY_NAME) as file:
-            yield from csv.reader(file)
-
-    header = ["path", *(f"{what}_{k}" for k in range(1, top_k + 1) for what in ("class", "probability")), "error"]
-    beside = out.with_name(f".{out.name}.part")
-    count = 0
-    try:
-        with beside.open("w", newline="", **ANY_NAME) as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            for row in heapq.merge(*map(rows, sorted(parts.glob("run-*.csv"))), key=lambda row: row[0]):
-                writer.writerow(row)
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(out)
-    except OSError as error:
-        raise OutputError(f"out: can't write {out}: {error.strerror}; the rows are in {parts}") from error
-    shutil.rmtree(parts)
-    return count

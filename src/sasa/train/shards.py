@@ -1,15 +1,21 @@
-"""WebDataset shards: tar files of images and labels, read from end to end and never unpacked."""
+"""WebDataset shards: tar files of images and labels, read from end to end and never unpacked.
+
+In them are ``KEY.jpg`` (or another image) and ``KEY.cls``, the label as a number; as in WebDataset, a key ends at the
+first dot of the file's name, and the files of a sample follow each other. Counting and reading are one reader.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+import stat
 import tarfile
 import warnings
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -17,6 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .._extras import require
 from .errors import DataError
+from .walk import VALIDATION_NAMES, skipped
 
 IMAGE_KEYS = tuple(extension.lstrip(".") for extension in IMG_EXTENSIONS)
 LABEL_KEY = "cls"
@@ -28,13 +35,22 @@ SHUFFLED = 1000
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One image of a shard, not yet decoded; ``label`` is None if it has none that can be read."""
+
+    name: str
+    image: bytes
+    label: int | None
+
+
+@dataclass(frozen=True)
 class ShardImages:
     """Labelled images in shards, in order.
 
     Attributes:
         shards: tar files.
         counts: images in each.
-        skipped: shards, or ends of shards, that could not be read.
+        skipped: files in shards, and shards or ends of shards, that are not read.
     """
 
     shards: tuple[str, ...]
@@ -59,30 +75,101 @@ class ShardImages:
         return len(range(first, sum(self.counts[shard] for shard in shards), step))
 
     def samples(self, number: int, of: int, seed: tuple[int, ...] | None = None) -> Iterator[Sample]:
-        """That reader's samples in order; with a seed, in the random order that follows from it."""
+        """That reader's samples in order; with a seed, in the random order that follows from it.
+
+        Raises:
+            DataError: a shard has not as many images as were counted, or as the index says.
+        """
         shards, first, step = self.consumers(number, of)
         if seed is not None:
             # All readers shuffle the shards alike before they share them out, so none is read twice.
             order = np.random.default_rng(seed).permutation(len(self.shards))
             shards = [int(order[shard]) for shard in shards]
-        wds = require("webdataset", "data")
-        options = {"handler": wds.handlers.ignore_and_continue}  # broken shards were told when opened
-        files = wds.tariterators.tar_file_expander(_opened(self.shards[shard] for shard in shards), **options)
-        stream = wds.tariterators.group_by_keys(files, **options)
-        whole = (sample for sample in map(_sample, stream) if sample.image is not None)
-        samples = (sample for place, sample in enumerate(whole) if place % step == first)
+        samples = (s for place, s in enumerate(self._read(shards)) if place % step == first)
         if seed is not None:
-            samples = wds.shuffle(SHUFFLED, initial=SHUFFLED, rng=random.Random(repr((seed, number))))(samples)  # noqa: S311
+            shuffle = require("webdataset", "data").shuffle
+            samples = shuffle(SHUFFLED, initial=SHUFFLED, rng=random.Random(repr((seed, number))))(samples)  # noqa: S311
         return samples
 
+    def _read(self, shards: list[int]) -> Iterator[Sample]:
+        for shard in shards:
+            count = 0
+            for sample in read_shard(Path(self.shards[shard]), []):
+                yield sample
+                count += 1
+            if count != self.counts[shard]:
+                raise DataError(
+                    f"data: expected {self.counts[shard]} images in {self.shards[shard]}, as counted at the start "
+                    f"or in index.json, got {count}"
+                )
 
-@dataclass(frozen=True)
-class Sample:
-    """One image of a shard, not yet decoded; ``label`` is None if it has none that can be read."""
 
-    name: str
-    image: bytes | None
-    label: int | None
+def read_shard(shard: Path, left_out: list[str], images: bool = True) -> Iterator[Sample]:
+    """The samples of a shard that have an image, up to where it is broken.
+
+    Args:
+        shard: tar file, gzip-compressed or not.
+        left_out: is given the names of images that belong to no sample, and at last why the shard is broken, if it is.
+        images: or only the labels are read.
+    """
+    try:
+        if not stat.S_ISREG(shard.stat().st_mode):  # to open a named pipe would wait for ever
+            raise tarfile.ReadError("it is not a regular file")
+        with shard.open("rb") as stream:
+            compressed = stream.read(2) == b"\x1f\x8b"
+        with (
+            gzip.open(shard) if compressed else shard.open("rb") as stream,
+            tarfile.open(fileobj=stream, mode="r:") as tar,
+        ):
+            end, key, repeated = 0, None, False
+            keys: set[tuple[str, str]] = set()
+            sample: dict[str, bytes] = {}
+            names: list[str] = []
+            for member in tar:
+                end = member.offset_data + -(-member.size // 512) * 512
+                path, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                extension = extension.lower()
+                if member.isdir() or any(map(skipped, member.name.removeprefix("./").split("/"))):
+                    continue
+                if key != (path, stem):
+                    yield from _whole(shard, key, sample, names, left_out)
+                    sample, names, key = {}, [], (path, stem)
+                    repeated = key in keys
+                    keys.add(key)
+                wanted = extension == LABEL_KEY or extension in IMAGE_KEYS
+                if wanted and member.isfile() and not repeated and extension not in sample:
+                    data = tar.extractfile(member) if images or extension == LABEL_KEY else None
+                    sample[extension] = data.read() if data else b""
+                elif name.lower().endswith(IMG_EXTENSIONS):
+                    names.append(member.name)
+            stream.seek(end)
+            rest = stream.read(2**16)
+            if len(rest) < 512 or any(rest[:512]):
+                raise tarfile.ReadError("it ends without the mark of an end")
+            if any(rest):
+                raise tarfile.ReadError("more follows its end")
+            yield from _whole(shard, key, sample, names, left_out)
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        left_out.append(f"the rest of it: {error}")
+
+
+def _whole(
+    shard: Path, key: tuple[str, str] | None, found: dict[str, bytes], names: list[str], left_out: list[str]
+) -> Iterator[Sample]:
+    """The sample that the files ``found`` make, if one of them is an image; ``names`` are other images."""
+    image = next((found[extension] for extension in found if extension != LABEL_KEY), None)
+    name = "/".join(filter(None, key or ()))
+    if image is None:
+        left_out += names or [f"{name}.{extension}" for extension in found]
+        return
+    # KEY.seg.png and the like belong to the sample; a second KEY.png doesn't.
+    left_out += [other for other in names if other.rpartition("/")[2].partition(".")[2].lower() in IMAGE_KEYS]
+    try:
+        label = int(found[LABEL_KEY])
+    except (KeyError, ValueError):
+        label = None
+    yield Sample(f"{shard}/{name}", image, label)
 
 
 def is_sharded(folder: Path) -> bool:
@@ -96,16 +183,17 @@ def is_sharded(folder: Path) -> bool:
 def open_shards(folder: Path, strict: bool = False) -> tuple[ShardImages, ShardImages, list[str]]:
     """Training and validation shards of a folder, and the classes.
 
-    ``train*.tar`` and ``val*.tar``, or folders ``train`` and ``val`` of tar files. In them ``KEY.jpg`` (or another
-    image) and ``KEY.cls``, the label as a number. Names of classes are the lines of ``classes.txt``, if there is one.
-    The samples of a shard are counted, unless the folder has the index that ``widsindex create`` writes.
+    ``train*.tar`` and ``val*.tar``, or folders ``train`` and ``val`` of tar files. Names of classes are the lines of
+    ``classes.txt``, if there is one. The samples of a shard are counted, unless the folder has the index that
+    ``widsindex create`` writes.
 
     Raises:
-        DataError: no validation shards, none with images, labels beyond the classes, or in strict mode a broken shard.
+        DataError: no validation shards, none with images, labels beyond the classes, or in strict mode anything in a
+            shard that can't be read.
     """
     require("webdataset", "data")
     parts, highest = [], -1
-    for names in (("train",), ("val", "valid", "validation", "test")):
+    for names in (("train",), VALIDATION_NAMES):
         shards = next((found for name in names if (found := _shards(folder, name))), None)
         if shards is None:
             raise DataError(f"data: expected validation shards ({', '.join(f'{n}*.tar' for n in names)}) in {folder}")
@@ -128,26 +216,30 @@ def open_shards(folder: Path, strict: bool = False) -> tuple[ShardImages, ShardI
 
 def _shards(folder: Path, part: str) -> list[Path]:
     """The part's shards in order of name."""
-    return sorted((folder / part).glob("*.tar")) or sorted(folder.glob(f"{part}*.tar"))
+    found = sorted((folder / part).glob("*.tar")) or sorted(folder.glob(f"{part}*.tar"))
+    return [path for path in found if not skipped(path.name)]
 
 
 def _counted(folder: Path, shards: list[Path], strict: bool) -> tuple[ShardImages, int]:
     """The shards with their numbers of images, and the highest label that was seen."""
     known = _index(folder) if (folder / "classes.txt").is_file() else {}
-    counts, highest, broken = [], -1, 0
+    counts, highest, bad = [], -1, 0
     for shard in track(shards, f"Counting images in {shards[0].parent.name}", transient=True):
         if shard.name in known:
             counts.append(known[shard.name])
             continue
-        count, label, reason = _scan(shard)
-        if reason:
+        left_out: list[str] = []
+        labels = [sample.label for sample in read_shard(shard, left_out, images=False)]
+        counts.append(len(labels))
+        highest = max([highest, *(label for label in labels if label is not None)])
+        if left_out:
+            listed = ", ".join(left_out[:5]) + (" and others" if len(left_out) > 5 else "")
+            message = f"{len(left_out)} left out of {shard}, which has {len(labels)} images: {listed}"
             if strict:
-                raise DataError(f"data: expected a whole shard, got {shard} ({reason})")
-            warnings.warn(f"read only the first {count} images of a broken shard: {shard} ({reason})", stacklevel=2)
-            broken += 1
-        counts.append(count)
-        highest = max(highest, label)
-    return ShardImages(tuple(map(str, shards)), tuple(counts), broken), highest
+                raise DataError(f"data: {message}")
+            warnings.warn(message, stacklevel=2)
+            bad += len(left_out)
+    return ShardImages(tuple(map(str, shards)), tuple(counts), bad), highest
 
 
 def _index(folder: Path) -> dict[str, int]:
@@ -156,47 +248,9 @@ def _index(folder: Path) -> dict[str, int]:
     if not file.is_file():
         return {}
     try:
-        shards = json.loads(file.read_text())["shardlist"]
-        return {Path(shard["url"]).name: int(shard["nsamples"]) for shard in shards}
-    except (ValueError, KeyError, TypeError) as error:
+        counts = {Path(shard["url"]).name: shard["nsamples"] for shard in json.loads(file.read_text())["shardlist"]}
+        if not all(type(count) is int and count >= 0 for count in counts.values()):
+            raise ValueError("nsamples: expected ints of at least 0")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"data: expected the index that widsindex writes, got {file} ({error!r})") from error
-
-
-def _scan(shard: Path) -> tuple[int, int, str]:
-    """Images in a shard, its highest label, and what is wrong with it if anything: headers are read, images not."""
-    base_plus_ext = require("webdataset.tariterators", "data").base_plus_ext
-    keys, highest = set(), -1
-    try:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, extension = base_plus_ext(member.name)
-                # The last member of a shard that was cut off has a whole header and half of its bytes.
-                if not member.isfile() or member.offset_data + member.size > shard.stat().st_size:
-                    continue
-                if extension and extension.lower() in IMAGE_KEYS:
-                    keys.add(key)
-                elif extension == LABEL_KEY and (file := tar.extractfile(member)):
-                    highest = max(highest, _label(file.read()) or 0)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        return len(keys), highest, f"{type(error).__name__}: {error}"
-    return len(keys), highest, ""
-
-
-def _opened(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The shards one after another, each closed when the next is asked for: the library leaves that to chance."""
-    for path in paths:
-        with Path(path).open("rb") as stream:
-            yield {"url": path, "stream": stream}
-
-
-def _label(text: bytes | None) -> int | None:
-    try:
-        return int(text) if text is not None else None
-    except ValueError:
-        return None
-
-
-def _sample(found: dict) -> Sample:
-    """A sample as the library groups it: files by their extension."""
-    image = next((found[key] for key in found if key.lower() in IMAGE_KEYS), None)
-    return Sample(f"{found['__url__']}/{found['__key__']}", image, _label(found.get(LABEL_KEY)))
+    return counts

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +18,7 @@ import torch
 from rich.progress import track
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torchvision.datasets import FashionMNIST, ImageFolder
+from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from torchvision.datasets.utils import extract_archive
@@ -24,8 +27,7 @@ from .errors import DataError
 from .hugging_face import is_hugging_face, open_hugging_face
 from .images import UnreadableImage, read_image
 from .shards import ShardImages, is_sharded, open_shards
-
-VALIDATION_NAMES = ("val", "valid", "validation", "test")
+from .walk import VALIDATION_NAMES, subfolders, walk
 
 CHECKED_BEFOREHAND = 10_000
 """Folders of more images than this are not read through before training: a bad image is found when its turn comes."""
@@ -93,13 +95,13 @@ class TensorImages:
         return int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Where it stands."""
+        """Its part and number."""
         return f"{self.part}/{index}"
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images in files."""
+    """Images in files, with their classes."""
 
     samples: list[tuple[str, int]]
 
@@ -135,7 +137,10 @@ def open_source(folder: Path | None, strict: bool = False) -> Source:
         return _packaged()
     if not folder.is_dir():
         raise DataError(f"data: expected a folder, got {folder}")
-    source = _open_folder(folder, strict)
+    try:
+        source = _open_folder(folder, strict)
+    except OSError as error:
+        raise DataError(f"data: {folder} can't be read: {error}") from error
     if len(source.classes) < 2:
         raise DataError(f"data: expected two classes or more in {folder}, found {', '.join(source.classes)} alone")
     return source
@@ -158,36 +163,32 @@ def _packaged() -> Source:
     file = resources.files("sasa.train") / "fashion_mnist" / "subset.npz"
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
         tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    train, val = ((tensors[f"{part}_images"][:, None], tensors[f"{part}_labels"]) for part in ("train", "val"))
+    train, val = (TensorImages(tensors[f"{p}_images"][:, None], tensors[f"{p}_labels"], p) for p in ("train", "val"))
     return _in_memory(train, val, list(FashionMNIST.classes))
 
 
-def _in_memory(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: list[str]) -> Source:
-    pixels = train[0].float() / 255
-    return Source(
-        train=TensorImages(*train, "train"),
-        val=TensorImages(*val, "val"),
-        classes=classes,
-        channels=1,
-        mean=(pixels.mean().item(),),
-        std=(pixels.std().item(),),
-    )
+def _in_memory(train: TensorImages, val: TensorImages, classes: list[str]) -> Source:
+    pixels = train.images.float() / 255
+    mean, std = pixels.mean().item(), pixels.std().item()
+    if not std > 0:  # to divide by 0 makes NaN
+        raise DataError("data: expected training images that are not all of one grey")
+    return Source(train, val, classes, 1, (mean,), (std,))
 
 
 def _idx_files(folder: Path) -> Source:
     def read(name: str, dimensions: int) -> Tensor:
         names = [name, f"{name}.gz", name.replace("-idx", ".idx"), f"{name.replace('-idx', '.idx')}.gz"]
-        paths = [folder / candidate for candidate in names if (folder / candidate).is_file()]
-        if not paths:
+        path = next((folder / candidate for candidate in names if (folder / candidate).is_file()), None)
+        if path is None:
             raise DataError(f"data: expected {name} (or {name}.gz) beside the other IDX files, none in {folder}")
         try:
             with tempfile.TemporaryDirectory() as unpacked:
-                path = extract_archive(str(paths[0]), unpacked) if paths[0].suffix == ".gz" else paths[0]
-                tensor = read_sn3_pascalvincent_tensor(str(path))
-        except (AssertionError, KeyError, IndexError, ValueError, RuntimeError, OSError, EOFError) as error:
-            raise DataError(f"data: {paths[0]} is not a whole IDX file ({type(error).__name__}: {error})") from error
+                plain = extract_archive(str(path), unpacked) if path.suffix == ".gz" else path
+                tensor = read_sn3_pascalvincent_tensor(str(plain))
+        except (AssertionError, LookupError, ValueError, RuntimeError, OSError, EOFError, zlib.error) as error:
+            raise DataError(f"data: {path} is not a whole IDX file ({type(error).__name__}: {error})") from error
         if tensor.dim() != dimensions or tensor.dtype != torch.uint8:
-            raise DataError(f"data: expected {dimensions} dimensions of bytes in {paths[0]}, got {tuple(tensor.shape)}")
+            raise DataError(f"data: expected {dimensions} dimensions of bytes in {path}, got {tuple(tensor.shape)}")
         return tensor
 
     parts = []
@@ -195,8 +196,8 @@ def _idx_files(folder: Path) -> Source:
         images, labels = read(f"{part}-images-idx3-ubyte", 3), read(f"{part}-labels-idx1-ubyte", 1)
         if not len(images) or len(images) != len(labels):
             raise DataError(f"data: expected as many {part} images as labels, got {len(images)} and {len(labels)}")
-        parts.append((images[:, None], labels))
-    classes = int(max(labels.max() for _, labels in parts)) + 1
+        parts.append(TensorImages(images[:, None], labels, {"t10k": "val"}.get(part, part)))
+    classes = int(max(part.labels.max() for part in parts)) + 1
     return _in_memory(parts[0], parts[1], [str(label) for label in range(classes)])
 
 
@@ -219,42 +220,40 @@ def _split_folders(folder: Path, strict: bool) -> Source:
 
 def _one_folder(folder: Path, strict: bool) -> Source:
     samples, classes, skipped = _image_folder(folder, strict)
-    by_class: dict[int, list[tuple[str, int]]] = {}
-    for sample in samples:
-        by_class.setdefault(sample[1], []).append(sample)
-    lonely = [classes[label] for label, found in by_class.items() if len(found) < 2]
+    by_class = [list(found) for _, found in groupby(samples, itemgetter(1))]
+    lonely = [name for name, found in zip(classes, by_class, strict=True) if len(found) < 2]
     if lonely:
         raise DataError(f"data: expected two images or more a class, to train and to validate; one in {lonely}")
     # Every fifth image of a class, and at least one; files are in order of name, so the split is always the same.
-    val = {sample for found in by_class.values() for sample in found[1::5]}
-    train = [sample for sample in samples if sample not in val]
-    return Source(FileImages(train), FileImages([s for s in samples if s in val]), classes, skipped=skipped)
+    train = [sample for found in by_class for place, sample in enumerate(found) if place % 5 != 1]
+    val = [sample for found in by_class for sample in found[1::5]]
+    return Source(FileImages(train), FileImages(val), classes, skipped=skipped)
 
 
 def _image_folder(folder: Path, strict: bool) -> tuple[list[tuple[str, int]], list[str], int]:
     """The readable images below ``folder``, one folder a class, the classes, and how many were not readable."""
-    if not any(path.is_dir() for path in folder.iterdir()):
+    classes = subfolders(folder)
+    if not classes:
         raise DataError(f"data: expected one folder of images a class in {folder}, found no folders")
-    found = ImageFolder(str(folder), allow_empty=True)
-    samples, classes = found.samples, found.classes
-    if not samples:
+    labels = {name: label for label, name in enumerate(classes)}
+    found = [(str(folder / path), labels[path.split("/")[0]]) for path in walk(folder) if "/" in path]
+    found.sort(key=itemgetter(1))
+    if not found:
         raise DataError(f"data: no images below {folder} (looked for {', '.join(IMG_EXTENSIONS)})")
-    bad: list[str] = []
-    count = len(samples)
-    if len(samples) <= CHECKED_BEFOREHAND:
+    reasons: list[str | None] = [None] * len(found)
+    if len(found) <= CHECKED_BEFOREHAND:
         with ThreadPoolExecutor() as pool:
-            checks = pool.map(_why_unreadable, [path for path, _ in samples])
-            title = f"Checking images in {folder.name}"
-            reasons = list(track(checks, title, len(samples), transient=True))
-        bad = [reason for reason in reasons if reason]
-        samples = [sample for sample, reason in zip(samples, reasons, strict=True) if not reason]
+            checks = pool.map(_why_unreadable, [path for path, _ in found])
+            reasons = list(track(checks, f"Checking images in {folder.name}", len(found), transient=True))
+    bad = [reason for reason in reasons if reason]
     if bad and strict:
-        raise DataError(f"data: {len(bad)} of {count} images can't be read: {'; '.join(bad[:10])}")
+        raise DataError(f"data: {len(bad)} of {len(found)} images can't be read: {'; '.join(bad[:10])}")
     for reason in bad:
         warnings.warn(f"skipped an image that can't be read: {reason}", stacklevel=2)
-    empty = sorted(set(range(len(classes))) - {label for _, label in samples})
+    samples = [sample for sample, reason in zip(found, reasons, strict=True) if not reason]
+    empty = set(classes) - {classes[label] for _, label in samples}
     if empty:
-        raise DataError(f"data: no readable images in {', '.join(str(folder / classes[i]) for i in empty)}")
+        raise DataError(f"data: no readable images in {', '.join(str(folder / name) for name in sorted(empty))}")
     return samples, classes, len(bad)
 
 
