@@ -172,7 +172,7 @@ def _welch(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     if found["standard_error"]:
         test = stats.ttest_ind(*values, equal_var=False)
         low, high = test.confidence_interval(0.95)
-        found |= {"degrees_of_freedom": float(test.df), "chance": float(high - low) / 2}
+        found |= {"degrees_of_freedom": float(test.df), "chance": float(high - low) / 2}  # type: ignore[attr-defined]
     return found
 
 
