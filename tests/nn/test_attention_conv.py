@@ -287,7 +287,7 @@ def test_a_detector_finds_what_it_did():
 def test_every_parameter_gets_a_gradient_and_training_reduces_the_loss(name):
     torch.manual_seed(0)
     network = sasa.convert(NETWORKS[name](), keep_function=True, stem=True).train()
-    x = torch.randn(4, 3, 32, 32)
+    x = torch.randn(4, 3, 48, 48)
     target = (x.mean(1) > 0).long() if name == "unet" else torch.randint(2, (4,))
     optimizer = torch.optim.SGD(network.parameters(), 0.5 if name == "unet" else 0.01)
     losses = []
