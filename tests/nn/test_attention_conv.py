@@ -283,7 +283,9 @@ def test_a_detector_finds_what_it_did():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.nightly), "mobilenetv3_small_100", "unet"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ("resnet18", "mobilenetv3_small_100")), "unet"]
+)
 def test_every_parameter_gets_a_gradient_and_training_reduces_the_loss(name):
     torch.manual_seed(0)
     network = sasa.convert(NETWORKS[name](), keep_function=True, stem=True).train()
