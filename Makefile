@@ -2,7 +2,7 @@
 # make check  in under three minutes: lint, types and a sample of the unit tests
 # make test   the whole test suite, the C++ kernels under sanitizers first
 # make bench  measure and write benchmarks/results/; make bench-gpu: on a GPU
-# make zoo    convert other people's networks, some 200 of them, and write docs/zoo.md
+# make zoo    convert other people's networks, 243 of them, and write docs/zoo.md
 # make lint   ruff, pyright and clang-format
 # make results   bench and demo, copied to where README and docs show them
 PYTHON ?= python3

@@ -25,8 +25,6 @@ segmentation_models_pytorch and monai, all with random weights, and does with ea
 
 A network that is *refused* has nothing that could be converted, and `convert` says so in an error.
 [How to convert your own](converting.md).
-
-The tables hold the networks that the committed run has come to.
 """
 
 
