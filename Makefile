@@ -17,9 +17,9 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
 
-# two cases of each test, and none that trains or starts processes
+# one case of each test, and none that trains or starts processes
 check: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -q --sample 2 -m "not slow and not nightly" --ignore=tests/train --ignore=tests/study
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -q --sample 1 -m "not slow and not nightly" --ignore=tests/train --ignore=tests/study
 
 # in two processes, whose threads sleep while they wait for each other; training and studies, which start processes of
 # their own, on one thread each

@@ -66,7 +66,7 @@ class Tested(NamedTuple):
 
 
 def pytest_addoption(parser) -> None:
-    """``--sample 2``, as ``make check`` has it: every test, but at most two of its cases."""
+    """``--sample 1``, as ``make check`` has it: every test, but one of its cases."""
     parser.addoption("--sample", type=int, default=0, help="cases of each test to run, evenly spaced; 0: all")
 
 

@@ -21,6 +21,8 @@ from benchmarks.results import RESULTS, SKIPPED, Results
 from benchmarks.targets import CPU, evaluate
 from benchmarks.verify import largest_difference
 
+pytestmark = pytest.mark.slow
+
 HERE, GPU = Device("cpu", quick=True), Device("cuda")
 WHERE = {"cpu": "a processor", "capability": "AVX512", "threads": 2, "torch": "2.15.0"}
 A_GPU = WHERE | {"gpu": "a GPU", "driver": "1.2", "triton": "3.9.0"}
