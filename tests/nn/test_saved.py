@@ -81,7 +81,9 @@ def test_compiled_and_data_parallel_networks_are_saved_as_themselves(tmp_path):
     network = sasa.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), 3)
     for wrapped in (torch.compile(network), nn.DataParallel(network)):
         sasa.save_converted(wrapped, tmp_path)
-        sasa.load_converted(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), tmp_path)
+        loaded = sasa.load_converted(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), tmp_path).state_dict()
+        assert loaded.keys() == network.state_dict().keys()
+        assert all(torch.equal(value, loaded[name]) for name, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize(

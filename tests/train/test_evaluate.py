@@ -18,7 +18,8 @@ from torchvision.utils import save_image
 from sasa.cli import main
 from sasa.train import DataError, OptionError, OutputError, checkpoints, load_model
 from sasa.train.evaluate import evaluate
-from sasa.train.predict import Predictor, Rows, RowWriter, predict
+from sasa.train.predict import Rows, predict
+from sasa.train.predictor import Predictor, RowWriter
 from sasa.train.walk import walk
 
 
@@ -215,7 +216,7 @@ def test_what_is_not_finite_is_no_prediction(run, images, tmp_path, monkeypatch)
 def test_writing_fails(run, images, tmp_path, monkeypatch):
     out = tmp_path / "preds.csv"
     monkeypatch.setattr(Rows, "files", lambda self: [])
-    monkeypatch.setattr("sasa.train.predict.RUN", "no folder/{}{}")
+    monkeypatch.setattr("sasa.train.predictor.RUN", "no folder/{}{}")
     with pytest.raises(OutputError, match=r"out: can't write to .+: No such file.*; the same command resumes"):
         predict(images, out, run / "model.safetensors", devices=1)
 

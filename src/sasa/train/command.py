@@ -20,7 +20,7 @@ from docstring_parser import parse as parse_docstring
 
 from .._yaml import read_mapping
 from .errors import Stopped, UserError
-from .recipe import Precision, Recipe, Resume, shipped_recipes
+from .recipe import Recipe, Resume, shipped_recipes
 
 TYPICAL = """usage: sasa train [options]
 
@@ -95,41 +95,9 @@ def evaluate(program: str, arguments: list[str]) -> int:
 
 def predict(program: str, arguments: list[str]) -> int:
     """``sasa predict``: a folder of images to a table."""
-    return run_function(program, predict_images, arguments, positional=("images",))
-
-
-def predict_images(
-    images: Path,
-    out: Path,
-    weights: Path = Path("runs/train/model.safetensors"),
-    top_k: int = 5,
-    batch_size: int = 256,
-    workers: int = 0,
-    precision: Precision = "32-true",
-    accelerator: str = "auto",
-    devices: int | str = "auto",
-    num_nodes: int = 1,
-) -> int:
-    """Classify the images below a folder into a table: path, the most likely classes and their probabilities.
-
-    The signature of :func:`sasa.train.predict.predict`, whose module takes seconds to import.
-
-    Args:
-        images: folder; images anywhere below it are taken, in order of their paths.
-        out: CSV file to write.
-        weights: model.safetensors of a run.
-        top_k: classes an image; all, where there are fewer.
-        batch_size: images a batch, for each process.
-        workers: processes that load images, for each process; 0 loads in it.
-        precision: of the arithmetic.
-        accelerator: as Lightning's: auto, cpu, gpu.
-        devices: processes on this machine, as Lightning's; under torchrun and SLURM theirs count.
-        num_nodes: machines; likewise.
-    """
-    options = dict(locals())
     from .predict import predict
 
-    return predict(**options)
+    return run_function(program, predict, arguments, positional=("images",))
 
 
 def demo(program: str, arguments: list[str]) -> int:

@@ -7,7 +7,6 @@ import csv
 import hashlib
 import heapq
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,27 +14,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar
-from rich.console import Console
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from .batch import Batch, Taken, collate
 from .checkpoints import alone_in, write_whole
 from .errors import DataError, OptionError, OutputError
-from .evaluate import trained
-from .fit import quiet
-from .images import UnreadableImage, read_image
-from .launch import Processes, find_processes, make_trainer
 from .recipe import Precision, Recipe
-from .transforms import Transform, fit_transform, normalise
-from .walk import walk
 
 ANY_NAME: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
-RUN = "run-{:04d}-{:05d}.jsonl"  # of one attempt and process
 PATIENCE = 5.0  # seconds to wait for another predict that is about to end
 
 
@@ -78,6 +61,19 @@ def predict(
         OutputError: the table exists already, can't be written, or another predict is at work on it.
         OptionError: an option out of range.
     """
+    # Here, for these take seconds to import, which help and errors in options do not need.
+    from lightning.pytorch.callbacks import RichProgressBar
+    from rich.console import Console
+    from torch.utils.data import DataLoader
+
+    from .batch import collate
+    from .evaluate import trained
+    from .fit import quiet
+    from .launch import find_processes, make_trainer
+    from .predictor import Predictor, RowWriter, UnreadImages
+    from .transforms import fit_transform, normalise
+    from .walk import IMG_EXTENSIONS, walk
+
     network, facts = trained(weights)
     classes = facts["classes"]
     if top_k < 1:
@@ -140,60 +136,6 @@ def _alone(parts: Path, out: Path) -> Iterator[None]:
         yield
 
 
-class UnreadImages(IterableDataset):
-    """The images that have no row yet, shared out over processes and their workers a batch at a time.
-
-    So the rows of a process come in order, whatever the number of its workers.
-
-    Args:
-        folder: the images.
-        done: those that have a row.
-        fit: brings an image to its size.
-        shape: (C, S, S) of what comes; C = 1 takes the images grey.
-        batch_size: of the loader.
-        processes: that share them.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        done: set[str],
-        fit: Transform,
-        shape: tuple[int, int, int],
-        batch_size: int,
-        processes: Processes,
-    ) -> None:
-        self.folder, self.done, self.fit, self.batch_size = folder, done, fit, batch_size
-        self.rank, self.world_size = processes.rank, processes.world_size
-        self.blank = torch.zeros(shape, dtype=torch.uint8)
-
-    def __iter__(self) -> Iterator[Taken]:
-        worker = get_worker_info()
-        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
-        missing = (path for path in walk(self.folder) if path not in self.done)
-        for place, path in enumerate(missing):
-            if place // self.batch_size % (self.world_size * workers) != self.rank * workers + own:
-                continue
-            try:
-                image = read_image(self.folder / path)
-            except UnreadableImage as error:
-                yield Taken(self.blank, 0, path, error.reason)
-                continue
-            yield Taken(self.fit(image.convert("L") if len(self.blank) == 1 else image), 0, path)
-
-
-class Predictor(lightning.LightningModule):
-    """Probabilities of the classes."""
-
-    def __init__(self, network: nn.Module, normalised: Transform) -> None:
-        super().__init__()
-        self.network, self.normalised = network, normalised
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """(B, classes)."""
-        return self.network(self.normalised(batch.images)).float().softmax(1)
-
-
 class Rows:
     """The rows made so far, one line of JSON each in files that are each in order of the paths.
 
@@ -250,49 +192,6 @@ class Rows:
         except OSError as error:
             raise OutputError(f"out: can't write {out}: {error.strerror}; the rows are in {self.parts}") from error
         return count
-
-
-class RowWriter(BasePredictionWriter):
-    """Appends each batch's rows to the file of this attempt and process."""
-
-    def __init__(self, table: Rows) -> None:
-        super().__init__("batch")
-        self.table = table
-        self.file = Path()
-
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Choose the attempt's number: all processes the same."""
-        attempts = [int(path.name.split("-")[1]) for path in self.table.files()]
-        attempt = trainer.strategy.broadcast(max(attempts, default=-1) + 1)
-        self.file = self.table.parts / RUN.format(attempt, trainer.global_rank)
-
-    def write_on_batch_end(
-        self,
-        trainer: Any,
-        pl_module: Any,
-        prediction: Tensor,
-        batch_indices: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """A row an image, then to the disk."""
-        lines = []
-        probabilities, found = prediction.topk(self.table.top_k)
-        for name, reason, row, labels in zip(
-            batch.names, batch.unreadable, probabilities.tolist(), found.tolist(), strict=True
-        ):
-            if not reason and not all(map(math.isfinite, row)):
-                reason = "the network's output is not finite"
-            guesses = [g for n, p in zip(labels, row, strict=True) for g in (self.table.classes[n], f"{p:.6f}")]
-            lines.append(json.dumps([name, *([""] * len(guesses) if reason else guesses), reason]) + "\n")
-        try:
-            with self.file.open("a") as file:
-                file.writelines(lines)
-        except OSError as error:
-            raise OutputError(
-                f"out: can't write to {self.file}: {error.strerror}; the same command resumes from the rows so far"
-            ) from error
 
 
 def _check_same_rows(parts: Path, weights: Path, top_k: int, images: Path, first: bool) -> None:
