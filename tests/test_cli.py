@@ -7,9 +7,11 @@ import pytest
 from image_files import write_images
 
 import sasa
-from sasa.cli import main
+import sasa_command
+from sasa.cli import COMMANDS, main
 from sasa.ops import cpu, cpu_library
 from sasa.ops.implementations import IMPLEMENTATIONS, Implementation
+from sasa_command.__main__ import texts
 
 
 def test_info_names_versions_implementations_and_threads(capsys):
@@ -123,6 +125,36 @@ for arguments in {CALLS!r}:
     assert not found, (arguments, found)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("command", ["sasa", *COMMANDS])
+def test_help_is_what_the_parsers_print(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    written = (sasa_command.HELP / f"{command}.txt").read_text(encoding="utf-8")
+    # words, for versions of Python break lines in other places
+    assert written.split() == texts()[command].split(), "python -m sasa_command writes it anew"
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], ["--version"], ["train", "--help"], ["info", "-h"]])
+def test_help_does_not_import_pytorch(arguments):
+    program = f"""
+import sys
+from sasa_command import main
+sys.argv = ["sasa", *{arguments!r}]
+assert main() == 0
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith(f"usage: sasa{' ' + arguments[0] if arguments[1:] else ''}") or arguments == [
+        "--version"
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["trian", "--help"], ["../help/sasa", "--help"], ["info", "--all"]])
+def test_the_command_refuses_what_it_does_not_know(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sasa", *arguments])
+    assert sasa_command.main() == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_runs_as_a_module():

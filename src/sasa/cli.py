@@ -95,7 +95,10 @@ def _implementations() -> dict[Implementation, str | None]:
 
 def _no_options(program: str, arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]):
-        print(f"usage: {program}")
+        name = program.removeprefix("sasa ")
+        line = next(line for line in USAGE.splitlines() if line.startswith(f"  {name} "))
+        summary = line.strip().removeprefix(name).strip()
+        print(f"usage: {program}\n\n{summary[0].upper()}{summary[1:]}.")
         return 0
     print(f"usage: {program}\n{program}: error: takes no options, got {' '.join(arguments)}", file=sys.stderr)
     return 2
