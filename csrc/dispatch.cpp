@@ -1,10 +1,14 @@
 // The C interface: rejects sizes that would be out of bounds or overflow, and picks the instruction set.
+#include <algorithm>
+
 #include "local_attention.h"
 
-#if defined(__x86_64__)
-#define SASA_ISAS(X) X(baseline, "default") X(avx2, "avx2") X(avx512, "avx512")
-#else
+#if !defined(__x86_64__) || SASA_CAPABILITIES == 1
 #define SASA_ISAS(X) X(baseline, "default")
+#elif SASA_CAPABILITIES == 2
+#define SASA_ISAS(X) X(baseline, "default") X(avx2, "avx2")
+#else
+#define SASA_ISAS(X) X(baseline, "default") X(avx2, "avx2") X(avx512, "avx512")
 #endif
 
 namespace sasa {
@@ -29,7 +33,7 @@ struct Capability {
 #define SASA_ENTRY(isa, name) {name, isa::forward, isa::backward, isa::linear_gradients},
 constexpr Capability capabilities[] = {SASA_ISAS(SASA_ENTRY)};
 
-int count_supported() {
+int32_t count_supported() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return 1;
@@ -136,7 +140,8 @@ int64_t sasa_structure_size(int32_t index) {
 }
 
 int32_t sasa_capability_count(void) {
-  static const int32_t count = sasa::count_supported();
+  constexpr int32_t built = sizeof(sasa::capabilities) / sizeof(sasa::capabilities[0]);
+  static const int32_t count = std::min(sasa::count_supported(), built);
   return count;
 }
 

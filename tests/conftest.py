@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from typing import NamedTuple
 
 import pytest
@@ -67,20 +68,23 @@ class Tested(NamedTuple):
 
 def pytest_addoption(parser) -> None:
     """``--sample 1``, as ``make check`` has it: every test, but one of its cases."""
-    parser.addoption("--sample", type=int, default=0, help="cases of each test to run, evenly spaced; 0: all")
+    parser.addoption("--sample", type=int, default=0, help="cases of each test that are not nightly; 0: as marked")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items) -> None:
-    """Leave out the cases that are not in the sample."""
+    """Leave the cases that are not in a test's sample, the same in every process, to the nightly run."""
     most = config.getoption("--sample")
-    if most < 1:
-        return
     cases: dict[tuple, list] = {}
     for item in items:
         cases.setdefault((item.path, item.cls, getattr(item, "originalname", item.name)), []).append(item)
-    kept = {item for found in cases.values() for item in found[:: -(-len(found) // most)]}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    for (*_, name), found in cases.items():
+        mark = found[0].get_closest_marker("sampled")
+        count = most or (mark.args[0] if mark else len(found))
+        kept = random.Random(name).sample(found, min(count, len(found)))
+        for item in found:
+            if item not in kept:
+                item.add_marker(pytest.mark.nightly)
 
 
 FASTEST_ALONE = ("test_compile", "test_operators")  # what they test does not depend on the instruction set

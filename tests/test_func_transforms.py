@@ -129,6 +129,7 @@ def test_jacrev_and_jacfwd(make, name):
     close(jacfwd(function, everything)(*tensors), expected)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("outer", [jacrev, jacfwd])
 @pytest.mark.parametrize("inner", [jacrev, jacfwd, grad])
 @some_problems

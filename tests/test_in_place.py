@@ -91,6 +91,7 @@ def test_attention_weights(change):
     assert_harmless(lambda after, x: after(layer.attention_weights(x)), [x], change)
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("embeddings", ["none", "both"])
 @pytest.mark.parametrize("name", [None, *implementations.names()])
 @every_change
@@ -154,6 +155,7 @@ def checkpointed_with_the_change(module, after, x, use_reentrant):
     return checkpoint(lambda x: after(module(x)), x, use_reentrant=use_reentrant)
 
 
+@pytest.mark.sampled(20)
 @every_change
 @every_layer
 @every_number_of_heads
@@ -164,6 +166,7 @@ def test_layer(num_heads, recompute, change):
         assert_module_is_harmless(layer, x.to(memory_format=torch.channels_last), change)
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("run", [checkpointed, checkpointed_with_the_change])
 @every_layer
@@ -202,6 +205,7 @@ def test_layer_with_other_options(options, name):
         assert_module_is_harmless(layer, torch.randn(2, 4, 7, 6), run=reentrant)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("inside", [True, False], ids=["compiled with the change", "changed afterwards"])
 @pytest.mark.parametrize(
     ("num_heads", "recompute", "pool", "stride"),
@@ -261,6 +265,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=str)
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
 @every_change

@@ -29,6 +29,7 @@ def distance(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).item()
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_same_output_and_gradient_in_every_geometry(kernel, padding):
@@ -250,6 +251,7 @@ def trained_statistics(model):
     return model.eval()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_compute_what_they_did(name):

@@ -91,6 +91,7 @@ def test_one_image_without_a_batch():
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("training", "memory_format"),
     [(True, torch.contiguous_format), (False, torch.channels_last)],

@@ -375,6 +375,7 @@ def test_no_model(model):
 # --- whole networks ---
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("make", "arguments"),
     [

@@ -33,6 +33,7 @@ CONVERSIONS = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_there_and_back(name, tmp_path):
     network = sasa.convert(build(), **CONVERSIONS[name])
@@ -86,6 +87,7 @@ def test_compiled_and_data_parallel_networks_are_saved_as_themselves(tmp_path):
         assert all(torch.equal(value, loaded[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("other", "match"),
     [

@@ -46,6 +46,7 @@ def by_loops(stem, x):
     return F.max_pool2d(stem.norm(torch.stack(rows, -2)), size, size, ceil_mode=True)
 
 
+@pytest.mark.sampled(60)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("block_size", "mixtures", "heads"), [(4, 4, 4), (4, 1, 8), (2, 3, 2), (1, 2, 1)])

@@ -153,6 +153,7 @@ def test_batch_norm_fusion(resnet):
 # --- torch.export ---
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "pool", "border", "strict"),
     [

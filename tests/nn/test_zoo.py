@@ -37,12 +37,14 @@ def _as_in_the_zoo():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:model. [0-9]+ converted to attention:UserWarning")  # few of many
 @pytest.mark.parametrize("name", TRIED)
 def test_converted_networks_keep_their_sizes_train_and_load(name):
     assert check.converted(NETWORKS[name])["converted"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TRIED)
 def test_networks_with_their_function_kept_compute_the_same(name):
     assert check.kept(NETWORKS[name])["kept"]

@@ -53,6 +53,7 @@ def assert_same(got: list[Tensor], expected: list[Tensor], formats: int | None =
         assert x.stride() == y.stride()
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "options", [{"border": "zero"}, {"border": "mask", "stride": 2, "scale": 0.5}, {"border": "valid"}], ids=str
 )
@@ -140,6 +141,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # PyTorch's own decompositions
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_inside_of_a_compiled_function(name):

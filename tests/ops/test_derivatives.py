@@ -53,18 +53,21 @@ CASES = [
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+@pytest.mark.sampled(40)
 @cases
 def test_first_derivatives(case, attend):
     tensors = leaves(case)
     assert gradcheck(function_of(attend, case, tensors), tuple(tensors.values()))
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("case", CASES[::3], ids=str)  # by the equation, whichever the implementation
 def test_second_derivatives(case, attend):
     tensors = leaves(case)
     assert gradgradcheck(function_of(attend, case, tensors), tuple(tensors.values()), gen_non_contig_grad_outputs=True)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("border", ["zero", "mask"])
 def test_third_derivatives(border, attend):
     """By finite differences of the second derivatives, for every tensor."""
@@ -137,6 +140,7 @@ def test_derivatives_of_the_weights():
 SUBSETS = [subset for count in range(1, 5) for subset in itertools.combinations(NAMES, count)]
 
 
+@pytest.mark.sampled(60)
 @pytest.mark.parametrize("needed", SUBSETS, ids="-".join)
 def test_only_what_requires_a_gradient_gets_one(needed, attend):
     """First and second derivatives are those found when all tensors require them."""

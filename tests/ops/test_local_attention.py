@@ -75,11 +75,13 @@ SIZES = [(1, 1), (1, 5), (2, 3), (5, 4), (7, 7)]
 WINDOWS = [1, 2, 3, 4, (3, 5), (1, 4), 7]
 
 
+@pytest.mark.sampled(150)
 @pytest.mark.parametrize("case", grid(size=SIZES, kernel_size=WINDOWS, border=BORDERS))
 def test_any_image_and_window(case, implementation):
     check(implementation, case, solve(case, implementation.precise))
 
 
+@pytest.mark.sampled(200)
 @pytest.mark.parametrize(
     "case",
     grid(
@@ -95,6 +97,7 @@ def test_any_stride_and_dilation(case, implementation):
     check(implementation, case, solve(case, implementation.precise))
 
 
+@pytest.mark.sampled(150)
 @pytest.mark.parametrize(
     "case",
     grid(
@@ -134,6 +137,7 @@ def test_tile_edges(case, implementation):
     check(implementation, case, solve(case, implementation.precise))
 
 
+@pytest.mark.sampled(128)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(
     "case",

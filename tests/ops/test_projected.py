@@ -124,6 +124,7 @@ def test_many_gradients_at_once(implementation, pool):
     assert_close(grads, tuple(map(torch.stack, zip(*each, strict=True))))
 
 
+@pytest.mark.sampled(100)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [(8, 12), (9, 11), (8, 39)], ids=str)
 @pytest.mark.parametrize("case", POOLED)

@@ -56,6 +56,7 @@ def test_nan_in_a_value_reaches_the_windows_that_see_it(case, pixel, implementat
     assert torch.equal(output[0, ~seeing], clean[0, ~seeing])
 
 
+@pytest.mark.sampled(100)
 @PIXELS
 @cases
 def test_nan_in_a_key_reaches_the_windows_that_see_it(case, pixel, implementation):
@@ -65,6 +66,7 @@ def test_nan_in_a_key_reaches_the_windows_that_see_it(case, pixel, implementatio
     assert torch.equal(output[:, ~seeing], clean[:, ~seeing])
 
 
+@pytest.mark.sampled(100)
 @PIXELS
 @cases
 def test_nan_in_a_query_reaches_its_own_window(case, pixel, implementation):
@@ -103,6 +105,7 @@ def test_infinity_in_a_key_decides_or_spoils_the_softmax(case, implementation):
     assert torch.equal(output.isnan(), (seeing & positive).expand_as(output))
 
 
+@pytest.mark.sampled(100)
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @cases
 def test_nan_in_the_gradient_of_one_window_reaches_what_it_sees(case, name, implementation):

@@ -119,6 +119,7 @@ GRID = [
 ]
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("case", [case for case in GRID if case.fits], ids=str)
 def test_results_and_gradients(case, variant):
     if DEVICE == "cuda" and variant == "halo" and case.width > 64:
@@ -126,6 +127,7 @@ def test_results_and_gradients(case, variant):
     check(case)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("case", "channels"),
     [
@@ -147,6 +149,7 @@ def test_embeddings_of_some_channels_in_half_precision(dtype, variant):
     check(Case(size=(4, 5), width=16, kernel_size=3, scale=0.25), dtype, channels=(8, 8))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("options", "same"),
     [
@@ -172,6 +175,7 @@ def test_a_window_too_large_for_32_bits_raises():
         run({"query": x, "key": x, "value": x}, x, case)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 @pytest.mark.parametrize("case", [*ROUNDED, Case(size=(4, 4), scale=0.0, dilation=2, heads=1)], ids=str)
 def test_half_precision(case, dtype, variant):
@@ -183,6 +187,7 @@ def test_half_precision_over_several_tiles():
         check(SEVERAL_TILES, torch.bfloat16)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 def test_error_of_half_precision_is_that_of_rounding(dtype, variant):
     """At most twice that of the reference, which computes in float32 and rounds once, and some last places."""
@@ -196,6 +201,7 @@ def test_error_of_half_precision_is_that_of_rounding(dtype, variant):
         assert (got[name].cpu().double() - exact).abs().max() <= allowed, name
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "names", [("channels_last",) * 3, ("contiguous", "strided", "permuted"), ("slice_channels_last",) * 3]
 )
@@ -222,12 +228,14 @@ def test_gradients_with_strides_of_zero(variant):
     torch.testing.assert_close(grads, torch.autograd.grad(output, leaves, torch.ones_like(output)))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("wide", [False, True])
 def test_offsets_of_64_bits(wide, variant, monkeypatch):
     monkeypatch.setattr(launch, "_reach", lambda x: 2**31 if wide else 1)
     check(Case(size=(5, 4), stride=2))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("spoil", "border", "by"),
     [
@@ -250,7 +258,7 @@ def test_what_is_not_finite_stays_in_the_windows_that_see_it(border, spoil, by, 
         torch.testing.assert_close(y[x.isfinite()], x[x.isfinite()], rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_geometry(data, variant):
     def draw(most: int) -> tuple[int, int]:
@@ -273,6 +281,7 @@ def test_equal_inputs_give_equal_bits(variant):
         assert all(torch.equal(again[name], x) for name, x in first.items())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("images", "channels"), [(1, (3, 3)), (2, (1, 2)), (3, (3, 3))])
 def test_embeddings_gradients_a_few_images_at_a_time(images, channels, variant, monkeypatch):
     """However many shares exist at once."""
