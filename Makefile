@@ -25,7 +25,7 @@ check: lint
 # their own, on one thread each
 test: sanitize
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not nightly" --ignore=tests/train --ignore=tests/study
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/train tests/study
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not nightly" tests/train tests/study
 
 # the kernels alone, on a grid of problems: bad addresses and undefined behaviour, on every instruction set of this
 # machine; races between threads, which no instruction set changes, on one

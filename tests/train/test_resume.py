@@ -50,7 +50,8 @@ def train_and_die(step, place, *arguments, **options):
     train(*arguments, **options)
 
 
-def test_killed_at_ten_moments_it_ends_with_the_same_bits(data, whole, tmp_path):
+@pytest.mark.parametrize("more", [1, pytest.param(8, marks=pytest.mark.nightly)])
+def test_killed_at_many_moments_it_ends_with_the_same_bits(data, whole, tmp_path, more):
     reference, seconds = whole
     out, log = tmp_path / "run", tmp_path / "log"
     chance = random.Random(time.time_ns())
@@ -58,7 +59,7 @@ def test_killed_at_ten_moments_it_ends_with_the_same_bits(data, whole, tmp_path)
     assert begin.end() == -signal.SIGKILL
     again = Running(log, train_and_die, 9, "whole", recipe(data, **OPTIONS), out, resume="auto")
     assert again.end() == -signal.SIGKILL
-    for _ in range(8):
+    for _ in range(more):
         running = Running(log, train, recipe(data, **OPTIONS), out, resume="auto")
         time.sleep(chance.uniform(0, seconds))
         running.kill()
