@@ -54,7 +54,9 @@ def train_and_die(step, place, *arguments, **options):
 def test_killed_at_many_moments_it_ends_with_the_same_bits(data, whole, tmp_path, more):
     reference, seconds = whole
     out, log = tmp_path / "run", tmp_path / "log"
-    chance = random.Random(time.time_ns())
+    seed = time.time_ns()
+    print(f"{seed=}")
+    chance = random.Random(seed)
     begin = Running(log, train_and_die, 6, "half", recipe(data, **OPTIONS), out, resume="auto")
     assert begin.end() == -signal.SIGKILL
     again = Running(log, train_and_die, 9, "whole", recipe(data, **OPTIONS), out, resume="auto")
