@@ -108,9 +108,9 @@ struct Constants;
 
 template <>
 struct Constants<float> {
-  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, found in the low bits
+  static constexpr float kRound = 0x1.8p23f + 127;  // adding it rounds to an integer, found in the low bits
   static constexpr float kLog2e = 0x1.715476p0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kLeast = -87.3f;  // below it exp is not a normal number and is flushed to 0
+  static constexpr float kLeast = -88.0f;  // at 2^-127 and below exp is flushed to 0
   static constexpr int kMantissa = 23;
   static constexpr int32_t kExponents = 0x3f800000, kFractions = 0x007fffff, kSqrtHalf = 0x3f3504f3;
   // Minimax polynomial of exp on [-ln 2 / 2, ln 2 / 2], relative error 4e-9 before rounding.
@@ -122,9 +122,9 @@ struct Constants<float> {
 
 template <>
 struct Constants<double> {
-  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kRound = 0x1.8p52 + 1023;
   static constexpr double kLog2e = 0x1.71547652b82fep0, kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
-  static constexpr double kLeast = -708.3;
+  static constexpr double kLeast = -709.0;
   static constexpr int kMantissa = 52;
   static constexpr int64_t kExponents = 0x3ff0000000000000, kFractions = 0x000fffffffffffff,
                            kSqrtHalf = 0x3fe6a09e667f3bcd;
@@ -152,10 +152,7 @@ template <class W>
 SASA_INLINE typename W::V exp_of_negative(typename W::V x) {
   using C = Constants<typename W::T>;
   using V = typename W::V;
-  // The larger of two numbers is the second where one is NaN.
-#if SASA_HAS_SCALE
-  x = W::max(W::all(2 * C::kLeast), x);
-#endif
+  x = W::max(W::all(SASA_HAS_SCALE ? 2 * C::kLeast : C::kLeast), x);  // the second where one is NaN
   const V shifted = x * C::kLog2e + C::kRound;
   const V n = shifted - C::kRound;
   const V r = (x - n * C::kLn2High) - n * C::kLn2Low;
@@ -163,10 +160,9 @@ SASA_INLINE typename W::V exp_of_negative(typename W::V x) {
 #if SASA_HAS_SCALE
   return scale(y, n);
 #else
-  // Unsigned: below kLeast the bits wrap, and the result is not used.
-  using U = typename W::U;
-  const U power = bits_as<U>(shifted) << C::kMantissa;
-  return x >= C::kLeast ? bits_as<V>(bits_as<U>(y) + power) : W::max(V{}, x);
+  // The low bits of `shifted` are n plus the bias of the exponent: 0 at kLeast, where the power is 0. Multiplied, for
+  // then NaN stays NaN.
+  return y * bits_as<V>(bits_as<typename W::U>(shifted) << C::kMantissa);
 #endif
 }
 
