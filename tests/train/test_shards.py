@@ -153,7 +153,7 @@ ODD = {
     "cut at a header": (lambda p: p.write_bytes(p.read_bytes().rstrip(b"\0")[:1024]), 0, "the rest of it: "),
     "two in one": (lambda path: path.write_bytes(path.read_bytes() * 2), 6, "more follows its end"),
     "no label": (lambda path: tar(path, *sample("a"), *sample("b")[:1]), 1, r"1 left out .*: b\.jpg"),
-    "other labels": (lambda p: tar(p, *sample("a", -1), *sample("b", 2**31), *sample("c")), 1, r"a\.jpg .*, b\.jpg"),
+    "other labels": (lambda p: tar(p, *sample("a", -1), *sample("b", 2**63), *sample("c")), 1, r"a\.jpg .*, b\.jpg"),
     "named pipe": (lambda path: (path.unlink(), os.mkfifo(path)), 0, "it is not a regular file"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), 0, "the rest of it: it is not a regular file"),
     "empty": (lambda path: path.write_bytes(b""), 0, "the rest of it: empty file"),

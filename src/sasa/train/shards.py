@@ -143,7 +143,7 @@ def _whole(key: str, found: dict[str, Any], others: list[str], left_out: list[st
         label = int(found[LABEL_KEY])
     except (KeyError, ValueError):
         label = -1
-    if 0 <= label < 2**31:
+    if 0 <= label < 2**63:
         yield Sample(key, image.offset_data, image.size, label)
     else:
         left_out.append(f"{image.name} (no label from 0 up)")
