@@ -205,9 +205,7 @@ def test_killed_it_resumes_and_computes_nothing_twice(parallel, fake, write_plan
     assert len(left) == parallel
     assert main(["study", str(plan), "--out", str(out)]) == 2
     holders = ", ".join([str(running.process.pid), *(str(one["process"]) for one in left)])
-    assert (
-        f"expected no other study at work in {out}, got process {holders}; trainings left by" in capsys.readouterr().err
-    )
+    assert f"expected no other study at work in {out}, got process {holders}; on SIGTERM" in capsys.readouterr().err
     for one in left:
         os.kill(one["process"], signal.SIGTERM)
     while any(map(runs, left)):

@@ -63,8 +63,9 @@ def test_two_trainings_never_work_in_one_folder(data, tmp_path, monkeypatch):
     holder = Running(tmp_path / "log", hold, out)
     while not (out / "held").exists():
         assert holder.process.is_alive()
-    monkeypatch.setattr(checkpoints.alone_in.__wrapped__, "__defaults__", (0.0,))
-    with pytest.raises(OutputError, match="out: expected no other training at work in"):
+    monkeypatch.setattr(checkpoints.alone_in.__wrapped__, "__defaults__", (0.0, "training", False))
+    pid = holder.process.pid
+    with pytest.raises(OutputError, match=rf"out: expected no other training at work in \S+, got process {pid};"):
         train(recipe(data), out, resume="auto")
     holder.kill()
     holder.end()

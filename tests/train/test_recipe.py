@@ -141,7 +141,7 @@ IMAGENET = {"augment": "imagenet"}
         ({"epochs": 10**5000}, "epochs: expected at most 2147483647, got far more"),
         ({"seed": -(10**5000)}, "seed: expected at least 0, got far less"),
         ({"crop_pct": 1e-300}, "crop_pct: expected more than 0 and at most 1, got 1e-300"),
-        ({"strict": 1}, "strict: expected bool, got 1"),
+        ({"strict": 1}, "strict: expected true or false, got 1"),
         ({"epochs": True}, "epochs: expected a whole number, got True"),
         ({"augment": "shft"}, "augment: expected one of none, shift, imagenet, got 'shft'"),
         ({"model_options": {"layers": [1, {"a": math.inf}]}}, "model_options: expected finite numbers, got inf"),

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-import types
 from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from .._yaml import read_mapping
+from ..train.errors import OptionError, near
+from ..train.recipe import Recipe, check_option, shipped_recipes
 from .plan import Search, StudyError, StudyPlan, combinations, merged, run_key
 
 KEYS = ("title", "recipe", "options", "tune", "grid", "seeds", "metric", "plot")
 
 MOST = 10_000
 """Trainings of a study."""
-
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    dict: "options with values",
-    Path: "a folder",
-    type(None): "null",
-}
 
 
 def shipped_plans() -> dict[str, Path]:
@@ -51,8 +41,7 @@ def read_plan(path: Path) -> StudyPlan:
     Raises:
         StudyError: a mistake in it.
     """
-    from ..train import Recipe, Result
-    from ..train.recipe import shipped_recipes
+    from ..train import Result
 
     found = _load(path)
     _known(f"{path}: ", found, KEYS)
@@ -109,7 +98,6 @@ def check_trainings(plan: StudyPlan, path: Path) -> None:
     import torch
 
     from ..models import create_model
-    from ..train import Recipe
 
     sought = combinations(plan.tune.grid) if plan.tune else [{}]
     each = [(plan.tune.fixed, one) for one in sought] if plan.tune else []
@@ -154,20 +142,15 @@ def _mapping(where: str, value: Any) -> dict[str, Any]:
     return dict(value or {})
 
 
-def _near(key: Any, allowed: Collection[str]) -> str:
-    near = difflib.get_close_matches(str(key), allowed, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
 def _known(where: str, found: Mapping[str, Any], allowed: Collection[str]) -> None:
     for key in found:
         if key not in allowed:
-            raise StudyError(f"{where}{key}: no such key{_near(key, allowed)}; expected one of {', '.join(allowed)}")
+            raise StudyError(f"{where}{key}: no such key{near(key, allowed)}; expected one of {', '.join(allowed)}")
 
 
 def _one_of(where: str, value: Any, allowed: Collection[str]) -> str:
     if value not in list(allowed):
-        raise StudyError(f"{where}: expected one of {', '.join(allowed)}, got {value!r}{_near(value, allowed)}")
+        raise StudyError(f"{where}: expected one of {', '.join(allowed)}, got {value!r}{near(str(value), allowed)}")
     return value
 
 
@@ -176,36 +159,22 @@ def _options(where: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(where: str, key: str, value: Any) -> Any:
-    """A value of a recipe's option, of the type that ``Recipe`` declares."""
-    from ..train import Recipe
-
+    """A value of a recipe's option, checked as a recipe's is."""
     name, dot, inner = key.partition(".")
+    hints = get_type_hints(Recipe)
     if name == "seed":
         raise StudyError(f"{where}: expected under seeds, which all combinations are trained with")
-    hints = get_type_hints(Recipe)
     if name not in hints:
         allowed = [option for option in hints if option != "seed"]
-        raise StudyError(f"{where}: no such option{_near(name, allowed)}; expected one of {', '.join(allowed)}")
-    kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, types.UnionType) else (hints[name],)
-    texts = [
-        f"one of {', '.join(get_args(k))}" if get_origin(k) is Literal else _NAMES.get(get_origin(k) or k, str(k))
-        for k in kinds
-    ]
-    expected = " or ".join(texts)
-    if dot and (dict not in [get_origin(kind) for kind in kinds] or not inner):
-        raise StudyError(f"{where}: expected {expected} as {name}, got a key inside it")
+        raise StudyError(f"{where}: no such option{near(name, allowed)}; expected one of {', '.join(allowed)}")
+    if name == "data" and isinstance(value, str):
+        check_option(name, Path(value))
+        return value
     try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        raise StudyError(f"{where}: expected {'a value' if inner else expected}, got {value!r}") from None
-    for kind in kinds:
-        if kind is float and type(value) in (int, float):
-            return float(value)
-        if inner or type(value) in (kind, get_origin(kind)) or (kind is Path and isinstance(value, str)):
-            return value
-        if get_origin(kind) is Literal and value in get_args(kind):
-            return value
-    raise StudyError(f"{where}: expected {expected}, got {value!r}")
+        check_option(name, {inner: value} if dot else value)
+    except OptionError as error:
+        raise StudyError(f"{where}: {str(error).removeprefix(f'{name}: ')}") from error
+    return float(value) if hints[name] is float else value
 
 
 def _grid(where: str, found: Any) -> dict[str, list[Any]]:

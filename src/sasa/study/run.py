@@ -104,7 +104,7 @@ def _train(plan: StudyPlan, out: Path, processes: TrainingProcesses, parallel: i
 def _check_same(plan: StudyPlan, path: Path, out: Path) -> None:
     before = out / "plan.json"
     if not before.is_file():
-        if any(one.name != "lock" for one in out.iterdir()):
+        if any(one.name != ".lock" for one in out.iterdir()):
             raise OutputError(f"out: expected an empty folder or one with a study, got {out}")
         return
     changed = changes(read_plan(before), plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ..train import OutputError
+from ..train.checkpoints import alone_in, note_holders
 from .machine import Slots
 from .plan import Training
 
@@ -67,19 +66,7 @@ class TrainingProcesses:
         Raises:
             OutputError: another one does, or trainings that it left when it was killed.
         """
-        with (self._out / "lock").open("a+") as self._lock:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._lock.seek(0)
-                holders = ", ".join(self._lock.read().split())
-                raise OutputError(
-                    f"out: expected no other study at work in {self._out}, got process {holders}; "
-                    "trainings left by a study that was killed save and end on SIGTERM"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
-            self._note_processes()
+        with alone_in(self._out, 0.0, "study", inherited=True) as self._lock:
             before: dict[signal.Signals, Any] = {}
             if threading.current_thread() is threading.main_thread():
                 for number in STOPPING:
@@ -163,13 +150,7 @@ class TrainingProcesses:
         self._running.append(_Started(training, gpu, process, time.monotonic()))
         if self.signalled:  # before it could be passed on
             process.terminate()
-        self._note_processes()
-
-    def _note_processes(self) -> None:
-        """Write to the lock who holds it."""
-        self._lock.truncate(0)
-        self._lock.write("\n".join(map(str, [os.getpid(), *(one.process.pid for one in self._running)])))
-        self._lock.flush()
+        note_holders(self._lock, os.getpid(), *(one.process.pid for one in self._running))
 
     def _stop(self, number: int, frame: Any) -> None:
         again, self.signalled = self.signalled is not None, signal.Signals(number)

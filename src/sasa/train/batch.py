@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from .images import UnreadableImage
-from .order import IMAGE, seed_everything
+from .order import IMAGE, PADDING, seed_everything
+from .sources import Images
 from .transforms import Transform
 
 IGNORED = -1
@@ -48,23 +49,14 @@ def collate(samples: list[Taken]) -> Batch:
     return Batch(torch.stack(images), torch.tensor(labels), list(names), list(unreadable))
 
 
-class Candidate(NamedTuple):
-    """An image that may be taken, once it is read; ``number`` is what its draws follow from."""
-
-    name: str
-    label: int
-    number: int
-    read: Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """From images to what stands in a batch, with random draws that follow from seed, epoch and image alone.
+class LabelledImages(Dataset):
+    """Takes images by (epoch, index), with random draws that follow from seed, epoch and index alone.
 
     An image that can't be read is a blank one labelled :data:`IGNORED` in validation; in training the next readable one
     takes its place. Both are reported in the batch.
 
     Args:
+        images: to take from.
         fit: brings an image to its size.
         vary: changes it at random; None: doesn't.
         blank: (C, S, S) bytes: what stands for an image that is not there.
@@ -73,19 +65,32 @@ class Preparation:
         strict: raise for them instead.
     """
 
-    fit: Transform
-    vary: Transform | None
-    blank: Tensor
-    seed: int = 0
-    training: bool = False
-    strict: bool = False
+    def __init__(
+        self,
+        images: Images,
+        fit: Transform | None,
+        vary: Transform | None,
+        blank: Tensor,
+        *,
+        seed: int = 0,
+        training: bool = False,
+        strict: bool = False,
+    ) -> None:
+        self.images, self.fit, self.vary, self.blank = images, fit, vary, blank
+        self.seed, self.training, self.strict = seed, training, strict
 
-    def take(self, candidates: Iterable[Candidate], epoch: int) -> Taken:
-        """The first of the candidates, or in training the first that can be read."""
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: tuple[int, int] | int) -> Taken:
+        epoch, index = (0, place) if isinstance(place, int) else place
+        if index == PADDING:
+            return Taken(self.blank, IGNORED, "")
         unreadable = ""
-        for name, label, number, read in candidates:
+        for number in chain(range(index, len(self)), range(index)):
+            name = self.images.name(number)
             try:
-                image = read()
+                image = self.images.read(number)
             except UnreadableImage as error:
                 if self.strict:
                     raise
@@ -93,9 +98,10 @@ class Preparation:
                 if self.training:
                     continue
                 return Taken(self.blank, IGNORED, name, unreadable)
-            image = self.fit(image)
+            if self.fit is not None:
+                image = self.fit(image)
             if self.vary is not None:
-                seed_everything(IMAGE, self.seed, epoch, number)
+                seed_everything(IMAGE, self.seed, epoch, index)
                 image = self.vary(image)
-            return Taken(image, label, name, unreadable)
+            return Taken(image, self.images.label(number), name, unreadable)
         raise UnreadableImage("data", "not one of the images can be read")

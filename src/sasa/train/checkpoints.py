@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import OutputError
 
@@ -98,27 +98,43 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(out: Path, patience: float = PATIENCE) -> Iterator[None]:
+def alone_in(
+    out: Path, patience: float = PATIENCE, what: str = "training", inherited: bool = False
+) -> Iterator[IO[str]]:
     """Within, no other training works in the folder; one that is about to end is waited for.
 
-    The lock vanishes with the process, however it ends, and is not inherited by those that load its images.
+    The lock vanishes with the process, however it ends. Those that load its images don't inherit it, unless
+    ``inherited``: then every process that is given the file holds it too. Who holds it is in the file.
 
     Raises:
         OutputError: another one does, still after ``patience`` seconds.
     """
-    with (out / ".lock").open("a") as file:
+    take = fcntl.flock if inherited else fcntl.lockf
+    with (out / ".lock").open("a+") as file:
         end = time.monotonic() + patience
         while True:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                take(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except (BlockingIOError, PermissionError):
                 if time.monotonic() > end:
-                    raise OutputError(f"out: expected no other training at work in {out}, got one") from None
+                    file.seek(0)
+                    holders = ", ".join(file.read().split())
+                    message = f"out: expected no other {what} at work in {out}, got process {holders}"
+                    raise OutputError(f"{message}; on SIGTERM it saves and ends") from None
                 time.sleep(0.2)
             except OSError:  # a file system without locks
                 break
-        yield
+        note_holders(file, os.getpid())
+        yield file
+
+
+def note_holders(file: IO[str], *processes: int) -> None:
+    """Write to a folder's lock who holds it."""
+    with contextlib.suppress(OSError):  # a full disk
+        file.truncate(0)
+        file.write(" ".join(map(str, processes)))
+        file.flush()
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:

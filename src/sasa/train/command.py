@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +18,7 @@ import yaml
 from docstring_parser import parse as parse_docstring
 
 from .._yaml import read_mapping
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, near
 from .recipe import Recipe, Resume, shipped_recipes
 
 TYPICAL = """usage: sasa train [options]
@@ -164,7 +163,7 @@ def _plain(parser: Parser, arguments: list[str], defaults: dict[str, Any]) -> li
             continue
         key = name.partition(".")[0].removesuffix("+")
         if key not in defaults and key != "help":
-            parser.error(f"{key}: no such option{_near(key, defaults)}; expected one of {', '.join(sorted(defaults))}")
+            parser.error(f"{key}: no such option{near(key, defaults)}; expected one of {', '.join(sorted(defaults))}")
         following = arguments[place + 1] if place + 1 < len(arguments) else ""
         if isinstance(defaults.get(name), bool) and not equals and following not in ("true", "false"):
             equals, value = "=", "true"
@@ -194,13 +193,8 @@ def _recipe_values(parser: Parser, name: str) -> dict[str, Any]:
         if key in ("out", "resume", "overwrite"):
             parser.error(f"config: {path} has {key!r}, which only the command line may have")
         if key not in allowed:
-            parser.error(f"config: {path} has {key!r}{_near(key, allowed)}; expected one of {', '.join(allowed)}")
+            parser.error(f"config: {path} has {key!r}{near(key, allowed)}; expected one of {', '.join(allowed)}")
         if key == "data" and isinstance(value, str):
             values[key] = Path(value)
     parsed = vars(parser.parse_object(values))
     return {key: parsed[key] for key in values}
-
-
-def _near(name: str, allowed: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, allowed, 1)
-    return f" (did you mean {near[0]}?)" if near else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -37,3 +39,9 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+def near(name: str, allowed: Iterable[str]) -> str:
+    """The allowed name that is most alike, in brackets for a message; "" if none is."""
+    found = difflib.get_close_matches(name, allowed, 1)
+    return f" (did you mean {found[0]}?)" if found else ""

@@ -6,7 +6,6 @@ Nothing is downloaded. ``datasets`` maps its files into memory, where an image t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,8 @@ def open_hugging_face(folder: Path) -> tuple[HubImages, HubImages, list[str]]:
     """The images to train on, those to validate on, and the names of the classes.
 
     The column of images is that of type ``Image``, of several the one called image or img. The column of labels is that
-    of type ``ClassLabel``, of several the first called label, labels, fine_label, target or class; if there is none, a
-    column called so with whole numbers, which are then the names too, or with text, which is sorted.
+    of type ``ClassLabel``, of several the first called label, labels, fine_label, target or class. Labels that are
+    numbers or text become such a column by ``DatasetDict.class_encode_column``.
 
     Args:
         folder: what ``DatasetDict.save_to_disk`` wrote, with a split train, and one called val, valid, validation or
@@ -83,14 +82,12 @@ def open_hugging_face(folder: Path) -> tuple[HubImages, HubImages, list[str]]:
         raise DataError(f"data: expected a split {wish} in {folder}, got {', '.join(names) or 'none'}")
     train, val = (_open_split(datasets, folder / name) for name in ("train", found[0]))
     label = _column(train.features, datasets.ClassLabel, LABEL_NAMES, folder)
-    kind = _kind(train.features[label])
-    if kind != _kind(val.features.get(label)):
+    classes = train.features[label].names
+    if getattr(val.features.get(label), "names", None) != classes:
         raise DataError(f"data: expected the same classes in column {label} of train and {found[0]} in {folder}")
-    values = [rows.select_columns([label]).with_format("arrow")[:].column(0).to_pylist() for rows in (train, val)]
-    classes = kind if isinstance(kind, list) else _classes(values[0], kind, folder)
     images = []
-    for name, rows, given in zip(("train", found[0]), (train, val), values, strict=True):
-        labels = _labels(given, classes if kind == "text" else range(len(classes)), folder / name)
+    for name, rows in (("train", train), (found[0], val)):
+        labels = _labels(rows.select_columns([label]).with_format("arrow")[:].column(0), classes, folder / name)
         column = _column(rows.features, datasets.Image, IMAGE_NAMES, folder)
         images.append(HubImages(rows.select_columns([column]), column, name, labels))
     return images[0], images[1], classes
@@ -113,10 +110,8 @@ def _open_split(datasets: Any, folder: Path) -> Any:
 
 
 def _column(features: Any, wanted: type, names: tuple[str, ...], folder: Path) -> str:
-    """The column of this type, or of several the first that has a name; labels may be numbers or text instead."""
+    """The column of this type, or of several the first that has a name."""
     columns = [name for name, feature in features.items() if isinstance(feature, wanted)]
-    if not columns and names is LABEL_NAMES:
-        columns = [name for name in names if _kind(features.get(name)) in ("numbers", "text")]
     named = [name for name in names if name in columns]
     if not named and len(columns) != 1:
         wish = f"a column of type {wanted.__name__}, of several one called {' or '.join(names)}"
@@ -125,25 +120,10 @@ def _column(features: Any, wanted: type, names: tuple[str, ...], folder: Path) -
     return (named or columns)[0]
 
 
-def _kind(feature: Any) -> list[str] | str:
-    """What two columns have in common if their labels mean the same: the names of classes, or what they hold."""
-    dtype = feature.dtype if type(feature).__name__ == "Value" else ""
-    kind = "text" if dtype in ("string", "large_string") else "numbers" if "int" in dtype else "no labels"
-    return getattr(feature, "names", None) or kind
-
-
-def _classes(values: list[Any], kind: str, folder: Path) -> list[str]:
-    given = {value for value in values if value is not None}
-    if kind == "numbers" and max(given, default=-1) >= len(values):
-        raise DataError(f"data: expected labels below the number of images in {folder}, got {max(given)}")
-    return sorted(given) if kind == "text" else [str(number) for number in range(max(given, default=-1) + 1)]
-
-
-def _labels(values: list[Any], known: Iterable[Any], folder: Path) -> np.ndarray:
-    numbers = {value: number for number, value in enumerate(known)}
-    labels = np.array([numbers.get(value, -1) for value in values], dtype=np.int64)
-    bad = np.flatnonzero(labels < 0)
+def _labels(column: Any, classes: list[str], folder: Path) -> np.ndarray:
+    labels = column.fill_null(-1).to_numpy()
+    bad = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(bad):
-        got = f"{values[bad[0]]!r} for image {bad[0]} ({len(bad)} of {len(labels)} labels are no class)"
-        raise DataError(f"data: expected one of {len(numbers)} classes for every image in {folder}, got {got}")
+        got = f"{column[int(bad[0])]} for image {bad[0]} ({len(bad)} of {len(labels)} labels are no class)"
+        raise DataError(f"data: expected one of {len(classes)} classes for every image in {folder}, got {got}")
     return labels

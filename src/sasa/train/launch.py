@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import socket
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -172,32 +170,22 @@ def _loopback_store(processes: Processes, port: int) -> Any:
 
 
 def _torchrun_store(processes: Processes) -> Any:
-    """A part of torchrun's store that is new each time.
+    """A part of torchrun's store that is new each time it starts the processes anew after a failure.
 
-    When torchrun starts the processes anew after a failure, they get the store of the failed ones, where the addresses
-    of those still are, and may take them for the new ones. Agents on several machines do not count restarts alike, so
-    the processes agree on a name: each says hello with a number of its own, the first answers every number with the
-    session's name, and waits until all have confirmed it.
+    There they would find the addresses of the failed ones, and may take them for the new ones.
+
+    Raises:
+        OptionError: there are several machines, which do not count alike how often that was.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    environment = os.environ
+    if processes.nodes > 1 and int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise OptionError(
+            "torchrun: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment on several machines with "
+            "--max-restarts, got none"
+        )
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     store = distributed.TCPStore(address, port, processes.world_size, is_master=False, timeout=PATIENCE)
-    name = secrets.token_hex(8)
-    if not processes.first:
-        store.set(f"sasa/hello/{processes.rank}", name)
-        name = store.get(f"sasa/answer/{name}").decode()  # waits for it
-        store.set(f"sasa/{name}/{processes.rank}", "")
-        return distributed.PrefixStore(f"sasa/{name}", store)
-    missing, end = set(range(1, processes.world_size)), time.monotonic() + PATIENCE.total_seconds()
-    while missing:
-        if time.monotonic() > end:
-            raise TimeoutError(f"torchrun: expected all processes within {PATIENCE}, {sorted(missing)} are missing")
-        for rank in sorted(missing):
-            if store.check([f"sasa/hello/{rank}"]):
-                store.set(f"sasa/answer/{store.get(f'sasa/hello/{rank}').decode()}", name)
-            if store.check([f"sasa/{name}/{rank}"]):
-                missing.discard(rank)
-        time.sleep(0.05)
-    return distributed.PrefixStore(f"sasa/{name}", store)
+    return distributed.PrefixStore(f"sasa/{restarts()}", store)
 
 
 def _devices(devices: int | str, accelerator: str) -> int:

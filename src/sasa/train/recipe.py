@@ -115,18 +115,8 @@ class Recipe:
             OptionError: one is of a wrong type, not finite, out of range or contradicts another; the message names it,
                 what was expected and what came.
         """
-        for name, hint in get_type_hints(Recipe).items():
-            _check_type(name, getattr(self, name), hint)
-            least, most = RANGES.get(name, (-math.inf, LARGEST))
-            for number in _numbers(getattr(self, name)):
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise OptionError(f"{name}: expected finite numbers, got {number}")
-                if name != "model_options" and number < least:
-                    raise OptionError(
-                        f"{name}: expected at least {least}, got {number if number > -1e20 else 'far less'}"
-                    )
-                if name != "model_options" and number > most:
-                    raise OptionError(f"{name}: expected at most {most}, got {number if number < 1e20 else 'far more'}")
+        for name in get_type_hints(Recipe):
+            check_option(name, getattr(self, name))
         if not self.learning_rate > 0:
             raise OptionError(f"learning_rate: expected more than 0, got {self.learning_rate}")
         if not 0 < self.crop_pct <= 1 or self.image_size / self.crop_pct > 2 * 16_384:
@@ -205,6 +195,16 @@ RANGES: dict[str, tuple[float, float]] = {
 MOST_OPERATIONS = 16
 """Of a policy on one image. Timm takes any number, and never ends with a large one."""
 
+_IN_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "options with values",
+    Path: "a folder",
+    type(None): "null",
+}
+
 # What may differ when a run is resumed: how fast it is and what it reports, not what it computes.
 FREE_TO_CHANGE = frozenset(
     [
@@ -228,6 +228,23 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def check_option(name: str, value: Any) -> None:
+    """Check the value of one option by itself.
+
+    Raises:
+        OptionError: it is of a wrong type, not finite or out of range.
+    """
+    _check_type(name, value, get_type_hints(Recipe)[name])
+    least, most = RANGES.get(name, (-math.inf, LARGEST))
+    for number in _numbers(value):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise OptionError(f"{name}: expected finite numbers, got {number}")
+        if name != "model_options" and number < least:
+            raise OptionError(f"{name}: expected at least {least}, got {number if number > -1e20 else 'far less'}")
+        if name != "model_options" and number > most:
+            raise OptionError(f"{name}: expected at most {most}, got {number if number < 1e20 else 'far more'}")
+
+
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
@@ -236,8 +253,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,)) if hint != dict[str, Any] else (dict,)
     right = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
     if not right or (isinstance(value, bool) and bool not in kinds):
-        names = {"int": "a whole number", "float": "a number", "str": "text", "dict": "options with values"}
-        expected = " or ".join(names.get(kind.__name__, kind.__name__) for kind in kinds)
+        expected = " or ".join(_IN_WORDS[kind] for kind in kinds)
         raise OptionError(f"{name}: expected {expected}, got {value!r}")
 
 

@@ -26,7 +26,7 @@ from torchvision.datasets.utils import extract_archive
 from .errors import DataError
 from .hugging_face import is_hugging_face, open_hugging_face
 from .images import UnreadableImage, read_image
-from .shards import ShardImages, is_sharded, open_shards
+from .shards import is_sharded, open_shards
 from .walk import VALIDATION_NAMES, subfolders, walk
 
 CHECKED_BEFOREHAND = 10_000
@@ -66,8 +66,8 @@ class Source(NamedTuple):
         skipped: unreadable images left out so far.
     """
 
-    train: Images | ShardImages
-    val: Images | ShardImages
+    train: Images
+    val: Images
     classes: list[str]
     channels: int = 3
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
