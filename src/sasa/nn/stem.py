@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from .._compat import has_hooks
 from ..ops import checks
 from ..ops.attend import attend
+from ..ops.block_attention import block_attention, is_fast
 from .convolution_like import ConvolutionLike, is_plain, runs_alone
 
 # Bytes of one part of the batch where no gradient is wanted: outputs that are pooled before they leave the cache.
@@ -142,6 +143,8 @@ class AttentionStem(ConvolutionLike):
             tensors = self.row_embedding, self.col_embedding, self.mixture_embedding
             y = attend_in_blocks(self._projected(x), None, None, *tensors, None, *self._options())
             return max_of_blocks(self.norm(y), self.block_size)
+        if self._runs_in_one_pass(x):
+            return self._in_one_pass(x)
         if self._wants_parts(x):
             images = max(1, PART_BYTES // (self.out_channels * x.shape[2] * x.shape[3] * x.element_size()))
             return torch.cat([self._pooled(part) for part in x.split(images)])
@@ -167,6 +170,41 @@ class AttentionStem(ConvolutionLike):
         """Whether the images may be taken one after the other, which saves memory and time without gradients."""
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu")
 
+    def _runs_in_one_pass(self, x: Tensor) -> bool:
+        """Whether there is a kernel for all of it: the batch norm must be PyTorch's own, everything float32 on the CPU.
+        """
+        norm = self.norm
+        numbers = x.numel() // self.in_channels
+        return (
+            is_fast(x, self.block_size, self.implementation)
+            and self._has_plain_norm()
+            and all(y.dtype == torch.float32 and y.device == x.device for y in (*self.parameters(), *norm.buffers()) if y.is_floating_point())
+            and (norm.momentum is not None or not norm.training)
+            and numbers > (1 if norm.training else 0)  # PyTorch's batch norm has an error for a single number
+        )
+
+    def _in_one_pass(self, x: Tensor) -> Tensor:
+        """The same by :func:`sasa.ops.block_attention.block_attention`: the extreme of each block is what the max pool
+        lets through, the largest number where the batch norm's weight is positive, the smallest where it is negative.
+        """
+        norm, size = self.norm, self.block_size
+        query, key = self.qk.weight.view(2, self.num_heads, -1, self.in_channels)
+        form = torch.einsum("ndc,nde->nce", query, key)
+        values = torch.einsum(
+            "abm,moc->aboc", self.mixture_weights(), self.value.weight.view(self.mixtures, -1, self.in_channels)
+        )
+        weight = torch.ones_like(self.mixture_embedding[:, 0]) if norm.weight is None else norm.weight
+        extreme, mean, variance = block_attention(x, form, values.flatten(0, 1), weight.detach().sign(), size)
+        if norm.training and norm.running_mean is not None:
+            with torch.no_grad():
+                pixels = x.numel() // self.in_channels
+                update_running_statistics(norm, mean, variance * (pixels / (pixels - 1)))
+        elif not norm.training and norm.running_mean is not None:
+            mean, variance = norm.running_mean, norm.running_var
+        factor = weight * (variance + norm.eps).rsqrt()
+        offset = -mean * factor if norm.bias is None else norm.bias - mean * factor
+        return torch.addcmul(offset[:, None, None], extreme, factor[:, None, None])
+
     def _pooled(self, x: Tensor) -> Tensor:
         """Attention, batch norm and max pool."""
         factor, offset = self._normalisation()
@@ -189,8 +227,7 @@ class AttentionStem(ConvolutionLike):
         largest. (None, None) where it has to be computed.
         """
         norm = self.norm
-        plain = type(norm) is nn.BatchNorm2d and "forward" not in norm.__dict__ and not has_hooks(norm)
-        if self.training or norm.training or torch.is_grad_enabled() or not plain:
+        if self.training or norm.training or torch.is_grad_enabled() or not self._has_plain_norm():
             return None, None
         if norm.running_mean is None or norm.running_var is None or norm.weight is None:
             return None, None
@@ -198,10 +235,21 @@ class AttentionStem(ConvolutionLike):
         offset = norm.bias - norm.running_mean * factor
         return factor[:, None], offset[:, None, None]
 
+    def _has_plain_norm(self) -> bool:
+        """Whether calling the batch norm computes what its numbers say, and nothing else."""
+        return type(self.norm) is nn.BatchNorm2d and "forward" not in self.norm.__dict__ and not has_hooks(self.norm)
+
     def extra_repr(self) -> str:
         """Arguments as given to the constructor."""
         text = f"{self.in_channels}, {self.out_channels}, num_heads={self.num_heads}, block_size={self.block_size}"
         return f"{text}, mixtures={self.mixtures}"
+
+
+def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    """As the batch norm itself does it in training."""
+    norm.num_batches_tracked.add_(1)
+    for running, new in ((norm.running_mean, mean), (norm.running_var, variance)):
+        running.mul_(1 - norm.momentum).add_(new, alpha=norm.momentum)
 
 
 def mixture_weights(row: Tensor, col: Tensor, mixture: Tensor) -> Tensor:
