@@ -248,7 +248,7 @@ struct Backward {
       for (int64_t j = 0; j < n; ++j) {
         SASA_UNROLL
         for (int t = 0; t < T; ++t) {
-          V sum = first == 0 ? -m.delta[pixel + t] : m.dots[t * n + j];
+          V sum = first == 0 ? V{} : m.dots[t * n + j];
           SASA_UNROLL
           for (int k = 0; k < K; ++k) sum += grad[t][k] * m.blocks.values[j * width + first + k];
           m.dots[t * n + j] = sum;
@@ -264,7 +264,7 @@ struct Backward {
       for (int d = 0; d < C; ++d) key[d] = grad_x[j * C + d];
       SASA_UNROLL
       for (int t = 0; t < T; ++t) {
-        const V grad = m.dots[t * n + j] * m.blocks.weights[(pixel + t) * n + j];
+        const V grad = (m.dots[t * n + j] - m.delta[pixel + t]) * m.blocks.weights[(pixel + t) * n + j];
         SASA_UNROLL
         for (int d = 0; d < C; ++d) {
           grad_query[t][d] += grad * x[j * C + d];

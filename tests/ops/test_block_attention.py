@@ -93,7 +93,9 @@ def test_a_mean_far_from_zero_costs_the_variance_nothing():
     tensors = problem(CASES[1])
     tensors[0] += 1000
     tensors[1] *= 1e-6
-    assert_right(solve(block_attention, tensors, 4), tensors, 4)
+    got, right = block_attention(*tensors, 4), equation(*(x.double() for x in tensors), 4)
+    torch.testing.assert_close(got.mean.double(), right[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.variance.double(), right[2], rtol=1e-6, atol=1e-6)
 
 
 def test_any_number_of_threads_gives_equal_bits():
@@ -130,6 +132,8 @@ def test_what_is_not_finite_stays_in_its_block(by):
     assert found.sum() == extreme.isnan().any(1).sum() == 1
 
 
+# opcheck itself looks at .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @cases
 def test_opcheck(case):
     opcheck(FORWARD, (*[x.requires_grad_(i < 3) for i, x in enumerate(problem(case))], case[4]))
@@ -151,6 +155,8 @@ def test_second_derivatives(function):
     torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # PyTorch's own rules for jvp
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_transforms_of_the_operator():
     x, *rest = problem(CASES[2], torch.float64)
     for transform in (torch.func.jacrev, torch.func.jacfwd):

@@ -171,16 +171,16 @@ class AttentionStem(ConvolutionLike):
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu")
 
     def _runs_in_one_pass(self, x: Tensor) -> bool:
-        """Whether there is a kernel for all of it: the batch norm must be PyTorch's own, everything float32 on the CPU.
-        """
-        norm = self.norm
-        numbers = x.numel() // self.in_channels
+        """Whether there is a kernel for it: everything in float32 on the CPU, and the batch norm PyTorch's own."""
+        norm, pixels = self.norm, x.numel() // self.in_channels
         return (
             is_fast(x, self.block_size, self.implementation)
             and self._has_plain_norm()
-            and all(y.dtype == torch.float32 and y.device == x.device for y in (*self.parameters(), *norm.buffers()) if y.is_floating_point())
             and (norm.momentum is not None or not norm.training)
-            and numbers > (1 if norm.training else 0)  # PyTorch's batch norm has an error for a single number
+            and pixels > (1 if norm.training else 0)  # PyTorch's batch norm has an error for a single number
+            and all(
+                (y.dtype, y.device) == (x.dtype, x.device) for y in (*self.parameters(), *norm.buffers()) if y.dim()
+            )
         )
 
     def _in_one_pass(self, x: Tensor) -> Tensor:
@@ -193,17 +193,21 @@ class AttentionStem(ConvolutionLike):
         values = torch.einsum(
             "abm,moc->aboc", self.mixture_weights(), self.value.weight.view(self.mixtures, -1, self.in_channels)
         )
-        weight = torch.ones_like(self.mixture_embedding[:, 0]) if norm.weight is None else norm.weight
+        weight, bias = norm.weight, norm.bias
+        if not norm.affine:
+            weight, bias = x.new_ones(self.out_channels), x.new_zeros(self.out_channels)
         extreme, mean, variance = block_attention(x, form, values.flatten(0, 1), weight.detach().sign(), size)
-        if norm.training and norm.running_mean is not None:
-            with torch.no_grad():
+        running_mean, running_var, momentum = norm.running_mean, norm.running_var, norm.momentum
+        if running_mean is not None and running_var is not None:
+            if not norm.training:
+                mean, variance = running_mean, running_var
+            elif norm.num_batches_tracked is not None and momentum is not None:
                 pixels = x.numel() // self.in_channels
-                update_running_statistics(norm, mean, variance * (pixels / (pixels - 1)))
-        elif not norm.training and norm.running_mean is not None:
-            mean, variance = norm.running_mean, norm.running_var
+                norm.num_batches_tracked.add_(1)
+                running_mean.mul_(1 - momentum).add_(mean.detach(), alpha=momentum)
+                running_var.mul_(1 - momentum).add_(variance.detach(), alpha=momentum * pixels / (pixels - 1))
         factor = weight * (variance + norm.eps).rsqrt()
-        offset = -mean * factor if norm.bias is None else norm.bias - mean * factor
-        return torch.addcmul(offset[:, None, None], extreme, factor[:, None, None])
+        return torch.addcmul((bias - mean * factor)[:, None, None], extreme, factor[:, None, None])
 
     def _pooled(self, x: Tensor) -> Tensor:
         """Attention, batch norm and max pool."""
@@ -243,13 +247,6 @@ class AttentionStem(ConvolutionLike):
         """Arguments as given to the constructor."""
         text = f"{self.in_channels}, {self.out_channels}, num_heads={self.num_heads}, block_size={self.block_size}"
         return f"{text}, mixtures={self.mixtures}"
-
-
-def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    """As the batch norm itself does it in training."""
-    norm.num_batches_tracked.add_(1)
-    for running, new in ((norm.running_mean, mean), (norm.running_var, variance)):
-        running.mul_(1 - norm.momentum).add_(new, alpha=norm.momentum)
 
 
 def mixture_weights(row: Tensor, col: Tensor, mixture: Tensor) -> Tensor:

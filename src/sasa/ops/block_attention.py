@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._compat import below_autograd
 from . import cpu_blocks
-from .autograd import is_observed, is_transformed, is_transformed_forward, needs_gradient
+from .autograd import Registered, is_observed, is_transformed, is_transformed_forward, needs_gradient
 from .derivatives import gradients
 from .precision import is_active
 
@@ -62,16 +62,14 @@ def block_attention(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block
         block_size: pixels along a block; those at the lower and right edge may be smaller.
     """
     tensors = x, form, values, sign
-    if is_observed(tensors):
-        return Extremes(*torch.ops.sasa.block_attention(*tensors, block_size))
-    if needs_gradient(*tensors):
+    if needs_gradient(*tensors) and not is_observed(tensors):
         return Extremes(*_BlockAttention.apply(*tensors, block_size))
-    return Extremes(*_forward(*tensors, block_size))
+    return Extremes(*FORWARD(*tensors, block_size))
 
 
 def equation(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain ATen operations, for blocks that are filled up with hidden pixels."""
-    heads, outputs = form.shape[0], values.shape[1]
+    heads = form.shape[0]
     below, right = -x.shape[2] % block_size, -x.shape[3] % block_size
     inside = F.pad(torch.ones_like(x[:1, :1], requires_grad=False), (0, right, 0, below)) > 0
     pixels, inside = _blocks(F.pad(x, (0, right, 0, below)), block_size), _blocks(inside, block_size)
@@ -98,7 +96,9 @@ def _blocks(x: Tensor, size: int) -> Tensor:
 _TENSORS = "Tensor input, Tensor form, Tensor values, Tensor sign"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 torch.library.define(
-    "sasa::block_attention", f"({_TENSORS}, int block_size) -> (Tensor extreme, Tensor mean, Tensor variance)", tags=_TAGS
+    "sasa::block_attention",
+    f"({_TENSORS}, int block_size) -> (Tensor extreme, Tensor mean, Tensor variance)",
+    tags=_TAGS,
 )
 torch.library.define(
     "sasa::block_attention_backward",
@@ -141,6 +141,8 @@ def _by_equation(
 
 torch.library.impl("sasa::block_attention", "default", _forward)
 torch.library.impl("sasa::block_attention_backward", "default", _backward)
+FORWARD = Registered(torch.ops.sasa.block_attention.default, _forward)
+BACKWARD = Registered(torch.ops.sasa.block_attention_backward.default, _backward)
 
 
 @torch.library.register_fake("sasa::block_attention")
@@ -160,20 +162,19 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx, x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int):
         tensors = x, form, values, sign
         with below_autograd():
-            results = (torch.ops.sasa.block_attention if is_observed(tensors) else _forward)(*tensors, block_size)
+            results = FORWARD(*tensors, block_size)
         ctx.save_for_backward(*tensors, results[1])
         ctx.block_size = block_size
         return tuple(results)
 
     @staticmethod
     def backward(ctx, *grads):
-        *tensors, mean = ctx.saved_tensors
+        x, form, values, sign, mean = ctx.saved_tensors
         if torch.is_grad_enabled() or is_transformed() or is_transformed_forward():
-            return *_by_equation(grads, *tensors, ctx.block_size), None, None
-        count = tensors[0].numel() // tensors[0].shape[1]
-        given = grads[0], grads[2] * (2 / count), grads[1] / count, *tensors, mean
-        run = torch.ops.sasa.block_attention_backward if is_observed(given) else _backward
-        return *run(*given, ctx.block_size), None, None
+            return *_by_equation(grads, x, form, values, sign, ctx.block_size), None, None
+        count = x.numel() // x.shape[1]
+        given = grads[0], grads[2] * (2 / count), grads[1] / count, x, form, values, sign, mean
+        return *BACKWARD(*given, ctx.block_size), None, None
 
 
 def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

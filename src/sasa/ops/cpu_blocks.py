@@ -45,9 +45,7 @@ def backward(
     return grad_x, grad_form, grad_values
 
 
-def _problem(
-    x: Tensor, form: Tensor, values: Tensor, sign: Tensor, mean: Tensor | None, block_size: int
-) -> CBlocks:
+def _problem(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, mean: Tensor | None, block_size: int) -> CBlocks:
     return CBlocks(
         *machine(), *x.shape, values.shape[1], form.shape[0], block_size, x.data_ptr(), x.stride(), form.data_ptr(),
         values.data_ptr(), sign.data_ptr(), None if mean is None else mean.data_ptr(),

@@ -1,5 +1,6 @@
 """The structures of the C++ library's interface, ``csrc/local_attention.h`` and
-``csrc/block_attention.h``, declared for ctypes field by field."""
+``csrc/block_attention.h``, declared for ctypes field by field.
+"""
 
 from __future__ import annotations
 

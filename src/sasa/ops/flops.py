@@ -76,7 +76,7 @@ def _projection(x: Sequence[int], weight: Sequence[int] | None) -> int:
 
 
 def blocks_forward_flops(x, form, values, sign, block_size: int, *args, **kwargs) -> int:
-    """FLOPs of attention inside blocks as it is computed: x F, values, logits over the image's channels, weighted sum."""
+    """FLOPs of attention inside blocks as computed: x F, values, logits over the image's channels, weighted sum."""
     pixels, pairs = x[0] * x[2] * x[3], _pairs_in_blocks(x, block_size)
     return 2 * pixels * (math.prod(form) + math.prod(values[1:])) + 2 * pairs * (form[0] * x[1] + values[1])
 
