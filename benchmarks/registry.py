@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import attention, ceiling, layer, networks
+from . import attention, ceiling, layer, networks, stem
 from .cases import Device, Part, Step
 
 PARTS: dict[str, Part] = {
@@ -12,6 +12,7 @@ PARTS: dict[str, Part] = {
     "attention": attention.PART,
     "layer": layer.PART,
     "kept": layer.KEPT_PART,
+    "stem": stem.PART,
     "stages": attention.STAGE_PART,
     "scaling": attention.SCALING_PART,
     "networks": networks.PART,

@@ -57,6 +57,7 @@ COLUMNS = {
     "attention": (TIME, RATIO, MEMORY),
     "layer": (TIME, RATIO, MEMORY),
     "kept": (TIME, RATIO, MEMORY),
+    "stem": (TIME, Column("times the convolution stem (lowest to highest)", number("ratio")), MEMORY),
     "stages": (SPEED, RATIO),
     "scaling": (
         TIME,
@@ -141,7 +142,7 @@ def targets_table(found: Found, device: str) -> Listing:
         for target, value in evaluate(found, device)
     ]
     by_machine: dict[str, list[str]] = {}
-    for part in ("attention", "layer", "stages", "scaling", "networks"):
+    for part in ("attention", "layer", "stem", "stages", "scaling", "networks"):
         if part in found:
             by_machine.setdefault(described(found[part]["machine"]), []).append(part)
     lines = by_machine if len(by_machine) == 1 else [f"{', '.join(own)}: {name}" for name, own in by_machine.items()]

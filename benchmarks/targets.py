@@ -105,6 +105,16 @@ def copy_share(case: str) -> Callable[[Found], Value]:
     return figure
 
 
+def over_convolution_stem(case: str) -> Callable[[Found], Value]:
+    """Time of the attention stem divided by the convolution stem's."""
+
+    def figure(found: Found) -> Value:
+        own = peers_of(found, "stem", case)["sasa"]
+        return own["ratio"], own["ratio_lowest"], own["ratio_highest"]
+
+    return figure
+
+
 STEM = "SASA-ResNet-50, convolution stem / ResNet-50: images/s"
 CPU = (
     Target("attention forward / convolution", False, 0.33, ours_over("attention", "notebook forward", CONVOLUTION)),
@@ -123,6 +133,8 @@ CPU = (
     Target("the same, batch 1", True, 1, times_ours("networks", "batch 1 forward", RESNET)),
     Target("the same, training step", True, 1, times_ours("networks", "batch 8 training step", RESNET)),
     Target("the same, peak memory of a training step", False, 1.1, step_memory),
+    Target("attention stem forward / convolution stem", False, 2, over_convolution_stem("batch 8 forward")),
+    Target("the same, forward and backward", False, 2, over_convolution_stem("batch 8 training")),
     Target("SASA-ResNet-50, full attention / ResNet-50: images/s forward", True, 1, full_attention),
 )
 FLASH = "FlexAttention / attention forward, bfloat16"

@@ -1,6 +1,7 @@
 // The C interface: rejects sizes that would be out of bounds or overflow, and picks the instruction set.
 #include <algorithm>
 
+#include "block_attention.h"
 #include "local_attention.h"
 
 #if !defined(__x86_64__) || SASA_CAPABILITIES == 1
@@ -18,6 +19,8 @@ namespace sasa {
   int forward(const sasa_problem& problem, const sasa_tensor& output);        \
   int backward(const sasa_problem& problem, const sasa_gradients& gradients); \
   int linear_gradients(const sasa_linear& problem);                           \
+  int blocks_forward(const sasa_blocks& p, const sasa_block_results& r);      \
+  int blocks_backward(const sasa_blocks& p, const sasa_block_gradients& g);   \
   }
 SASA_ISAS(SASA_DECLARE)
 
@@ -28,9 +31,12 @@ struct Capability {
   int (*forward)(const sasa_problem&, const sasa_tensor&);
   int (*backward)(const sasa_problem&, const sasa_gradients&);
   int (*linear_gradients)(const sasa_linear&);
+  int (*blocks_forward)(const sasa_blocks&, const sasa_block_results&);
+  int (*blocks_backward)(const sasa_blocks&, const sasa_block_gradients&);
 };
 
-#define SASA_ENTRY(isa, name) {name, isa::forward, isa::backward, isa::linear_gradients},
+#define SASA_ENTRY(isa, name) \
+  {name, isa::forward, isa::backward, isa::linear_gradients, isa::blocks_forward, isa::blocks_backward},
 constexpr Capability capabilities[] = {SASA_ISAS(SASA_ENTRY)};
 
 int32_t count_supported() {
@@ -110,6 +116,14 @@ bool is_sound(const sasa_linear* p) {
          (p->pixels == 0 || (p->grad && p->input && p->grad_input));
 }
 
+bool is_sound(const sasa_blocks* p) {
+  return p != nullptr && p->threads >= 1 && has_capability(p->capability) &&
+         are_counts(p->batch, p->channels, p->height, p->width, p->outputs, p->heads, p->block) &&
+         p->channels <= SASA_MOST_BLOCK_CHANNELS && p->block <= SASA_LARGEST_BLOCK && p->outputs % p->heads == 0 &&
+         is_tensor(p->batch, p->height, p->width, p->outputs > p->channels ? p->outputs : p->channels) && p->input &&
+         p->form && p->values && p->sign;
+}
+
 // Threads for so many multiply-adds: starting one takes as long as some ten thousand of them.
 int32_t threads_for(double work, int32_t most) {
   constexpr double kPerThread = 1 << 17;
@@ -125,6 +139,14 @@ sasa_problem with_threads(const sasa_problem& p) {
   return problem;
 }
 
+// Logits over the image's channels, weights' exponentials and values over the outputs', for each pair of pixels.
+sasa_blocks with_threads(const sasa_blocks& p) {
+  const double pairs = double(p.batch) * double(p.height) * double(p.width) * double(p.block * p.block);
+  sasa_blocks problem = p;
+  problem.threads = threads_for(pairs * double(p.heads * (p.channels + 12) + p.outputs), p.threads);
+  return problem;
+}
+
 }  // namespace
 }  // namespace sasa
 
@@ -133,9 +155,10 @@ extern "C" {
 int32_t sasa_interface_version(void) { return SASA_INTERFACE_VERSION; }
 
 int64_t sasa_structure_size(int32_t index) {
-  constexpr int64_t sizes[] = {sizeof(sasa_tensor),     sizeof(sasa_embedding), sizeof(sasa_axis),
-                               sizeof(sasa_projection), sizeof(sasa_problem),   sizeof(sasa_gradients),
-                               sizeof(sasa_linear)};
+  constexpr int64_t sizes[] = {sizeof(sasa_tensor),         sizeof(sasa_embedding), sizeof(sasa_axis),
+                               sizeof(sasa_projection),     sizeof(sasa_problem),   sizeof(sasa_gradients),
+                               sizeof(sasa_linear),         sizeof(sasa_blocks),    sizeof(sasa_block_results),
+                               sizeof(sasa_block_gradients)};
   return index >= 0 && index < int32_t(sizeof(sizes) / sizeof(sizes[0])) ? sizes[index] : -1;
 }
 
@@ -189,6 +212,19 @@ int sasa_linear_gradients(const sasa_linear* p) {
   sasa_linear problem = *p;
   problem.threads = sasa::threads_for(double(p->pixels) * double(p->outputs) * double(p->inputs), p->threads);
   return sasa::capabilities[p->capability].linear_gradients(problem);
+}
+
+int sasa_blocks_forward(const sasa_blocks* problem, const sasa_block_results* results) {
+  if (!sasa::is_sound(problem) || results == nullptr || !results->extreme || !results->mean || !results->variance)
+    return SASA_BAD_ARGUMENT;
+  return sasa::capabilities[problem->capability].blocks_forward(sasa::with_threads(*problem), *results);
+}
+
+int sasa_blocks_backward(const sasa_blocks* problem, const sasa_block_gradients* gradients) {
+  if (!sasa::is_sound(problem) || !problem->mean || gradients == nullptr || !gradients->grad || !gradients->slope ||
+      !gradients->offset || !gradients->form || !gradients->values)
+    return SASA_BAD_ARGUMENT;
+  return sasa::capabilities[problem->capability].blocks_backward(sasa::with_threads(*problem), *gradients);
 }
 
 }  // extern "C"

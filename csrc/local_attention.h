@@ -23,7 +23,7 @@ extern "C" {
 #define SASA_EXPORT __attribute__((visibility("default")))
 
 /* Raised with every change of this interface; sasa_interface_version() returns the library's. */
-#define SASA_INTERFACE_VERSION 5
+#define SASA_INTERFACE_VERSION 6
 
 enum sasa_dtype { SASA_FLOAT32 = 0, SASA_FLOAT64 = 1, SASA_BFLOAT16 = 2, SASA_FLOAT16 = 3 };
 enum sasa_border { SASA_ZERO = 0, SASA_MASK = 1, SASA_VALID = 2 };
@@ -137,7 +137,8 @@ SASA_EXPORT void sasa_use_huge_pages(void* memory, size_t bytes);
 SASA_EXPORT int32_t sasa_interface_version(void);
 
 /* Size in bytes of a structure, for callers that declare the structures themselves: 0 sasa_tensor, 1 sasa_embedding,
- * 2 sasa_axis, 3 sasa_projection, 4 sasa_problem, 5 sasa_gradients, 6 sasa_linear; -1 for any other index. */
+ * 2 sasa_axis, 3 sasa_projection, 4 sasa_problem, 5 sasa_gradients, 6 sasa_linear; of block_attention.h,
+ * 7 sasa_blocks, 8 sasa_block_results, 9 sasa_block_gradients; -1 for any other index. */
 SASA_EXPORT int64_t sasa_structure_size(int32_t index);
 
 #ifdef __cplusplus

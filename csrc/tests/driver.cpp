@@ -9,7 +9,8 @@
 
 #include "problem.h"
 
-int argument_failures();  // arguments.cpp
+int argument_failures();          // arguments.cpp
+int block_failures(int threads);  // blocks.cpp
 
 // Allocations fail as they do without sanitizers, and soon: no problem here needs much memory.
 extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1:max_allocation_size_mb=64"; }
@@ -207,7 +208,7 @@ int main(int argc, char** argv) {
     failures += failures_of(c, SASA_FLOAT32, threads, 0);
     ++problems;
   }
-  failures += argument_failures();
+  failures += argument_failures() + block_failures(threads);
   // Two callers at once.
   int wrong[2] = {0, 0};
   const auto caller = [&](size_t index) {

@@ -1,10 +1,13 @@
 """The attention stem against naive loops: any image, both modes, all gradients; and what it must not do."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sasa import AttentionStem
+from sasa.nn import stem as stem_module
 
 SIZES = [(8, 8), (7, 9), (4, 5), (3, 2), (1, 1), (12, 4)]
 
@@ -77,7 +80,7 @@ def test_equals_the_loops_with_all_gradients(size, training, block_size, mixture
 
 @pytest.mark.parametrize("size", [(16, 16), (9, 14)])
 def test_without_gradients_images_are_taken_in_parts_with_equal_results(size, monkeypatch):
-    stem = AttentionStem(3, 16).eval()
+    stem = AttentionStem(3, 16, implementation="eager").eval()
     x = torch.randn(5, 3, *size)
     whole = stem(x)
     calls = []
@@ -193,3 +196,98 @@ def test_an_unknown_implementation_is_refused():
 def test_repr_has_the_arguments():
     text = "AttentionStem(\n  3, 8, num_heads=2, block_size=4, mixtures=4\n"
     assert repr(AttentionStem(3, 8, 2)).startswith(text)
+
+
+# --- in one pass: float32 on the CPU ---
+
+
+def twins(channels=3, outputs=16, heads=4, **options):
+    """A stem in float32 that takes one pass, and the same in float64."""
+    torch.manual_seed(0)
+    stem = AttentionStem(channels, outputs, heads, **options)
+    torch.nn.init.normal_(stem.norm.running_mean)
+    if stem.norm.affine:
+        torch.nn.init.normal_(stem.norm.weight)  # negative ones too
+        torch.nn.init.normal_(stem.norm.bias)
+    return stem, copy.deepcopy(stem).double()
+
+
+@pytest.fixture
+def only_one_pass(monkeypatch):
+    """No attention but the kernel's."""
+    monkeypatch.setattr(stem_module, "attend", None)
+
+
+@pytest.mark.usefixtures("only_one_pass")
+@pytest.mark.parametrize("size", [*SIZES[:4], (30, 45)])
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen norm", "norm in training"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_one_pass_equals_the_loops(size, mode, memory_format):
+    ours, right = twins()
+    for stem in (ours, right):
+        stem.train(mode in ("train", "frozen norm")).norm.train(mode in ("train", "norm in training"))
+    x = torch.randn(2, 3, *size).to(memory_format=memory_format)
+    results = []
+    for stem, function in ((ours, ours), (right, lambda x: by_loops(right, x))):
+        image = x.to(stem.weight.dtype).requires_grad_()
+        y = function(image)
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(y, [image, *stem.parameters()], torch.randn(y.shape).to(y))
+        results.append([y, *grads, *stem.buffers()])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), expected.double(), atol=2e-5 * expected.abs().max().item(), rtol=1e-4)
+    assert results[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert results[0][1].stride() == x.stride()
+
+
+@pytest.mark.usefixtures("only_one_pass")
+@pytest.mark.parametrize("weights", [None, 0.0, 1.0])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_pass_with_any_batch_norm(weights, training):
+    """Without parameters, or statistics; with weights of 0, which make every pixel of a block the largest."""
+    stem, right = twins()
+    for one in (stem, right):
+        one.norm = torch.nn.BatchNorm2d(16, affine=weights is not None, track_running_stats=weights != 1).to(one.weight)
+        one.train(training)
+        if weights is not None:
+            torch.nn.init.constant_(one.norm.weight, weights)
+    x = torch.randn(2, 3, 9, 8)
+    results = []
+    for one in (stem, right):
+        y = one(x.to(one.weight)) if one is stem else by_loops(one, x.double())
+        torch.manual_seed(1)
+        results.append([y, *torch.autograd.grad(y, list(one.parameters()), torch.randn(y.shape).to(y))])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_what_one_pass_cannot_do_is_done_as_ever(monkeypatch):
+    x = torch.randn(2, 3, 9, 8)
+    stem, _ = twins()
+    expected = copy.deepcopy(stem)(x)
+
+    def refuse(*arguments):
+        raise AssertionError("the kernel was called")
+
+    monkeypatch.setattr(stem_module, "block_attention", refuse)
+    with pytest.raises(AssertionError, match="called"):
+        stem(x)
+    hooked = copy.deepcopy(stem)
+    hooked.norm.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(hooked(x), expected)
+    eager = copy.deepcopy(stem)
+    eager.implementation = "eager"
+    torch.testing.assert_close(eager(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert copy.deepcopy(stem)(x).dtype == torch.bfloat16
+    for channels, size in ((5, 4), (3, 9)):
+        other = AttentionStem(channels, 8, 2, block_size=size)
+        assert other(torch.randn(2, channels, 9, 8)).isfinite().all()
+    monkeypatch.setattr("sasa.ops.cpu_blocks.is_available", lambda: False)
+    stem.implementation = "eager"
+    torch.testing.assert_close(stem(x), expected)
+
+
+def test_one_number_a_channel_is_refused_as_by_the_batch_norm():
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        AttentionStem(3, 8)(torch.randn(1, 3, 1, 1))

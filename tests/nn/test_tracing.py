@@ -125,10 +125,12 @@ def resnet(request):
 
 
 def test_traced_network(resnet):
-    network = copy.deepcopy(resnet)
+    network = copy.deepcopy(
+        resnet
+    ).double()  # a traced stem is computed in another way, and batch norms are of few pixels
     traced = fx.symbolic_trace(network)
     for training in (True, False):
-        assert_same(traced.train(training), network.train(training), torch.randn(2, 3, 36, 33))
+        assert_same(traced.train(training), network.train(training), torch.randn(2, 3, 36, 33).double())
 
 
 def test_feature_extractor(resnet):

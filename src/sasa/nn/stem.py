@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from .._compat import has_hooks
 from ..ops import checks
 from ..ops.attend import attend
+from ..ops.block_attention import block_attention, is_fast
 from .convolution_like import ConvolutionLike, is_plain, runs_alone
 
 # Bytes of one part of the batch where no gradient is wanted: outputs that are pooled before they leave the cache.
@@ -142,6 +143,8 @@ class AttentionStem(ConvolutionLike):
             tensors = self.row_embedding, self.col_embedding, self.mixture_embedding
             y = attend_in_blocks(self._projected(x), None, None, *tensors, None, *self._options())
             return max_of_blocks(self.norm(y), self.block_size)
+        if self._runs_in_one_pass(x):
+            return self._in_one_pass(x)
         if self._wants_parts(x):
             images = max(1, PART_BYTES // (self.out_channels * x.shape[2] * x.shape[3] * x.element_size()))
             return torch.cat([self._pooled(part) for part in x.split(images)])
@@ -167,6 +170,45 @@ class AttentionStem(ConvolutionLike):
         """Whether the images may be taken one after the other, which saves memory and time without gradients."""
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu")
 
+    def _runs_in_one_pass(self, x: Tensor) -> bool:
+        """Whether there is a kernel for it: everything in float32 on the CPU, and the batch norm PyTorch's own."""
+        norm, pixels = self.norm, x.numel() // self.in_channels
+        return (
+            is_fast(x, self.block_size, self.implementation)
+            and self._has_plain_norm()
+            and (norm.momentum is not None or not norm.training)
+            and pixels > (1 if norm.training else 0)  # PyTorch's batch norm has an error for a single number
+            and all(
+                (y.dtype, y.device) == (x.dtype, x.device) for y in (*self.parameters(), *norm.buffers()) if y.dim()
+            )
+        )
+
+    def _in_one_pass(self, x: Tensor) -> Tensor:
+        """The same by :func:`sasa.ops.block_attention.block_attention`: the extreme of each block is what the max pool
+        lets through, the largest number where the batch norm's weight is positive, the smallest where it is negative.
+        """
+        norm, size = self.norm, self.block_size
+        query, key = self.qk.weight.view(2, self.num_heads, -1, self.in_channels)
+        form = torch.einsum("ndc,nde->nce", query, key)
+        values = torch.einsum(
+            "abm,moc->aboc", self.mixture_weights(), self.value.weight.view(self.mixtures, -1, self.in_channels)
+        )
+        weight, bias = norm.weight, norm.bias
+        if not norm.affine:
+            weight, bias = x.new_ones(self.out_channels), x.new_zeros(self.out_channels)
+        extreme, mean, variance = block_attention(x, form, values.flatten(0, 1), weight.detach().sign(), size)
+        running_mean, running_var, momentum = norm.running_mean, norm.running_var, norm.momentum
+        if running_mean is not None and running_var is not None:
+            if not norm.training:
+                mean, variance = running_mean, running_var
+            elif norm.num_batches_tracked is not None and momentum is not None:
+                pixels = x.numel() // self.in_channels
+                norm.num_batches_tracked.add_(1)
+                running_mean.mul_(1 - momentum).add_(mean.detach(), alpha=momentum)
+                running_var.mul_(1 - momentum).add_(variance.detach(), alpha=momentum * pixels / (pixels - 1))
+        factor = weight * (variance + norm.eps).rsqrt()
+        return torch.addcmul((bias - mean * factor)[:, None, None], extreme, factor[:, None, None])
+
     def _pooled(self, x: Tensor) -> Tensor:
         """Attention, batch norm and max pool."""
         factor, offset = self._normalisation()
@@ -189,14 +231,17 @@ class AttentionStem(ConvolutionLike):
         largest. (None, None) where it has to be computed.
         """
         norm = self.norm
-        plain = type(norm) is nn.BatchNorm2d and "forward" not in norm.__dict__ and not has_hooks(norm)
-        if self.training or norm.training or torch.is_grad_enabled() or not plain:
+        if self.training or norm.training or torch.is_grad_enabled() or not self._has_plain_norm():
             return None, None
         if norm.running_mean is None or norm.running_var is None or norm.weight is None:
             return None, None
         factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
         offset = norm.bias - norm.running_mean * factor
         return factor[:, None], offset[:, None, None]
+
+    def _has_plain_norm(self) -> bool:
+        """Whether calling the batch norm computes what its numbers say, and nothing else."""
+        return type(self.norm) is nn.BatchNorm2d and "forward" not in self.norm.__dict__ and not has_hooks(self.norm)
 
     def extra_repr(self) -> str:
         """Arguments as given to the constructor."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .cpu_structures import INTERFACE_VERSION, STRUCTURES, CLinear, CProblem
+from .cpu_structures import INTERFACE_VERSION, STRUCTURES, CBlockGradients, CBlockResults, CBlocks, CLinear, CProblem
 
 CAPABILITY_VARIABLE = "SASA_CPU_CAPABILITY"
 _FILES = ("libsasa_cpu.so", "libsasa_cpu.dylib")
@@ -71,6 +71,8 @@ def _declare(library: ctypes.CDLL) -> None:
         getattr(library, name).argtypes = (ctypes.POINTER(CProblem),)
     library.sasa_forward.argtypes = library.sasa_backward.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     library.sasa_linear_gradients.argtypes = (ctypes.POINTER(CLinear),)
+    library.sasa_blocks_forward.argtypes = ctypes.POINTER(CBlocks), ctypes.POINTER(CBlockResults)
+    library.sasa_blocks_backward.argtypes = ctypes.POINTER(CBlocks), ctypes.POINTER(CBlockGradients)
 
 
 def _openmp_of_torch() -> int | None:

@@ -1,10 +1,12 @@
-"""The structures of the C++ library's interface, ``csrc/local_attention.h``, declared for ctypes field by field."""
+"""The structures of the C++ library's interface, ``csrc/local_attention.h`` and
+``csrc/block_attention.h``, declared for ctypes field by field.
+"""
 
 from __future__ import annotations
 
 import ctypes
 
-INTERFACE_VERSION = 5  # SASA_INTERFACE_VERSION of the header
+INTERFACE_VERSION = 6  # SASA_INTERFACE_VERSION of the header
 UNSUPPORTED = 3  # of sasa_status
 
 
@@ -79,5 +81,35 @@ class CLinear(ctypes.Structure):
     )
 
 
+class CBlocks(ctypes.Structure):
+    """sasa_blocks: sizes and inputs of attention inside blocks."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("threads", "capability")),
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "height", "width", "outputs", "heads", "block")),
+        ("input", ctypes.c_void_p),
+        ("stride", ctypes.c_int64 * 4),
+        *((name, ctypes.c_void_p) for name in ("form", "values", "sign", "mean")),
+    )
+
+
+class CBlockResults(ctypes.Structure):
+    """sasa_block_results: where its forward writes."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("extreme", "mean", "variance"))
+
+
+class CBlockGradients(ctypes.Structure):
+    """sasa_block_gradients: where its backward reads and writes gradients."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("grad", "slope", "offset", "input")),
+        ("stride", ctypes.c_int64 * 4),
+        *((name, ctypes.c_void_p) for name in ("form", "values")),
+    )
+
+
 # In the order of sasa_structure_size of the header.
-STRUCTURES = (CTensor, CEmbedding, CAxis, CProjection, CProblem, CGradients, CLinear)
+STRUCTURES = (
+    CTensor, CEmbedding, CAxis, CProjection, CProblem, CGradients, CLinear, CBlocks, CBlockResults, CBlockGradients,
+)  # fmt: skip

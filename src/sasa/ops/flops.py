@@ -75,6 +75,22 @@ def _projection(x: Sequence[int], weight: Sequence[int] | None) -> int:
     return 0 if weight is None else 2 * x[0] * x[2] * x[3] * math.prod(weight)
 
 
+def blocks_forward_flops(x, form, values, sign, block_size: int, *args, **kwargs) -> int:
+    """FLOPs of attention inside blocks as computed: x F, values, logits over the image's channels, weighted sum."""
+    pixels, pairs = x[0] * x[2] * x[3], _pairs_in_blocks(x, block_size)
+    return 2 * pixels * (math.prod(form) + math.prod(values[1:])) + 2 * pairs * (form[0] * x[1] + values[1])
+
+
+def blocks_backward_flops(grad, slope, offset, x, form, values, sign, mean, block_size: int, *args, **kwargs) -> int:
+    """FLOPs of its backward: the forward's once more, and two gradients of each product."""
+    return 3 * blocks_forward_flops(x, form, values, sign, block_size)
+
+
+def _pairs_in_blocks(x: Sequence[int], size: int) -> int:
+    rows, cols = (length // size * size**2 + (length % size) ** 2 for length in x[2:])
+    return x[0] * rows * cols
+
+
 def register() -> None:
     """Give the formulas to the counter: now if it is imported, else when it is.
 
@@ -91,6 +107,8 @@ def _register_with(counter: ModuleType) -> None:
     counter.register_flop_formula(torch.ops.sasa.local_attention_backward)(backward_flops)
     counter.register_flop_formula(torch.ops.sasa.projected_attention)(projected_forward_flops)
     counter.register_flop_formula(torch.ops.sasa.projected_attention_backward)(projected_backward_flops)
+    counter.register_flop_formula(torch.ops.sasa.block_attention)(blocks_forward_flops)
+    counter.register_flop_formula(torch.ops.sasa.block_attention_backward)(blocks_backward_flops)
 
 
 class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):

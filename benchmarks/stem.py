@@ -1,0 +1,90 @@
+"""Stems of a ResNet: part stem.
+
+The paper's attention stem beside what it replaces: a 7x7 convolution of stride 2, batch norm, ReLU, and a 3x3 max pool
+of stride 2. Both make 64 channels of 56x56 out of images of 224x224. Training is forward and backward with gradients of
+all parameters, with the batch's own statistics; no network needs the image's gradient. Forward is in evaluation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import sasa
+
+from .cases import MODES, PRECISIONS, REST, Case, Device, Part
+from .verify import Call, call_of, largest_difference
+
+CONVOLUTION_STEM = "convolution stem"
+OURS = "sasa"
+
+
+class StemProblem(NamedTuple):
+    """Square images of three channels."""
+
+    batch: int
+    size: int
+    channels: int = 64
+
+    def tiny(self) -> StemProblem:
+        """One small image."""
+        return self._replace(batch=1, size=min(self.size, 24))
+
+
+def cases(device: Device) -> list[Case]:
+    """Batches of 8 and one image."""
+    if device.quick:
+        chosen = {"small": StemProblem(1, 16, 8)}
+    else:
+        chosen = {"batch 8": StemProblem(8, 224), "batch 1": StemProblem(1, 224)} if device.on_cpu else {}
+    peers = OURS, CONVOLUTION_STEM
+    return [
+        Case("stem", f"{name} {mode}", mode, problem, peers, rank=REST)
+        for name, problem in chosen.items()
+        for mode in MODES
+    ]
+
+
+def stem_of(case: Case, peer: str, device: Device) -> nn.Module:
+    """A stem with weights of its own."""
+    torch.manual_seed(0)
+    channels = case.problem.channels
+    stem: Any = sasa.AttentionStem(3, channels)
+    if peer == CONVOLUTION_STEM:
+        convolution = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        stem = nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    stem.train(case.mode == "training")
+    return stem.to(device.name, memory_format=torch.channels_last)
+
+
+def inputs(case: Case, device: Device) -> tuple[Tensor, Tensor]:
+    """Images, and a gradient of the output, channels_last."""
+    torch.manual_seed(1)
+    problem = case.problem
+    small = problem.size // 4
+    x = torch.randn(problem.batch, 3, problem.size, problem.size, device=device.name)
+    grad = torch.randn(problem.batch, problem.channels, small, small, device=device.name)
+    return x.contiguous(memory_format=torch.channels_last), grad.contiguous(memory_format=torch.channels_last)
+
+
+def build(case: Case, peer: str, device: Device) -> Call:
+    """Output, and in training the gradients of the parameters."""
+    stem = stem_of(case, peer, device)
+    x, grad = inputs(case, device)
+    return call_of(lambda: stem(x), case.mode, list(stem.parameters()), grad)
+
+
+def check(case: Case, peer: str, call: Call, device: Device) -> float | None:
+    """Output and gradients against the stem in plain PyTorch in float64."""
+    if peer != OURS:
+        return None
+    right: Any = stem_of(case, peer, device).double()
+    right.implementation = "reference"
+    x, grad = (tensor.double() for tensor in inputs(case, device))
+    expected = call_of(lambda: right(x), case.mode, list(right.parameters()), grad)()
+    return largest_difference(call(), expected, PRECISIONS[case.precision].tolerance)
+
+
+PART = Part(cases, build, check, baseline=lambda peer: CONVOLUTION_STEM)

@@ -1,0 +1,178 @@
+"""Attention inside blocks as one operator: the compiled kernels against the equation in float64."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from sasa.ops import cpu, cpu_blocks, cpu_library
+from sasa.ops.block_attention import Extremes, block_attention, equation
+
+capabilities = pytest.mark.parametrize("capability", cpu.capabilities())
+FORWARD = torch.ops.sasa.block_attention.default
+NAMES = ("extreme", "mean", "variance", "grad x", "grad form", "grad values")
+
+# Size of the image, channels, outputs, heads, block.
+CASES = [
+    ((8, 8), 3, 16, 2, 4),
+    ((23, 37), 3, 12, 2, 4),  # all four kinds of blocks, more of each than lanes; heads of 6 channels
+    ((3, 2), 1, 3, 3, 4),  # one block, cut on both sides
+    ((5, 9), 4, 10, 2, 3),
+    ((6, 4), 2, 8, 1, 1),
+    ((9, 17), 3, 4, 1, 8),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def problem(case, dtype=torch.float32, batch=3):
+    """Tensors whose logits are of order 1; signs of each kind."""
+    (height, width), channels, outputs, heads, block = case
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels, height, width, dtype=torch.float64) + 0.5
+    form = torch.randn(heads, channels, channels, dtype=torch.float64)
+    values = torch.randn(block**2, outputs, channels, dtype=torch.float64)
+    sign = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64).repeat(outputs)[:outputs]
+    return [t.float().to(dtype) for t in (x, form, values, sign)]
+
+
+def solve(function, tensors, block):
+    """Results, and gradients of a weighted sum of all of them."""
+    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+    results = function(*leaves, tensors[3], block)
+    torch.manual_seed(1)
+    grads = [torch.randn(y.shape, dtype=torch.float64).to(y) for y in results]
+    grads[1:] = [grad * results[0][:, 0].numel() for grad in grads[1:]]  # as much as the extremes'
+    return dict(zip(NAMES, (*results, *torch.autograd.grad(results, leaves, grads)), strict=True))
+
+
+def assert_right(got, tensors, block):
+    """Errors at most twice those of the equation in float32, and a few units in the last place of the largest."""
+    right = solve(equation, [x.double() for x in tensors], block)
+    reference = solve(equation, tensors, block)
+    for name in NAMES:
+        unit = right[name].abs().max() * torch.finfo(torch.float32).eps
+        error, allowed = ((y[name].double() - right[name]).abs().max() for y in (got, reference))
+        assert error <= 2 * allowed + 8 * unit, f"{name}: {error} for {allowed}"
+
+
+LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "sliced": lambda x: torch.stack((x, x), -1)[..., 0],
+}
+
+
+@capabilities
+@cases
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_and_gradients(case, layout, capability, monkeypatch):
+    monkeypatch.setattr(cpu_library, "_chosen", cpu.capabilities().index(capability))
+    tensors = problem(case)
+    tensors[0] = LAYOUTS[layout](tensors[0])
+    got = solve(block_attention, tensors, case[4])
+    assert got["extreme"].is_contiguous(memory_format=torch.channels_last)
+    assert_right(got, tensors, case[4])
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced"])
+def test_any_strides_give_equal_bits(layout):
+    tensors = problem(CASES[1])
+    expected = solve(block_attention, tensors, 4)
+    tensors[0] = LAYOUTS[layout](tensors[0])
+    for name, got in solve(block_attention, tensors, 4).items():
+        assert torch.equal(got, expected[name]), name
+
+
+def test_logits_that_differ_by_thousands():
+    tensors = problem(CASES[1])
+    tensors[1] *= 1000
+    assert_right(solve(block_attention, tensors, 4), tensors, 4)
+
+
+def test_a_mean_far_from_zero_costs_the_variance_nothing():
+    tensors = problem(CASES[1])
+    tensors[0] += 1000
+    tensors[1] *= 1e-6
+    got, right = block_attention(*tensors, 4), equation(*(x.double() for x in tensors), 4)
+    torch.testing.assert_close(got.mean.double(), right[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.variance.double(), right[2], rtol=1e-6, atol=1e-6)
+
+
+def test_any_number_of_threads_gives_equal_bits():
+    tensors, before, results = problem(((61, 83), 3, 16, 2, 4)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(solve(block_attention, tensors, 4))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for name, got in result.items():
+            assert torch.equal(got, results[0][name]), name
+
+
+def test_equal_numbers_have_the_first_pixel_as_their_extreme():
+    """As a max pool has it: blocks of one colour are common in images."""
+    x, form, values, sign = problem(CASES[0])
+    x = torch.ones_like(x).requires_grad_()
+    results = block_attention(x, form, values[:1].expand_as(values), sign, 4)
+    grad = torch.autograd.grad(results.extreme.sum(), x)[0]
+    expected = torch.autograd.grad(equation(x, form, values[:1].expand_as(values), 0 * sign, 4)[0].sum(), x)[0]
+    torch.testing.assert_close(grad, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("by", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_block(by):
+    x, form, values, sign = problem(CASES[1])
+    x[1, 1, 6, 9] = by
+    extreme, mean, variance = block_attention(x, form, values, sign, 4)
+    assert mean.isnan().all() and variance.isnan().all()
+    found = extreme.isnan().all(1)
+    assert found[1, 1, 2]
+    assert found.sum() == extreme.isnan().any(1).sum() == 1
+
+
+# opcheck itself looks at .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@cases
+def test_opcheck(case):
+    opcheck(FORWARD, (*[x.requires_grad_(i < 3) for i, x in enumerate(problem(case))], case[4]))
+    x, form, values, sign = problem(case)
+    extreme, mean, variance = FORWARD(x, form, values, sign, case[4])
+    given = extreme, variance, mean, x, form, values, sign, mean, case[4]
+    opcheck(torch.ops.sasa.block_attention_backward.default, given)
+
+
+@pytest.mark.parametrize("function", [block_attention, FORWARD], ids=["function", "operator"])
+def test_second_derivatives(function):
+    results = []
+    for run in (function, equation):
+        leaves = [x.requires_grad_() for x in problem(CASES[2])[:3]]
+        first = torch.autograd.grad(
+            sum(y.square().sum() for y in run(*leaves, problem(CASES[2])[3], 4)), leaves, create_graph=True
+        )
+        results.append(torch.autograd.grad(sum(y.square().sum() for y in first), leaves))
+    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # PyTorch's own rules for jvp
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_transforms_of_the_operator():
+    x, *rest = problem(CASES[2], torch.float64)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        got, want = (transform(lambda x, f=f: f(x, *rest, 4)[0])(x) for f in (FORWARD, equation))
+        torch.testing.assert_close(got, want)
+    got, want = (torch.func.vmap(lambda x, f=f: f(x, *rest, 4)[0])(torch.stack((x, -x))) for f in (FORWARD, equation))
+    torch.testing.assert_close(got, want)
+
+
+def test_without_a_library_the_operator_computes_the_equation(monkeypatch):
+    tensors = problem(CASES[1])
+    expected = solve(equation, tensors, 4)
+    monkeypatch.setattr(cpu_blocks, "is_available", lambda: False)
+    for name, got in solve(block_attention, tensors, 4).items():
+        torch.testing.assert_close(got, expected[name], msg=name)
+
+
+def test_names_of_results():
+    assert isinstance(block_attention(*problem(CASES[0]), 4), Extremes)
