@@ -42,12 +42,9 @@ def is_fast(x: Tensor, block_size: int, implementation: str | None) -> bool:
     """Whether the compiled kernels compute it, and nothing active asks for more than a first derivative."""
     return (
         implementation in (None, "cpu")
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.shape[1] <= cpu_blocks.MOST_CHANNELS
-        and block_size <= cpu_blocks.LARGEST_BLOCK
+        and cpu_blocks.supports(x, block_size)
         and not (is_active("cpu") or is_transformed() or is_transformed_forward())
-        and cpu_blocks.is_available()
+        and (torch.compiler.is_compiling() or cpu_blocks.is_available())  # compiled code leaves that to the operator
     )
 
 
@@ -109,7 +106,7 @@ torch.library.define(
 
 
 def _forward(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    if x.numel() and is_fast(x, block_size, None):
+    if x.numel() and cpu_blocks.supports(x, block_size) and cpu_blocks.is_available():
         return cpu_blocks.forward(x, form, values, sign, block_size)
     extreme, mean, variance = equation(x, form, values, sign, block_size)
     return extreme.contiguous(memory_format=torch.channels_last), mean, variance
@@ -123,7 +120,7 @@ def _backward(
 
     That of y is ``grad`` at each block's extreme, plus offset + slope · (y - mean) at every pixel.
     """
-    if x.numel() and is_fast(x, block_size, None):
+    if x.numel() and cpu_blocks.supports(x, block_size) and cpu_blocks.is_available():
         return cpu_blocks.backward(grad, slope, offset, x, form, values, sign, mean, block_size)
     count = x.numel() // x.shape[1]
     grads = _by_equation((grad, offset * count, slope * (count / 2)), x, form, values, sign, block_size)

@@ -12,7 +12,12 @@ from .cpu_structures import CBlockGradients, CBlockResults, CBlocks
 MOST_CHANNELS, LARGEST_BLOCK = 4, 8  # SASA_MOST_BLOCK_CHANNELS and SASA_LARGEST_BLOCK of the header
 
 
-@torch.compiler.assume_constant_result
+def supports(x: Tensor, block_size: int) -> bool:
+    """Whether the library has kernels for such images and blocks."""
+    device, dtype, channels = x.device.type, x.dtype, x.shape[1]
+    return (device, dtype) == ("cpu", torch.float32) and channels <= MOST_CHANNELS and block_size <= LARGEST_BLOCK
+
+
 def is_available() -> bool:
     """Whether there is a library."""
     return why_missing() is None

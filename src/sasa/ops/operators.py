@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import block_attention as block_attention  # registers its operators, which have formulas in flops.py
 from . import equation, flops, projected
 from .autograd import Operator, Registered, register
 from .eager import sum_dtype
