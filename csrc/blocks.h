@@ -26,14 +26,14 @@ SASA_INLINE void in_steps(int64_t n, F f) {
     for (; i < n; ++i) f(i, Count<1>{});
 }
 
-// 2^x for x <= 0, within 2 units in the last place; 2^-126 where it is less. NaN made by arithmetic stays NaN.
+// 2^x for x <= 0, within 2 units in the last place; 0 where the result is below the normal numbers; NaN stays NaN.
 SASA_INLINE V exp2_of_negative(V x) {
   // Minimax polynomial on [-1/2, 1/2], relative error 1.1e-7.
   constexpr float kExp2[] = {1.0f, 0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
-  x = W::max(W::all(-126.0f), x);
+  x = W::max(W::all(-127.0f), x);
   const V shifted = x + Constants<float>::kRound;
   const V y = polynomial(x - (shifted - Constants<float>::kRound), kExp2);
-  return bits_as<V>(bits_as<W::U>(y) + (bits_as<W::U>(shifted) << Constants<float>::kMantissa));
+  return y * bits_as<V>(bits_as<W::U>(shifted) << Constants<float>::kMantissa);  // as in exp_of_negative
 }
 
 // Blocks of equal size: all whole ones, or those that an edge of the images cuts.

@@ -62,6 +62,7 @@ def test_two_processes_are_one_to_rounding_over_fifty_steps(data, alone, tmp_pat
     assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_group_of_one_is_one_process(data, tmp_path):
     few = FIFTY | {"epochs": 2}
     Running(tmp_path / "log", train, recipe(data, **few), tmp_path / "alone").succeed()

@@ -55,7 +55,7 @@ def test_killed_at_many_moments_it_ends_with_the_same_bits(data, whole, tmp_path
     reference, seconds = whole
     out, log = tmp_path / "run", tmp_path / "log"
     seed = time.time_ns()
-    print(f"{seed=}")
+    print(f"{seed=}")  # noqa: T201
     chance = random.Random(seed)
     begin = Running(log, train_and_die, 6, "half", recipe(data, **OPTIONS), out, resume="auto")
     assert begin.end() == -signal.SIGKILL
@@ -74,7 +74,7 @@ def test_killed_at_many_moments_it_ends_with_the_same_bits(data, whole, tmp_path
     ("number", "changes"),
     [
         (signal.SIGTERM, {"accumulate": 2, "checkpoint_steps": 1}),
-        (signal.SIGTERM, {"workers": 2, "mixup": 0.2, "cutmix": 1.0}),
+        pytest.param(signal.SIGTERM, {"workers": 2, "mixup": 0.2, "cutmix": 1.0}, marks=pytest.mark.nightly),
         (signal.SIGINT, {"workers": 2}),
     ],
 )
