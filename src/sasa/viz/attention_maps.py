@@ -13,27 +13,7 @@ from torch import Tensor, nn
 
 from ..nn import RelativeSelfAttention
 from ..ops.window import axis
-
-
-def attention_layers(network: nn.Module) -> dict[str, RelativeSelfAttention]:
-    """The attention layers of a network by name, in the order of its modules."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, RelativeSelfAttention)}
-
-
-def layer_weights(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Attention weights of every layer when the network looks at ``images``.
-
-    Args:
-        network: any network with attention layers; run in evaluation mode without gradients.
-        images: a batch as the network takes it, (B, C, H, W).
-
-    Returns:
-        For each layer (B, N, kh·kw, H', W'), summing to 1 over the taps, which go row by row.
-
-    Raises:
-        ValueError: the network has no attention layer.
-    """
-    return {name: weights for name, (weights, _) in _look(network, images).items()}
+from .looking import attention_layers
 
 
 def _look(network: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, tuple[int, int]]]:
