@@ -26,6 +26,7 @@ commands:
   eval    measure a trained network's accuracy
   predict classify a folder of images into a table
   study   train a grid of networks, options and seeds, and gather what came out
+  explore point at a pixel, and see what the network sees: a page, saved or served to this machine
   demo    train attention and its convolutional twin side by side, and draw what attention sees
 
 sasa COMMAND --help lists the options."""
@@ -146,6 +147,7 @@ COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     "eval": _call("sasa.train.command", "evaluate"),
     "predict": _call("sasa.train.command", "predict"),
     "study": _call("sasa.study.command", "study"),
+    "explore": _call("sasa.explore.command", "command"),
     "demo": _call("sasa.train.command", "demo"),
 }
 

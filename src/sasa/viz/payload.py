@@ -77,7 +77,7 @@ def image_payload(
     return {
         "name": name,
         "label": label,
-        "picture": _png(image if picture is None else picture),
+        "picture": png(image if picture is None else picture),
         "size": [height, width],
         "layers": layers,
         "left_out": left_out,
@@ -165,7 +165,7 @@ def as_bytes(image: Tensor) -> Tensor:
     return (image * 255).round().to(torch.uint8)
 
 
-def _png(image: Tensor) -> str:
+def png(image: Tensor) -> str:
     """A data URL."""
     pixels = as_bytes(image).permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
