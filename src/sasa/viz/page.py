@@ -24,7 +24,7 @@ MOST_UPLOAD = 16_000_000
 
 
 def render(images: Sequence[dict[str, Any]], *, network: str, note: str = "", server: bool = False) -> str:
-    """The page as HTML.
+    """The page as HTML, whose policy lets it run its own script and reach nothing (browser drivers need ``eval``).
 
     Args:
         images: from :func:`sasa.viz.payload.image_payload`; of those that the server is to be asked for, ``name`` and

@@ -186,7 +186,11 @@
 
   // ---- the page -----------------------------------------------------------------------------------------------
   const image = () => page.images[state.image];
-  const layer = () => image().layers.find((one) => one.name === state.layer) || image().layers[0];
+  const taps = (one) => one.axes[0].kernel * one.axes[1].kernel;
+  const layer = () => { // where none is chosen: the first with the largest window
+    const all = image().layers, most = Math.max(...all.map(taps));
+    return all.find((one) => one.name === state.layer) || all.find((one) => taps(one) === most);
+  };
   const format = (x, digits = 4) => (Number.isFinite(x) ? x.toFixed(digits).replace("-", "−") : "−∞");
   const signed = (x) => (x > 0 ? "+" : x < 0 ? "−" : "") + Math.abs(x);
   function queryOf(one) { // the query whose window's centre is nearest to the pixel
@@ -284,7 +288,7 @@
   function makeHeads(one) {
     const box = $("heads");
     if (box.children.length === one.heads && box.dataset.layer === one.name) return;
-    box.dataset.layer = one.name;
+    box.dataset.layer = one.name; box.classList.toggle("few", one.heads <= 4);
     box.replaceChildren(...Array.from({ length: one.heads }, (_, n) => {
       const button = document.createElement("button");
       button.type = "button"; button.dataset.head = n;
@@ -308,8 +312,8 @@
       });
       button.setAttribute("aria-pressed", n === state.head);
       drawTaps(button.firstChild, one, found, (t) => pick(VIRIDIS, own[t] / own[most]), n === state.head ? state.tap : -1);
-      button.lastChild.textContent = `max ${own[most].toFixed(2)} at ${tapName(one, most)} · ${bits.toFixed(1)} bits · ${far.toFixed(1)} px`;
-      button.title = `largest weight ${own[most].toFixed(3)}; entropy ${bits.toFixed(2)} bits of ${Math.log2(K).toFixed(2)}; mean distance ${far.toFixed(2)} pixels of this layer's map`;
+      button.lastChild.textContent = `max ${own[most].toFixed(2)}\n${bits.toFixed(1)} bits\n${far.toFixed(1)} px`;
+      button.title = `largest weight ${own[most].toFixed(3)} at ${tapName(one, most)}; entropy ${bits.toFixed(2)} bits of ${Math.log2(K).toFixed(2)}; mean distance ${far.toFixed(2)} pixels of this layer's map`;
     });
   }
 
