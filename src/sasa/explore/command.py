@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from .source import Network, Shown
 
 
-def explore(
-    images: Sequence[Path] = (), weights: Path | None = None, save: Path | None = None, port: int = 0
-) -> None:
+def explore(images: Sequence[Path] = (), weights: Path | None = None, save: Path | None = None, port: int = 0) -> None:
     """Point at a pixel, and see what the network sees: a page of every layer, head and tap.
 
     Args:
@@ -62,7 +60,9 @@ def _save(network: Network, shown: list[Shown], save: Path) -> None:
         else:
             left_out.append(one.name)
     if left_out:
-        print(f"{len(left_out)} images are left out: the page holds {MOST_BYTES // 1_000_000} MB at most", file=sys.stderr)
+        print(
+            f"{len(left_out)} images are left out: the page holds {MOST_BYTES // 1_000_000} MB at most", file=sys.stderr
+        )
     page = render(found, network=network.facts["model"], note=network.note)
     try:
         save.parent.mkdir(parents=True, exist_ok=True)

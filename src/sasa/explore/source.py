@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import create_model
-from ..train.errors import DataError, OptionError
+from ..train.errors import DataError
 from ..train.evaluate import trained
 from ..train.images import read_image
 from ..train.sources import open_source
@@ -45,16 +45,17 @@ class Network:
         model: in evaluation mode.
         facts: of its weights file: see :func:`sasa.train.load_model`.
         note: what to say about it first.
+        fit: brings an image to the network's size, as bytes.
     """
 
     model: nn.Module
     facts: dict[str, Any]
     note: str = ""
-    _fit: Callable[[Any], Tensor] = field(init=False)
+    fit: Callable[[Any], Tensor] = field(init=False)
     _normalise: Callable[[Tensor], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._fit = fit_transform(self.facts["image_size"], self.facts["crop_pct"])
+        self.fit = fit_transform(self.facts["image_size"], self.facts["crop_pct"])
         self._normalise = normalise(tuple(self.facts["mean"]), tuple(self.facts["std"]))
 
     def read(self, file: bytes | Path, name: str) -> Shown:
@@ -64,7 +65,7 @@ class Network:
             UnreadableImage: it is none.
         """
         image = read_image(file, name)
-        fitted = self._fit(image.convert("L") if self.facts["in_chans"] == 1 else image)
+        fitted = self.fit(image.convert("L") if self.facts["in_chans"] == 1 else image)
         return Shown(hashlib.sha256(fitted.numpy().tobytes()).hexdigest()[:16], name, fitted)
 
     def input(self, shown: Shown) -> Tensor:
@@ -139,12 +140,9 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
 def _packaged(network: Network) -> Iterator[Shown]:
     """The first validation image of each class."""
     source = open_source(None)
-    if network.facts["in_chans"] not in (1, 3):
-        raise OptionError(f"images: expected some for a network of {network.facts['in_chans']} channels, got none")
-    labels = [source.val.label(i) for i in range(len(source.val))]
+    val: Any = source.val
+    labels = [val.label(i) for i in range(len(val))]
     for label, name in enumerate(source.classes):
         i = labels.index(label)
-        image = source.val.read(i)
-        fitted = network._fit(image.expand(network.facts["in_chans"], -1, -1))
-        known = name if name in network.facts["classes"] else ""
-        yield Shown(f"packaged-{i}", source.val.name(i), fitted, known)
+        fitted = network.fit(val.read(i).expand(network.facts["in_chans"], -1, -1))
+        yield Shown(f"packaged-{i}", val.name(i), fitted, name if name in network.facts["classes"] else "")

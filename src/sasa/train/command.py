@@ -116,8 +116,8 @@ def run_function(program: str, function: Callable, arguments: list[str], positio
     parser = Parser(program, documented.short_description)
     for name in positional:
         text = next((one.description for one in documented.params if one.arg_name == name), None)
-        several = {} if inspect.signature(function).parameters[name].default is inspect.Parameter.empty else {"nargs": "*"}
-        parser.add_argument(name, type=Path, help=text, **several)
+        needed = inspect.signature(function).parameters[name].default is inspect.Parameter.empty
+        parser.add_argument(name, type=Path, help=text, **({} if needed else {"nargs": "*"}))
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
     parameters = inspect.signature(function).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.name not in positional}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..nn import AttentionConv2d, RelativeSelfAttention
+from ..nn import RelativeSelfAttention
 from .looking import Layer
 
 
@@ -75,7 +75,8 @@ def _changed(network: nn.Module, position: bool, temperature: float) -> dict[str
                     changed[prefix + half] = torch.zeros_like(embedding)
         if temperature != 1:
             # Logits are linear in the queries, whose projection is divided.
-            projection, queries = ("query", slice(None)) if isinstance(layer, AttentionConv2d) else ("qkv", _queries(layer))
+            plain = isinstance(layer, RelativeSelfAttention)
+            projection, queries = ("qkv", slice(layer.out_channels)) if plain else ("query", slice(None))
             convolution = getattr(layer, projection)
             if type(convolution) is not nn.Conv2d:
                 raise ValueError(
@@ -85,7 +86,3 @@ def _changed(network: nn.Module, position: bool, temperature: float) -> dict[str
                 changed[f"{prefix}{projection}.{part}"] = tensor.detach().clone()
                 changed[f"{prefix}{projection}.{part}"][queries] /= temperature
     return changed
-
-
-def _queries(layer: RelativeSelfAttention) -> slice:
-    return slice(layer.out_channels)

@@ -117,7 +117,9 @@ class Seen:
         """Row and column of the query whose window's centre is nearest to a pixel of an image of ``size``."""
         found = []
         for i, axis in enumerate((self.window.rows, self.window.cols)):
-            place = pixel[i] * self.size[i] // size[i] + self.offset[i]  # the map may be smaller than the image
+            place = (
+                int(pixel[i] / cell(size[i], self.size[i])) + self.offset[i]
+            )  # the map may be smaller than the image
             nearest = (2 * (place - axis.centres.start) + axis.stride) // (2 * axis.stride)
             found.append(min(max(nearest, 0), axis.outputs - 1))
         return found[0], found[1]
@@ -128,6 +130,19 @@ class Seen:
         dy = (torch.arange(rows.kernel) - (rows.kernel - 1) // 2) * float(rows.dilation)
         dx = (torch.arange(cols.kernel) - (cols.kernel - 1) // 2) * float(cols.dilation)
         return torch.hypot(dy[:, None], dx).flatten()
+
+
+def cell(size: int, places: int) -> float:
+    """Pixels along an axis of ``size`` that one place of a map covers, which has ``places``.
+
+    Networks halve their maps, and round up: of 27 pixels there are 14 places of 2, the last of which is half padding.
+    Where no whole number of pixels gives as many places, they are spread evenly.
+    """
+    whole = -(-size // places)
+    if -(-size // whole) != places:
+        return size / places
+    power = 1 << (whole - 1).bit_length()
+    return float(power if -(-size // power) == places else whole)
 
 
 def entropy(weights: Tensor, dim: int) -> Tensor:
@@ -160,7 +175,9 @@ def look(network: nn.Module, image: Tensor) -> tuple[list[Seen], Any]:
     def keep(name: str, x: Tensor) -> None:
         if name not in found:
             layer, x = layers[name], x if x.dim() == 4 else x[None]
-            found[name] = _of_layer(name, layer, x) if isinstance(layer, RelativeSelfAttention) else _of_conv(name, layer, x)
+            found[name] = (
+                _of_layer(name, layer, x) if isinstance(layer, RelativeSelfAttention) else _of_conv(name, layer, x)
+            )
 
     output = _run(network, image[None], layers, keep)
     if not found:
@@ -208,9 +225,7 @@ def _seen(
     return Seen(name, *tensors, window, size, offset)  # type: ignore[arg-type]
 
 
-def _run(
-    network: nn.Module, images: Tensor, layers: dict[str, Any], keep: Callable[[str, Tensor], None]
-) -> Any:
+def _run(network: nn.Module, images: Tensor, layers: dict[str, Any], keep: Callable[[str, Tensor], None]) -> Any:
     """The network's output in evaluation mode; ``keep`` is called with the input of each layer that runs."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

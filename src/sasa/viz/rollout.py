@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .looking import Seen
+from .looking import Seen, cell
 
 
 def roll_out(seen: Sequence[Seen], query: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -49,7 +49,9 @@ def roll_out(seen: Sequence[Seen], query: tuple[int, int], size: tuple[int, int]
         )
         for t, (rows, cols) in enumerate(window.taps):
             padded[rows, cols] += share * weights[t] / 2
-        top, left = (axis.before + before for axis, before in zip((window.rows, window.cols), layer.offset, strict=True))
+        top, left = (
+            axis.before + before for axis, before in zip((window.rows, window.cols), layer.offset, strict=True)
+        )
         on_map = padded[top : top + layer.size[0], left : left + layer.size[1]].clone()
         first = layer.centre((0, 0))
         stride = window.rows.stride, window.cols.stride
@@ -71,10 +73,12 @@ def spread(share: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _cover(before: int, after: int) -> Tensor:
     """(before, after): the share of each pixel before that goes to each after; rows sum to 1."""
-    if after >= before:
-        matrix = torch.zeros(before, after)
-        matrix[torch.arange(after) * before // after, torch.arange(after)] = 1
-        return matrix / matrix.sum(1, keepdim=True)
     matrix = torch.zeros(before, after)
-    matrix[torch.arange(before), torch.arange(before) * after // before] = 1
-    return matrix
+    many, few = max(before, after), min(before, after)
+    fine = torch.arange(many)
+    coarse = (fine / cell(many, few)).long().clamp(max=few - 1)
+    if after >= before:
+        matrix[coarse, fine] = 1
+    else:
+        matrix[fine, coarse] = 1
+    return matrix / matrix.sum(1, keepdim=True)

@@ -85,15 +85,20 @@
     }
     return rolled.means.get(layer);
   }
+  // Pixels of an axis that one place of a map covers: sasa.viz.looking.cell.
+  function cellSize(size, places) {
+    const whole = Math.ceil(size / places);
+    if (Math.ceil(size / whole) !== places) return size / places;
+    const power = 2 ** Math.ceil(Math.log2(whole));
+    return Math.ceil(size / power) === places ? power : whole;
+  }
+  const cells = (one) => one.size.map((n, i) => cellSize(image().size[i], n)); // in pixels of the image
   function cover(before, after) { // [from, to, share] along an axis
-    const pairs = [];
-    if (after < before) for (let i = 0; i < before; i++) pairs.push([i, Math.floor((i * after) / before), 1]);
-    else {
-      const count = new Array(before).fill(0);
-      for (let i = 0; i < after; i++) count[Math.floor((i * before) / after)]++;
-      for (let i = 0; i < after; i++) { const j = Math.floor((i * before) / after); pairs.push([j, i, 1 / count[j]]); }
-    }
-    return pairs;
+    const many = Math.max(before, after), few = Math.min(before, after), step = cellSize(many, few), count = new Array(few).fill(0);
+    const pairs = Array.from({ length: many }, (_, i) => [i, Math.min(Math.floor(i / step), few - 1)]);
+    if (after < before) return pairs.map(([i, j]) => [i, j, 1]);
+    for (const [, j] of pairs) count[j]++;
+    return pairs.map(([i, j]) => [j, i, 1 / count[j]]);
   }
   function spread(share, [h, w], [H, W]) {
     if (h === H && w === W) return share;
@@ -196,7 +201,7 @@
   function queryOf(one) { // the query whose window's centre is nearest to the pixel
     return [state.row, state.col].map((at, i) => {
       const first = centre(one, i, 0), { stride } = one.axes[i];
-      const nearest = Math.floor((2 * (Math.floor((at * one.size[i]) / image().size[i]) - first) + stride) / (2 * stride));
+      const nearest = Math.floor((2 * (Math.floor(at / cells(one)[i]) - first) + stride) / (2 * stride));
       return Math.min(Math.max(nearest, 0), one.queries[i] - 1);
     });
   }
@@ -226,7 +231,7 @@
     let reach = "";
     const over = fit($("overlay")), back = canvas.getBoundingClientRect(), from = stage.getBoundingClientRect();
     const left = back.left - from.left, top = back.top - from.top, context = over.context;
-    const cell = [back.height / one.size[0], back.width / one.size[1]];
+    const cell = cells(one).map((n, i) => (n * [back.height, back.width][i]) / image().size[i]);
     const at = (tap) => [left + tap.x * cell[1], top + tap.y * cell[0]];
     const [rows, cols] = one.axes, tall = rows.dilation * cell[0], wide = cols.dilation * cell[1];
     if (state.rollout) {
@@ -344,7 +349,7 @@
   }
   function drawUnder(canvas, one, tap) {
     const [kh, kw] = one.axes.map((axis) => axis.kernel), { context, width, height } = fit(canvas, kh / kw);
-    const w = width / kw, h = height / kh, [sy, sx] = one.size.map((n, i) => image().size[i] / n);
+    const w = width / kw, h = height / kh, [sy, sx] = cells(one);
     context.imageSmoothingEnabled = false;
     for (const { dy, dx, y, x, outside } of found.taps) {
       if (outside) hatch(context, dx * w, dy * h, w, h);
@@ -381,7 +386,7 @@
   function markLayer() {
     const one = layer();
     state.layer = one.name; $("layer").value = one.name;
-    const cell = one.size.map((n, i) => image().size[i] / n);
+    const cell = cells(one);
     const size = cell.every((x) => x === 1) ? "" : `; a pixel of its map is ${cell.map((x) => +x.toFixed(2)).join(" × ")} of the image's`;
     $("about").textContent = `${one.axes[0].kernel}×${one.axes[1].kernel} window on ${one.size[0]}×${one.size[1]}, ${one.heads} heads of ${one.channels} channels${size}`;
     for (const button of $("layers").children) {
@@ -429,7 +434,7 @@
     } catch (error) { say("The server does not answer: is sasa explore still running?", true); }
   }
   function coverBox(one, qi, qj) { // top, left, bottom, right in pixels of the image
-    const taps = windowOf(one, qi, qj), [sy, sx] = one.size.map((n, i) => image().size[i] / n), [H, W] = image().size;
+    const taps = windowOf(one, qi, qj), [sy, sx] = cells(one), [H, W] = image().size;
     const clamp = (x, most) => Math.min(Math.max(Math.round(x), 0), most);
     const last = taps.at(-1);
     return [clamp(taps[0].y * sy, H), clamp(taps[0].x * sx, W), clamp((last.y + 1) * sy, H), clamp((last.x + 1) * sx, W)];
@@ -532,7 +537,7 @@
   });
   canvas.addEventListener("keydown", (event) => {
     const one = layer(), [row, col] = [state.row, state.col];
-    const step = event.shiftKey ? one.axes.map((axis, i) => Math.max(1, Math.round((axis.stride * image().size[i]) / one.size[i]))) : [1, 1];
+    const step = event.shiftKey ? one.axes.map((axis, i) => Math.max(1, Math.round(axis.stride * cells(one)[i]))) : [1, 1];
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     if (moves[event.key]) { const [y, x] = moves[event.key]; pinned = true; setPixel(row + y * step[0], col + x * step[1]); draw(); }
     else if (event.key === "Enter" || event.key === " ") { pinned = !pinned; draw(); }
