@@ -138,15 +138,26 @@
   const VIRIDIS = ramp("440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725");
   const CIVIDIS = ramp("00224e 123570 3b496c 575d6d 707173 8a8678 a59c74 c3b369 e1cc55 fee838");
   const SIGNS = ramp("7f3b08 b35806 e08214 fdb863 fee0b6 f7f7f7 d8daeb b2abd2 8073ac 542788 2d004b");
-  const pick = (colours, x, alpha = 1) => {
-    const [r, g, b] = colours[Math.min(255, Math.max(0, Math.round(x * 255)))];
-    return `rgba(${r},${g},${b},${alpha})`;
-  };
+  const solid = new Map([VIRIDIS, CIVIDIS, SIGNS].map((colours) => [colours, colours.map((c) => `rgb(${c})`)]));
+  const index = (x) => Math.min(255, Math.max(0, Math.round(x * 255)));
+  const pick = (colours, x, alpha = 1) => (alpha === 1 ? solid.get(colours)[index(x)] : `rgba(${colours[index(x)]},${alpha})`);
 
   // ---- drawing ------------------------------------------------------------------------------------------------
+  // Sizes are read once: to ask for them after each change would lay out the page again, many times a frame.
+  let sizes = new Map();
+  function sizeOf(canvas, aspect) {
+    if (!sizes.has(canvas)) {
+      if (aspect) canvas.style.aspectRatio = `1 / ${aspect}`;
+      const width = canvas.clientWidth || 1;
+      sizes.set(canvas, { width, height: aspect ? width * aspect : canvas.clientHeight || 1, aspect });
+    }
+    const found = sizes.get(canvas);
+    if (found.aspect === aspect) return found;
+    sizes.delete(canvas);
+    return sizeOf(canvas, aspect);
+  }
   function fit(canvas, aspect) { // height / width; returns a context in CSS pixels
-    const width = canvas.clientWidth || 1, height = aspect ? width * aspect : canvas.clientHeight || 1, dpr = devicePixelRatio || 1;
-    if (aspect) canvas.style.aspectRatio = `1 / ${aspect}`;
+    const { width, height } = sizeOf(canvas, aspect), dpr = devicePixelRatio || 1;
     const w = Math.max(1, Math.round(width * dpr)), h = Math.max(1, Math.round(height * dpr));
     if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; }
     const context = canvas.getContext("2d");
@@ -154,16 +165,18 @@
     context.clearRect(0, 0, width, height);
     return { context, width, height };
   }
+  const stripes = new OffscreenCanvas(6, 6);
+  {
+    const ink = stripes.getContext("2d");
+    for (const [colour, shift] of [["rgba(255,255,255,0.75)", 0], ["rgba(0,0,0,0.7)", 1.5]]) {
+      ink.strokeStyle = colour; ink.beginPath();
+      for (const s of [-6, 0, 6, 12]) { ink.moveTo(s + shift, 7); ink.lineTo(s + shift + 8, -1); }
+      ink.stroke();
+    }
+  }
   function hatch(context, x, y, w, h) {
-    context.save();
-    context.beginPath(); context.rect(x, y, w, h); context.clip();
-    context.strokeStyle = "rgba(255,255,255,0.6)"; context.lineWidth = 1;
-    context.beginPath();
-    for (let s = -h; s < w; s += 5) { context.moveTo(x + s, y + h); context.lineTo(x + s + h, y); }
-    context.stroke(); context.strokeStyle = "rgba(0,0,0,0.6)";
-    context.beginPath();
-    for (let s = -h + 1.5; s < w; s += 5) { context.moveTo(x + s, y + h); context.lineTo(x + s + h, y); }
-    context.stroke(); context.restore();
+    context.fillStyle = context.createPattern(stripes, "repeat");
+    context.fillRect(x, y, w, h);
   }
   function box(context, x, y, w, h, wide = 1.5) { // seen on any ground
     context.lineWidth = wide + 2; context.strokeStyle = "rgba(0,0,0,0.85)"; context.strokeRect(x, y, w, h);
@@ -175,7 +188,7 @@
     const { context, width, height } = fit(canvas, kh / kw), w = width / kw, h = height / kh;
     found.taps.forEach((one, t) => {
       context.fillStyle = colour(t);
-      context.fillRect(one.dx * w, one.dy * h, w + 0.5, h + 0.5);
+      context.fillRect(one.dx * w, one.dy * h, w + 1, h + 1);
       if (one.outside) hatch(context, one.dx * w, one.dy * h, w, h);
     });
     const cy = Math.floor((kh - 1) / 2), cx = Math.floor((kw - 1) / 2), r = Math.max(2, Math.min(w, h) * 0.16);
@@ -229,8 +242,11 @@
     const canvas = $("image"), [H, W] = image().size, stage = canvas.parentElement;
     const most = Math.max(...own);
     let reach = "";
-    const over = fit($("overlay")), back = canvas.getBoundingClientRect(), from = stage.getBoundingClientRect();
-    const left = back.left - from.left, top = back.top - from.top, context = over.context;
+    if (!sizes.has(stage)) {
+      const box = canvas.getBoundingClientRect(), from = stage.getBoundingClientRect();
+      sizes.set(stage, { left: box.left - from.left, top: box.top - from.top, width: box.width, height: box.height });
+    }
+    const { context } = fit($("overlay")), back = sizes.get(stage), { left, top } = back;
     const cell = cells(one).map((n, i) => (n * [back.height, back.width][i]) / image().size[i]);
     const at = (tap) => [left + tap.x * cell[1], top + tap.y * cell[0]];
     const [rows, cols] = one.axes, tall = rows.dilation * cell[0], wide = cols.dilation * cell[1];
@@ -276,11 +292,12 @@
   function drawPicture() {
     const canvas = $("image"), [H, W] = image().size, dpr = devicePixelRatio || 1;
     // The element is the image and nothing else: its box has the image's proportions, also where height is short.
+    sizes = new Map();
     canvas.style.aspectRatio = `${W} / ${H}`; canvas.style.width = `min(100%, ${((70 * W) / H).toFixed(1)}vh)`;
     const { context, width, height } = fit(canvas);
     context.imageSmoothingEnabled = width * dpr < 1.5 * W;
     if (picture) context.drawImage(picture, 0, 0, width, height);
-    drawBar($("scale"), VIRIDIS);
+    drawBar($("scale"), VIRIDIS); drawBar($("signs"), SIGNS);
   }
 
   const tapName = (one, t) => {
@@ -293,7 +310,7 @@
   function makeHeads(one) {
     const box = $("heads");
     if (box.children.length === one.heads && box.dataset.layer === one.name) return;
-    box.dataset.layer = one.name; box.classList.toggle("few", one.heads <= 4);
+    sizes = new Map(); box.dataset.layer = one.name; box.classList.toggle("few", one.heads <= 4);
     box.replaceChildren(...Array.from({ length: one.heads }, (_, n) => {
       const button = document.createElement("button");
       button.type = "button"; button.dataset.head = n;
@@ -345,7 +362,6 @@
     drawTaps(map("weight"), one, found, (k) => pick(VIRIDIS, own[k] / peak), t);
     drawUnder(map("under"), one, t);
     $("least").textContent = format(-most, 2); $("most").textContent = format(most, 2);
-    drawBar($("signs"), SIGNS);
   }
   function drawUnder(canvas, one, tap) {
     const [kh, kw] = one.axes.map((axis) => axis.kernel), { context, width, height } = fit(canvas, kh / kw);
@@ -449,6 +465,8 @@
       button.addEventListener("click", () => setImage(i));
       return button;
     }));
+    const box = $("images"), chosen = box.children[state.image];
+    box.scrollLeft = Math.max(0, chosen.offsetLeft - box.offsetLeft - box.clientWidth / 2 + chosen.clientWidth / 2);
   }
   async function setImage(i) {
     i = Math.min(Math.max(i, 0), page.images.length - 1);
@@ -581,6 +599,7 @@
   addEventListener("drop", (event) => { event.preventDefault(); document.body.classList.remove("dropping"); take(event.dataTransfer.files[0]); });
   addEventListener("hashchange", async () => { if (location.hash !== written) await setImage(recall()); });
   addEventListener("resize", () => { drawPicture(); draw(); });
+  new ResizeObserver(() => { if (window.sasaReady) { drawPicture(); draw(); } }).observe($("taps"));
 
   async function start() {
     if (page.note) { $("note").textContent = page.note; $("note").hidden = false; }
