@@ -32,7 +32,7 @@ commands:
 sasa COMMAND --help lists the options."""
 
 PACKAGES = ("triton", "torchvision", "timm", "lightning", "torchmetrics", "torchinfo", "safetensors", "matplotlib")
-PACKAGES += ("webdataset", "datasets", "scipy")
+PACKAGES += ("webdataset", "datasets", "scipy", "starlette", "uvicorn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

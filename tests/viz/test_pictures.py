@@ -15,6 +15,7 @@ from sasa.viz import (
     plot_curves,
     plot_distances,
     plot_embeddings,
+    plot_module,
     plot_position,
     plot_receptive_field,
     receptive_field,
@@ -22,6 +23,7 @@ from sasa.viz import (
 from sasa.viz.attention_maps import View
 from sasa.viz.curves import read_metric
 from sasa.viz.looking import cell
+from sasa.viz.module import module_tensors
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def test_window_on_a_map_that_was_rounded_up_lies_where_the_pixels_are():
 
 @pytest.mark.parametrize(
     ("size", "places", "expected"),
-    [(28, 7, 4), (27, 14, 2), (13, 4, 4), (100, 13, 8), (225, 57, 4), (10, 2, 8), (6, 2, 4), (28, 9, 28 / 9), (3, 6, 0.5)],
+    [(28, 7, 4), (27, 14, 2), (100, 13, 8), (225, 57, 4), (10, 2, 8), (6, 2, 4), (28, 9, 28 / 9), (3, 6, 0.5)],
 )  # fmt: skip
 def test_cells_of_a_map(size, places, expected):
     assert cell(size, places) == expected
@@ -119,6 +121,21 @@ def test_figures_of_a_network(network):
     assert len(plot_receptive_field(network, image[None], ["stem.spatial", "stages.stage2"]).axes) == 3
     with pytest.raises(ValueError, match="layer: expected position='relative', got 'none'"):
         plot_embeddings(RelativeSelfAttention(4, 4, 3, 2, position="none"))
+
+
+@pytest.mark.parametrize(("pixel", "head"), [((9, 12), 1), ((0, 27), 3)])
+def test_the_drawing_computes_what_the_layer_does(network, pixel, head):
+    name, outputs = "stages.stage1.0.spatial", []
+    layer = attention_layers(network)[name]
+    layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    found = module_tensors(network, image := torch.randn(1, 28, 28), name, pixel, head)
+    channels = slice(head * 8, head * 8 + 8)
+    torch.testing.assert_close(found.output, outputs[0][0, channels, pixel[0] // 2, pixel[1] // 2])
+    logits = (found.keys + found.relative) @ found.query
+    torch.testing.assert_close(logits.view(5, 5), found.content + found.position)
+    assert len(plot_module(network, image, name, pixel, head).axes) == 11
+    with pytest.raises(ValueError, match="head: expected 0 to 3, got 4"):
+        module_tensors(network, image, name, pixel, 4)
 
 
 def test_receptive_field_is_the_window():

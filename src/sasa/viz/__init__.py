@@ -8,6 +8,7 @@ from .attention_maps import plot_attention  # noqa: E402
 from .curves import plot_curves  # noqa: E402
 from .figures import plot_distances, plot_embeddings, plot_position, plot_receptive_field, receptive_field  # noqa: E402
 from .looking import Seen, attention_layers, layer_weights, look  # noqa: E402
+from .module import plot_module  # noqa: E402
 from .page import Explorer, explorer  # noqa: E402
 from .rollout import roll_out  # noqa: E402
 
@@ -22,6 +23,7 @@ __all__ = [
     "plot_curves",
     "plot_distances",
     "plot_embeddings",
+    "plot_module",
     "plot_position",
     "plot_receptive_field",
     "receptive_field",

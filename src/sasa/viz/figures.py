@@ -57,7 +57,10 @@ def plot_position(network: nn.Module, image: Tensor, *, layers: Sequence[str] | 
         kernel = one.window.rows.kernel, one.window.cols.kernel
         maps = one.position().softmax(1).mean((2, 3)).unflatten(1, kernel).numpy()
         part.suptitle(f"{one.name}: {kernel[0]}x{kernel[1]}", fontsize=8)
-        for panel, found in zip(part.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+        panels = part.subplots(1, columns, squeeze=False)[0]
+        for panel in panels[len(maps) :]:
+            panel.remove()
+        for panel, found in zip(panels, maps, strict=False):
             panel.imshow(found, cmap="viridis", vmin=0)
             panel.set_xticks([])
             panel.set_yticks([])
