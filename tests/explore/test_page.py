@@ -9,6 +9,8 @@ from sasa.viz.page import render
 
 LAYER = "stages.stage1.0.spatial"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def saved(network, images, tmp_path_factory):

@@ -14,6 +14,8 @@ from sasa.explore import source
 from sasa.explore.server import MOST_UPLOAD, listen
 from sasa.train.errors import OptionError
 
+pytestmark = pytest.mark.slow
+
 
 def png(width=40, height=30):
     stream = io.BytesIO()

@@ -157,7 +157,7 @@ def plot_module(
     for title, (x, y, values, below) in maps.items():
         _draw_numbers(panel(x, y, 1.45, 1.45 * kh / kw, title, below), values, SIGNED, -most, most)
     _draw_numbers(panel(9.75, 1.75, 1.45, 1.45 * kh / kw, "softmax", "weights, sum 1"), found.weights, WEIGHT, 0, None)
-    arrow((right + 0.05, 4.6), (5.95, 4.5), "", -0.15)
+    arrow((right + 0.05, 4.58), (5.68, 4.05), "", -0.12)
     arrow((right + 0.05, 4.5), (5.68, 1.9), "", -0.08)
     arrow((right + 0.05, 3.45), (5.68, 3.45))
     arrow((right + 0.05, 2.1), (5.68, 1.5))
