@@ -117,7 +117,8 @@ def run_function(program: str, function: Callable, arguments: list[str], positio
     for name in positional:
         text = next((one.description for one in documented.params if one.arg_name == name), None)
         needed = inspect.signature(function).parameters[name].default is inspect.Parameter.empty
-        parser.add_argument(name, type=Path, help=text, **({} if needed else {"nargs": "*"}))
+        several: dict[str, Any] = {} if needed else {"nargs": "*"}
+        parser.add_argument(name, type=Path, help=text, **several)
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
     parameters = inspect.signature(function).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.name not in positional}

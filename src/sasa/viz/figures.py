@@ -26,15 +26,16 @@ def plot_embeddings(layer: RelativeSelfAttention) -> Figure:
         raise ValueError(f"layer: expected position='relative', got {layer.position!r}")
     most = max(half.detach().abs().max().item() if half.numel() else 0.0 for half in (row, col)) or 1.0
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    panels, drawn = figure.subplots(2, 1), None
+    panels = figure.subplots(2, 1)
+    drawn = []
     for panel, half, name in zip(panels, (row, col), ("row", "column"), strict=True):
         taps = half.shape[1]
         panel.set(ylabel=f"{name} of the window", xlabel=f"channel of the {name} half", title=f"{name} embedding")
         first = -((taps - 1) // 2) - 0.5
         extent = (-0.5, half.shape[0] - 0.5, first + taps, first)
         values = half.detach().float().cpu().T.numpy()
-        drawn = panel.imshow(values, cmap="PuOr", vmin=-most, vmax=most, aspect="auto", extent=extent)
-    figure.colorbar(drawn, ax=panels, label="embedding")
+        drawn.append(panel.imshow(values, cmap="PuOr", vmin=-most, vmax=most, aspect="auto", extent=extent))
+    figure.colorbar(drawn[0], ax=panels, label="embedding")
     return figure
 
 
@@ -122,7 +123,11 @@ def receptive_field(network: nn.Module, images: Tensor, layer: str, pixel: tuple
     if layer not in modules:
         raise ValueError(f"layer: expected the name of a module, got {layer!r}")
     outputs: list[Tensor] = []
-    handle = modules[layer].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs.append(output)
+
+    handle = modules[layer].register_forward_hook(keep)
     modes = [(module, module.training) for module in network.modules()]
     images = images.detach().clone().requires_grad_()
     try:
