@@ -57,6 +57,7 @@ zoo: $(VENV)/.zoo
 results: bench demo
 	mkdir -p docs/demo
 	cp runs/demo/results.json runs/demo/curves.png runs/demo/attention.png docs/demo/
+	$(BIN)/python -m benchmarks.drawing
 	$(BIN)/python -m benchmarks.readme
 
 lint: $(INSTALLED)

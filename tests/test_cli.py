@@ -64,7 +64,10 @@ def test_help_lists_the_commands(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "sasa: error: expected one of info, tables, train, eval, predict, study, demo, got 'trian'"),
+        (
+            ["trian"],
+            "sasa: error: expected one of info, tables, train, eval, predict, study, explore, demo, got 'trian'",
+        ),
         (["info", "--all"], "takes no options, got --all"),
         (["tables", "--all"], "takes no options, got --all"),
         (["train", "--data", "nowhere"], "sasa train: error: data: expected a folder, got nowhere"),

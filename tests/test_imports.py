@@ -67,6 +67,7 @@ NEED_EXTRAS = {
     "import sasa.viz": "viz",
     "from sasa.cli import main; raise SystemExit(main(['train']))": "train",
     "from sasa.cli import main; raise SystemExit(main(['demo']))": "train",
+    "from sasa.cli import main; raise SystemExit(main(['explore']))": "train",
 }
 
 
@@ -99,7 +100,7 @@ def test_importing_sasa_imports_no_extra_and_nothing_slow():
     assert done.stdout.strip() == "set()"
 
 
-ORDER = ("ops", "nn", "models", "train", "viz", "study")
+ORDER = ("ops", "nn", "models", "train", "viz", "study", "explore")
 
 
 @pytest.mark.parametrize("order", ["import sasa, torch.utils.flop_counter", "import torch.utils.flop_counter, sasa"])
@@ -124,6 +125,7 @@ ALLOWED = {
     "viz": ("ops", "nn"),
     "train": ("ops", "nn", "models", "viz"),
     "study": ("ops", "nn", "models", "viz", "train"),
+    "explore": ("ops", "nn", "models", "viz", "train"),
 }
 
 

@@ -26,12 +26,13 @@ commands:
   eval    measure a trained network's accuracy
   predict classify a folder of images into a table
   study   train a grid of networks, options and seeds, and gather what came out
+  explore point at a pixel, and see what the network sees: a page, saved or served to this machine
   demo    train attention and its convolutional twin side by side, and draw what attention sees
 
 sasa COMMAND --help lists the options."""
 
 PACKAGES = ("triton", "torchvision", "timm", "lightning", "torchmetrics", "torchinfo", "safetensors", "matplotlib")
-PACKAGES += ("webdataset", "datasets", "scipy")
+PACKAGES += ("datasets", "scipy", "starlette", "uvicorn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,6 +150,7 @@ COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     "eval": _call("sasa.train.command", "evaluate"),
     "predict": _call("sasa.train.command", "predict"),
     "study": _call("sasa.study.command", "study"),
+    "explore": _call("sasa.explore.command", "command"),
     "demo": _call("sasa.train.command", "demo"),
 }
 

@@ -107,12 +107,17 @@ def demo(program: str, arguments: list[str]) -> int:
 
 
 def run_function(program: str, function: Callable, arguments: list[str], positional: tuple[str, ...] = ()) -> int:
-    """Run a function with arguments from the command line, as its signature and docstring describe them."""
+    """Run a function with arguments from the command line, as its signature and docstring describe them.
+
+    A positional parameter that has a default takes any number of paths.
+    """
     documented = parse_docstring(function.__doc__ or "")
     parser = Parser(program, documented.short_description)
     for name in positional:
         text = next((one.description for one in documented.params if one.arg_name == name), None)
-        parser.add_argument(name, type=Path, help=text)
+        needed = inspect.signature(function).parameters[name].default is inspect.Parameter.empty
+        several: dict[str, Any] = {} if needed else {"nargs": "*"}
+        parser.add_argument(name, type=Path, help=text, **several)
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
     parameters = inspect.signature(function).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.name not in positional}

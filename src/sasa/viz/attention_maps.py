@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from ..nn import RelativeSelfAttention
-from ..ops.window import axis
+from .looking import Seen, cell, look
+from .payload import as_bytes
 
-
-def attention_layers(network: nn.Module) -> dict[str, RelativeSelfAttention]:
-    """The attention layers of a network by name, in the order of its modules."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, RelativeSelfAttention)}
-
-
-def layer_weights(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Attention weights of every layer when the network looks at ``images``.
-
-    Args:
-        network: any network with attention layers; run in evaluation mode without gradients.
-        images: a batch as the network takes it, (B, C, H, W).
-
-    Returns:
-        For each layer (B, N, kh·kw, H', W'), summing to 1 over the taps, which go row by row.
-
-    Raises:
-        ValueError: the network has no attention layer.
-    """
-    return {name: weights for name, (weights, _) in _look(network, images).items()}
-
-
-def _look(network: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-    """Attention weights of every layer, and the height and width of the map it looked at."""
-    layers = attention_layers(network)
-    if not layers:
-        raise ValueError("network: expected at least one RelativeSelfAttention layer, found none")
-    seen: dict[str, tuple[Tensor, tuple[int, int]]] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[name] = layers[name].attention_weights(inputs[0]), (inputs[0].shape[2], inputs[0].shape[3])
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    training = network.training
-    try:
-        with torch.no_grad():
-            network.eval()(images)
-    finally:
-        network.train(training)
-        for handle in handles:
-            handle.remove()
-    return seen
+_MARGIN = 0.2  # of the image's side, that is drawn of windows which reach beyond it
 
 
 def plot_attention(
@@ -72,49 +28,42 @@ def plot_attention(
 ) -> Figure:
     """Draw what one pixel attends to: the image with the pixel and its window, then one heat map a head.
 
+    All panels have the image at one scale. Of windows that reach over its border, a fifth of the image's side is drawn.
+
     Args:
         network: with attention layers.
         image: (C, H, W) as the network takes it.
         pixel: (row, column) in the image. Layers on smaller maps show the place of the map that the pixel falls in.
         picture: (C, H, W) to draw in place of ``image``, say before normalisation.
-        layers: names from :func:`attention_layers`, one row of the figure each; all of them by default.
+        layers: names as :func:`look` gives them; all of them by default.
         title: over the figure.
 
     Raises:
         ValueError: no attention layer, an unknown layer, an image of another rank, or a pixel outside of it.
     """
-    if image.dim() != 3:
-        raise ValueError(f"image: expected shape (channels, height, width), got {tuple(image.shape)}")
-    height, width = image.shape[1:]
-    if not (0 <= pixel[0] < height and 0 <= pixel[1] < width):
-        raise ValueError(f"pixel: expected (row, column) inside the {height}x{width} image, got {pixel}")
-    seen = _look(network, image[None])
-    weights = {name: weight for name, (weight, _) in seen.items()}
-    names = list(weights) if layers is None else list(layers)
-    modules = attention_layers(network)
-    for name in names:
-        if name not in weights:
-            raise ValueError(f"layers: expected names among {', '.join(weights)}, got {name!r}")
-    background = _as_picture(image if picture is None else picture)
-
-    heads = max(weights[name].shape[1] for name in names)
-    figure = Figure(figsize=(1.7 * (heads + 1) + 0.8, 1.72 * len(names) + 0.5), layout="compressed")
-    axes = figure.subplots(len(names), heads + 1, squeeze=False)
-    mesh = None
-    for row, name in zip(axes, names, strict=True):
-        view = _View(modules[name], weights[name][0], seen[name][1], pixel, (height, width))
-        _draw_image(row[0], background, view)
-        row[0].set_ylabel(_label(name, modules[name], weights[name]), fontsize=7)
-        for head, panel in enumerate(row[1:]):
-            if head >= weights[name].shape[1]:
-                panel.axis("off")
-                continue
-            mesh = _draw_head(panel, background, view, head)
-            if name == names[0]:
-                panel.set_title(f"head {head + 1}", fontsize=8)
-    axes[0][0].set_title("image, pixel, window", fontsize=8)
+    seen, size = chosen(network, image, layers)
+    if not (0 <= pixel[0] < size[0] and 0 <= pixel[1] < size[1]):
+        raise ValueError(f"pixel: expected (row, column) inside the {size[0]}x{size[1]} image, got {pixel}")
+    background = as_bytes(image if picture is None else picture).permute(1, 2, 0).numpy()
+    background = background if background.shape[2] == 3 else background[:, :, 0]
+    views = [View(one, pixel, size) for one in seen]
+    # As many columns as the layer with the fewest heads has, so that no panel stays empty; others take several rows.
+    columns = max(4, min(min(len(view.weights) for view in views), 8))
+    lines = [math.ceil(len(view.weights) / columns) for view in views]
+    figure = Figure(figsize=(1.6 * (columns + 1) + 0.9, 1.66 * sum(lines) + 0.6), layout="compressed")
+    grid = figure.add_gridspec(sum(lines), columns + 1)
+    limits, mesh, panels, row = _limits(views, size), None, [], 0
+    for view, height in zip(views, lines, strict=True):
+        panels.append(panel := figure.add_subplot(grid[row, 0]))
+        _draw_image(panel, background, view, limits)
+        panel.set_title(view.label, fontsize=7)
+        for head in range(len(view.weights)):
+            panels.append(panel := figure.add_subplot(grid[row + head // columns, 1 + head % columns]))
+            mesh = _draw_head(panel, background, view, head, limits)
+            panel.set_title(f"head {head + 1}, largest {view.weights[head].max():.2f}", fontsize=7)
+        row += height
     if mesh is not None:
-        bar = figure.colorbar(mesh, ax=axes, shrink=0.8, aspect=30, pad=0.01)
+        bar = figure.colorbar(mesh, ax=panels, shrink=0.8, aspect=30, pad=0.01)
         bar.set_label("attention weight / the head's largest", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     if title:
@@ -122,78 +71,79 @@ def plot_attention(
     return figure
 
 
-class _View:
+def chosen(network: nn.Module, image: Tensor, layers: Sequence[str] | None) -> tuple[list[Seen], tuple[int, int]]:
+    """What the layers of those names see, all of them for None, and the image's size.
+
+    Raises:
+        ValueError: as :func:`look`; or an unknown layer.
+    """
+    seen, _ = look(network, image)
+    known = {one.name: one for one in seen}
+    for name in layers or ():
+        if name not in known:
+            raise ValueError(f"layers: expected names among {', '.join(known)}, got {name!r}")
+    return [known[name] for name in layers or known], (image.shape[1], image.shape[2])
+
+
+class View:
     """Where the window of one query lies on the image, in pixels of the image."""
 
-    def __init__(
-        self,
-        layer: RelativeSelfAttention,
-        weights_NKhw: Tensor,
-        map_size: tuple[int, int],
-        pixel: tuple[int, int],
-        size: tuple[int, int],
-    ) -> None:
+    def __init__(self, seen: Seen, pixel: tuple[int, int], size: tuple[int, int]) -> None:
+        query = seen.query_of(pixel, size)
+        window = seen.window
         self.size = size
-        edges, self.centre, query = [], [], []
-        for i in range(2):
-            kernel, stride, dilation = layer.kernel_size[i], layer.stride[i], layer.dilation[i]
-            geometry = axis(map_size[i], kernel, stride, dilation, layer.border)
-            cell = size[i] / map_size[i]  # the layer's map may be smaller than the image
-            nearest = round((int(pixel[i] / cell) - geometry.centres.start) / stride)
-            query.append(min(max(nearest, 0), geometry.outputs - 1))
-            centre = geometry.centres.start + query[i] * stride
-            taps = centre + (np.arange(kernel + 1) - (kernel - 1) // 2) * dilation
-            edges.append((taps - (dilation - 1) / 2) * cell - 0.5)
-            self.centre.append((centre + 0.5) * cell - 0.5)
+        edges, self.centre = [], []
+        for i, (axis, middle) in enumerate(zip((window.rows, window.cols), seen.centre(query), strict=True)):
+            pixels = cell(size[i], seen.size[i])  # the layer's map may be smaller than the image
+            taps = middle + (np.arange(axis.kernel + 1) - (axis.kernel - 1) // 2) * axis.dilation
+            edges.append((taps - (axis.dilation - 1) / 2) * pixels - 0.5)
+            self.centre.append((middle + 0.5) * pixels - 0.5)
         self.rows, self.cols = edges
-        weights_NK = weights_NKhw[:, :, query[0], query[1]].detach().float().cpu()
-        self.weights = weights_NK.unflatten(1, layer.kernel_size).numpy()
+        kernel = window.rows.kernel, window.cols.kernel
+        self.weights = seen.weights()[:, :, query[0], query[1]].unflatten(1, kernel).numpy()
+        self.label = f"{seen.name}\n{kernel[0]}x{kernel[1]} on {seen.size[0]}x{seen.size[1]}"
 
 
-def _draw_image(panel: Axes, background: np.ndarray, view: _View) -> None:
-    _backdrop(panel, background, view, alpha=1.0)
+def _limits(views: Sequence[View], size: tuple[int, int]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Ends of the columns and the rows that every panel shows."""
+    ends = []
+    for side, edges in ((size[1], [view.cols for view in views]), (size[0], [view.rows for view in views])):
+        first, last = min(edge[0] for edge in edges), max(edge[-1] for edge in edges)
+        margin = _MARGIN * side
+        ends.append((max(min(first, -0.5), -margin) - 0.5, min(max(last, side - 0.5), side + margin) + 0.5))
+    return ends[0], ends[1]
+
+
+def _draw_image(panel: Axes, background: np.ndarray, view: View, limits) -> None:
+    _backdrop(panel, background, view, limits, alpha=1.0)
     left, top = view.cols[0], view.rows[0]
-    frame = Rectangle(
-        (left, top), view.cols[-1] - left, view.rows[-1] - top, fill=False, edgecolor="red", linewidth=1.2
-    )
-    panel.add_patch(frame)
+    size = view.cols[-1] - left, view.rows[-1] - top
+    panel.add_patch(Rectangle((left, top), *size, fill=False, edgecolor="white", linewidth=2.4))
+    panel.add_patch(Rectangle((left, top), *size, fill=False, edgecolor="black", linewidth=1))
     _mark(panel, view)
 
 
-def _draw_head(panel: Axes, background: np.ndarray, view: _View, head: int):
-    _backdrop(panel, background, view, alpha=0.45)
+def _draw_head(panel: Axes, background: np.ndarray, view: View, head: int, limits):
+    _backdrop(panel, background, view, limits, alpha=0.45)
     weights = view.weights[head]
-    mesh = panel.pcolormesh(view.cols, view.rows, weights / weights.max(), cmap="inferno", vmin=0, vmax=1, alpha=0.85)
+    mesh = panel.pcolormesh(view.cols, view.rows, weights / weights.max(), cmap="viridis", vmin=0, vmax=1, alpha=0.85)
     _mark(panel, view)
-    panel.text(
-        0.98, 0.02, f"max {weights.max():.2f}", transform=panel.transAxes, ha="right", va="bottom", fontsize=6,
-        color="black", bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
-    )  # fmt: skip
     return mesh
 
 
-def _backdrop(panel: Axes, background: np.ndarray, view: _View, alpha: float) -> None:
+def _backdrop(panel: Axes, background: np.ndarray, view: View, limits, alpha: float) -> None:
     height, width = view.size
-    panel.imshow(background, cmap="gray", alpha=alpha, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-    # The window may reach over the border: show all of it.
-    panel.set_xlim(min(-0.5, view.cols[0]) - 0.5, max(width - 0.5, view.cols[-1]) + 0.5)
-    panel.set_ylim(max(height - 0.5, view.rows[-1]) + 0.5, min(-0.5, view.rows[0]) - 0.5)
+    panel.set_facecolor("0.88")  # what lies outside the image
+    panel.imshow(np.zeros((1, 1)), cmap="gray", extent=(-0.5, width - 0.5, height - 0.5, -0.5), vmin=-1, vmax=0)
+    panel.imshow(background, cmap="gray", alpha=alpha, extent=(-0.5, width - 0.5, height - 0.5, -0.5), vmin=0, vmax=255)
+    panel.set_xlim(*limits[0])
+    panel.set_ylim(*limits[1][::-1])
     panel.set_aspect("equal")
     panel.set_xticks([])
     panel.set_yticks([])
 
 
-def _mark(panel: Axes, view: _View) -> None:
-    panel.plot(view.centre[1], view.centre[0], marker="+", color="cyan", markersize=6, markeredgewidth=1.2)
-
-
-def _label(name: str, layer: RelativeSelfAttention, weights: Tensor) -> str:
-    height, width = weights.shape[3:]
-    return f"{name}\n{layer.kernel_size[0]}x{layer.kernel_size[1]} on {height}x{width}"
-
-
-def _as_picture(image: Tensor) -> np.ndarray:
-    """(C, H, W) as matplotlib draws it, stretched to 0 to 1; grey if it is neither grey nor RGB."""
-    image = image.detach().float().cpu()
-    image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
-    return image.permute(1, 2, 0).numpy() if image.shape[0] == 3 else image.mean(0).numpy()
+def _mark(panel: Axes, view: View) -> None:
+    panel.plot(
+        view.centre[1], view.centre[0], "o", markersize=3.5, color="white", markeredgecolor="black", markeredgewidth=1
+    )
