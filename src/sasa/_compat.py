@@ -74,3 +74,10 @@ def compile_package(program: ExportedProgram, path: str, metadata: dict[str, str
     from torch._inductor import aoti_compile_and_package
 
     aoti_compile_and_package(program, package_path=path, inductor_configs={"aot_inductor.metadata": metadata})
+
+
+def size_is_bound() -> type[Exception]:
+    """What ``torch.export.export`` raises for a network whose code is bound to a size that should vary."""
+    from torch._dynamo.exc import UserError
+
+    return UserError

@@ -62,9 +62,9 @@ def fold_batch_norms(model: Model, *, inplace: bool = False) -> Model:
             continue
         conv = modules[str(source.target)]
         once = times.count(id(conv)) == times.count(id(norm)) == 1 and len(source.users) == 1
-        plain = (
-            type(conv) is nn.Conv2d and norm.running_mean is not None and not has_hooks(conv) and not has_hooks(norm)
-        )
+        if type(conv) is not nn.Conv2d or norm.running_mean is None:
+            continue
+        plain = not has_hooks(conv) and not has_hooks(norm)
         if once and plain:
             _replace(model, str(source.target), fuse_conv_bn_eval(conv, norm))
             _replace(model, str(node.target), nn.Identity().eval())

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript import opset18 as op
+from onnxscript import opset18
 
+op: Any = opset18  # its operators' annotations are of one type each
 Value = Any  # ir.Value, or what onnxscript's operators make of it
 FAR = 2**40  # beyond the last pixel of any image
 HIDDEN = -1e30  # added to the logits of keys outside a window; infinity times zero would be NaN in the products
@@ -62,7 +63,7 @@ class Heads(NamedTuple):
     value: Value
     row: Value | None
     col: Value | None
-    count: int
+    number: int
     width: int
     value_width: int
     dtype: ir.DataType
@@ -179,9 +180,9 @@ def _table(heads: Heads, embedding: Value | None, axis: Axis, first: bool) -> Va
     """(N, 1, b, D, span): for each query along a block, the embedding of each key, on the first or last channels."""
     if embedding is None:
         return None
-    channels = embedding.shape[0] * (embedding.shape[1] if len(embedding.shape) == 3 else 1) // heads.count
+    channels = embedding.shape[0] * (embedding.shape[1] if len(embedding.shape) == 3 else 1) // heads.number
     missing = heads.width - channels
-    by_head = op.Reshape(embedding, constant([heads.count, channels, -1]))
+    by_head = op.Reshape(embedding, constant([heads.number, channels, -1]))
     by_head = op.Pad(by_head, constant([0, 0 if first else missing, 0, 0, missing if first else 0, 0]))
     by_query = op.Transpose(op.Gather(by_head, constant(axis.taps), axis=2), perm=[0, 2, 1, 3])
     return op.Unsqueeze(by_query, constant([1]))
@@ -210,10 +211,9 @@ def attention(
     cols = axis_of(width, kernel_size[-1], stride[-1], dilation[-1], border)
     y = strips(heads, rows, cols, width, border)
     known = constant([cols.phases, rows.block, cols.block, heads.value_width])
-    shape = op.Concat(constant([-1, rows.phases]), batch, constant([heads.count]), cols.blocks, known, axis=0)
+    shape = op.Concat(constant([-1, rows.phases]), batch, constant([heads.number]), cols.blocks, known, axis=0)
     y = op.Transpose(op.Reshape(y, shape), perm=[2, 3, 8, 0, 6, 1, 4, 7, 5])
     height = op.Mul(rows.blocks, constant([rows.block * rows.phases]))
-    shape = op.Concat(batch, constant([heads.count * heads.value_width]), height, constant([-1]), axis=0)
-    return op.Slice(
-        op.Reshape(y, shape), constant([0, 0]), op.Concat(rows.outputs, cols.outputs, axis=0), constant([2, 3])
-    )
+    shape = op.Concat(batch, constant([heads.number * heads.value_width]), height, constant([-1]), axis=0)
+    ends = op.Concat(rows.outputs, cols.outputs, axis=0)
+    return op.Slice(op.Reshape(y, shape), constant([0, 0]), ends, constant([2, 3]))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import size_is_bound
 from .._extras import check_installed, require
 from .._files import write_whole
 from .prepare import AXES, as_text, checked, size_error, two_or_more
@@ -26,9 +27,7 @@ def onnx_translations() -> dict[Callable, Callable]:
         ImportError: onnx or onnxscript is not installed; both come with the extra ``export``.
     """
     check_installed(("onnx", "onnxscript"), "export")
-    operators = require("sasa.export.operators", "export")
-    operators.register()
-    return dict(operators.TRANSLATIONS)
+    return dict(require("sasa.export.operators", "export").TRANSLATIONS)
 
 
 def to_onnx(
@@ -79,7 +78,7 @@ def to_onnx(
             )
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
-        if isinstance(cause, torch._dynamo.exc.UserError):
+        if isinstance(cause, size_is_bound()):
             raise size_error(cause) from error
         raise ValueError(f"model: can't be exported to ONNX: {cause}") from error
     if program is None:

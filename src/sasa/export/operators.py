@@ -1,37 +1,43 @@
 """The registered operators translated to ONNX: what ``torch.onnx.export`` calls for each of them in a program."""
 
+# ruff: noqa: UP045  (onnxscript reads annotations, and knows Optional alone)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnxscript import opset18 as op
 from onnxscript.function_libs.torch_lib.registration import torch_op
 
 from ..ops.exporting import translations_are_registered
-from .lowering import Heads, Value, attention, constant
+from .lowering import Heads, Value, attention, constant, op
+
+if TYPE_CHECKING:
+    TTensor = Any  # its attributes depend on what it is bound to
+else:
+    from onnxscript.function_libs.torch_lib.tensor_typing import TTensor
 
 
 def local_attention(
-    query: Value,
-    key: Value,
-    value: Value,
-    row: Value | None,
-    col: Value | None,
+    query: TTensor,
+    key: TTensor,
+    value: TTensor,
+    row: Optional[TTensor],
+    col: Optional[TTensor],
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
     border: str,
     scale: float,
-    implementation: str | None = None,
-):  # onnxscript takes no annotation of two results
+    implementation: Optional[str] = None,
+) -> tuple[TTensor, TTensor]:
     """``sasa::local_attention``."""
     count, width, value_width = query.shape[1], query.shape[2], value.shape[2]
     dtype = _sum_dtype(query.dtype)
 
-    def pixels(x: Value, channels: int) -> Value:
+    def pixels(x: TTensor, channels: int) -> Value:
         flat = op.Reshape(x, constant([0, 0, channels, -1]))
         return _cast(op.Transpose(flat, perm=[0, 1, 3, 2]), query.dtype, dtype)
 
@@ -44,20 +50,20 @@ def local_attention(
 
 
 def projected_attention(
-    input: Value,  # noqa: A002  (the operator's schema)
-    weight: Value | None,
-    bias: Value | None,
-    row: Value | None,
-    col: Value | None,
+    input: TTensor,  # noqa: A002  (the operator's schema)
+    weight: Optional[TTensor],
+    bias: Optional[TTensor],
+    row: Optional[TTensor],
+    col: Optional[TTensor],
     num_heads: int,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
     border: str,
     scale: float,
-    implementation: str | None = None,
+    implementation: Optional[str] = None,
     pool: int = 1,
-):
+) -> tuple[TTensor, TTensor]:
     """``sasa::projected_attention``: projection, attention, average pooling."""
     given, channels = input.dtype, input.shape[1]
     dtype = _sum_dtype(given)
@@ -121,14 +127,13 @@ def _no_sums() -> Value:
     return constant(np.nan, np.float32)
 
 
-TRANSLATIONS: dict[Callable, Callable] = {
+TRANSLATIONS: dict[Any, Callable] = {
     torch.ops.sasa.local_attention.default: local_attention,
     torch.ops.sasa.projected_attention.default: projected_attention,
 }
 
 
-def register() -> None:
-    """Tell the exporter of this process, so that ``torch.onnx.export`` needs no table."""
-    for operator, translation in TRANSLATIONS.items():
-        torch_op(operator.name(), trace_only=True)(translation)
-    translations_are_registered()
+# Tells the exporter of this process, so that ``torch.onnx.export`` needs no table.
+for _operator, _translation in TRANSLATIONS.items():
+    torch_op(_operator.name(), trace_only=True)(_translation)
+translations_are_registered()

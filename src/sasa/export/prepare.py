@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from .._compat import size_is_bound
 from ..ops import checks
 
 AXES = {0: "batch", 2: "height", 3: "width"}
@@ -77,7 +78,7 @@ def exported(model: nn.Module, example: Tensor, dynamic: bool) -> ExportedProgra
                 return torch.export.export(model, (example,), strict=False)
             shapes = (dict.fromkeys(AXES, Dim.DYNAMIC),)
             return torch.export.export(model, (two_or_more(example),), dynamic_shapes=shapes, strict=False)
-    except torch._dynamo.exc.UserError as error:
+    except size_is_bound() as error:
         raise size_error(error) from error
 
 

@@ -199,7 +199,7 @@ class SasaResNet(
 
 
 def _for_timm(network: SasaResNet, config: dict[str, Any]) -> dict[str, Any]:
-    """What ``timm.create_model("local-dir:FOLDER")`` reads: an entry point, its arguments, and how images are prepared."""
+    """What ``timm.create_model("local-dir:FOLDER")`` reads: an entry point, its arguments, how to prepare images."""
     cfg = dict(getattr(network, "pretrained_cfg", None) or _configuration(config.get("attention_stem", True)))
     name = cfg.pop("architecture", None)
     name = name if name in PAPER_MODELS else next(iter(PAPER_MODELS))
