@@ -45,7 +45,7 @@ def assert_same(path, module, channels, dtype=torch.float32, sizes=SIZES):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session, right = onnxruntime.InferenceSession(path, options), module.double()
-    tolerance = {torch.float32: 3e-6, torch.float64: 1e-13, torch.float16: 3e-3}[dtype]
+    tolerance = {torch.float32: 3e-6, torch.float16: 3e-3}[dtype]
     for batch, height, width in sizes:
         x = torch.randn(batch, channels, height, width).to(dtype)
         found = session.run(None, {"images": x.numpy()})
@@ -57,10 +57,10 @@ def assert_same(path, module, channels, dtype=torch.float32, sizes=SIZES):
 
 
 @pytest.mark.filterwarnings("ignore:num_heads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_layers(dtype, tmp_path):
     """Every option, in half precision as in PyTorch's float64 of rounded inputs and parameters."""
-    options = [{"kernel_size": 5, "num_heads": 2} | given for given in OPTIONS]
+    options = [{"kernel_size": 5, "num_heads": 2} | given for given in OPTIONS[:: 1 if dtype == torch.float32 else 4]]
     layers = Together([sasa.RelativeSelfAttention(6, 8, **given) for given in options], [6] * len(options))
     layers = layers.to(dtype).eval()
     sasa.export.to_onnx(layers, torch.zeros(1, 6, 12, 10, dtype=dtype), tmp_path / "layers.onnx")
@@ -107,7 +107,8 @@ def test_other_modules(tmp_path):
         stem.norm.running_var.uniform_(0.5, 2)
         stem.norm.weight.normal_()
     converted = [
-        sasa.convert(Small(), 3, 2, where=lambda name, module: True, keep_function=keep) for keep in (False, True)
+        sasa.convert(Small(), 3, where=lambda name, module: True, **given)
+        for given in ({"num_heads": 2}, {"keep_function": True})
     ]
     modules = Together([Attend(), stem, *converted], [20, 3, 3, 3]).eval()
     sasa.export.to_onnx(modules, torch.zeros(1, 20, 18, 13), tmp_path / "modules.onnx")

@@ -71,7 +71,7 @@ class Heads(NamedTuple):
 
 def constant(values: Any, dtype: Any = np.int64) -> Value:
     """A constant of the graph."""
-    return op.Constant(value=ir.tensor(np.ascontiguousarray(np.array(values, dtype=dtype))))
+    return op.Constant(value=ir.tensor(np.array(values, dtype=dtype, order="C")))
 
 
 def axis_of(size: Value, kernel: int, stride: int, dilation: int, border: str) -> Axis:
@@ -83,7 +83,7 @@ def axis_of(size: Value, kernel: int, stride: int, dilation: int, border: str) -
     before, unused = (0, (kernel - 1) * dilation) if border == "valid" else (centre, 0)
     outputs = op.Add(op.Div(op.Sub(size, constant([1 + unused])), constant([stride])), constant([1]))
     blocks = op.Div(op.Add(outputs, constant([block * phases - 1])), constant([block * phases]))
-    numbers = op.Range(constant(0), op.Squeeze(blocks), constant(1))
+    numbers = op.Range(constant(0), op.Squeeze(blocks, constant([0])), constant(1))
     starts = op.Reshape(op.Mul(numbers, constant([block * step * dilation])), constant([-1, 1, 1]))
     first_of_phase = np.arange(phases)[:, None] * stride
 

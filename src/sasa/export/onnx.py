@@ -78,7 +78,7 @@ def to_onnx(
             )
     except torch.onnx.errors.OnnxExporterError as error:
         cause = error.__cause__ or error
-        if isinstance(cause, size_is_bound()):
+        if isinstance(cause, size_is_bound()) or "Dim.DYNAMIC" in str(cause):
             raise size_error(cause) from error
         raise ValueError(f"model: can't be exported to ONNX: {cause}") from error
     if program is None:
