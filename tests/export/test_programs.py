@@ -32,11 +32,11 @@ def network_with_stem():
     return network.eval()
 
 
-@pytest.mark.parametrize("implementation", [None, "reference"])
-def test_programs_of_any_size(implementation, tmp_path):
+@pytest.mark.parametrize("chosen", [None, "reference"])
+def test_programs_of_any_size(chosen, tmp_path):
     network, path = network_with_stem(), tmp_path / "program.pt2"
     facts = {"classes": ["a"], "mean": [0.5]}
-    sasa.export.to_program(network, torch.zeros(1, 3, 20, 24), path, implementation=implementation, metadata=facts)
+    sasa.export.to_program(network, torch.zeros(1, 3, 20, 24), path, implementation=chosen, metadata=facts)
     files = {"sasa.json": ""}
     program = torch.export.load(path, extra_files=files).module()
     assert json.loads(files["sasa.json"]) == {"classes": '["a"]', "mean": "[0.5]"}
