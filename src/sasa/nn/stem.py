@@ -172,7 +172,8 @@ class AttentionStem(ConvolutionLike):
         if torch.compiler.is_exporting() and not self.norm.training:
             y, seen = attend_in_padded_blocks(x, *self._tensors(), self.num_heads, self.block_size)
             y = self.norm(y).masked_fill(~seen, float("-inf")).amax(2)
-            return y.unflatten(2, [-(-pixels // self.block_size) for pixels in x.shape[2:]])
+            # Not -(-pixels // size): ONNX rounds quotients towards zero.
+            return y.unflatten(2, [(pixels + self.block_size - 1) // self.block_size for pixels in x.shape[2:]])
         factor, offset = self._normalisation()
         heights, widths = cuts(x.shape[2], self.block_size), cuts(x.shape[3], self.block_size)
         if len(heights) == len(widths) == 1 and not torch.compiler.is_compiling():
