@@ -24,6 +24,9 @@ EXTRAS += (
     "tensorboard",
     "webdataset",
     "datasets",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 )
 
 WITH_TORCH_ALONE = f"""
@@ -52,6 +55,8 @@ layer = sasa.RelativeSelfAttention(4, 8, 3, 2)
 layer(torch.randn(1, 4, 5, 5)).sum().backward()
 layer.attention_weights(torch.randn(1, 4, 5, 5))
 sasa.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 8, 3)))
+import sasa.export
+sasa.export.fold_batch_norms(layer.eval())
 from sasa.cli import main
 raise SystemExit(main(["info"]))
 """)
@@ -99,7 +104,7 @@ def test_importing_sasa_imports_no_extra_and_nothing_slow():
     assert done.stdout.strip() == "set()"
 
 
-ORDER = ("ops", "nn", "models", "train", "viz", "study")
+ORDER = ("ops", "nn", "models", "train", "viz", "study", "export")
 
 
 @pytest.mark.parametrize("order", ["import sasa, torch.utils.flop_counter", "import torch.utils.flop_counter, sasa"])
@@ -124,6 +129,7 @@ ALLOWED = {
     "viz": ("ops", "nn"),
     "train": ("ops", "nn", "models", "viz"),
     "study": ("ops", "nn", "models", "viz", "train"),
+    "export": ("ops", "nn", "models", "train"),
 }
 
 

@@ -1,12 +1,14 @@
 """ONNX files give the network's numbers in onnxruntime, whatever the size of batch and image."""
 
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import nn
-from torch.export import Dim
 
 import sasa
 import sasa.export
@@ -155,22 +157,30 @@ def test_fixed_sizes_and_metadata(tmp_path):
     assert_same(path, layer, 4, sizes=((1, 9, 8),))
 
 
-@pytest.mark.parametrize("translated", [True, False])
-def test_called_directly(translated, tmp_path, monkeypatch):
-    """With sasa.export imported, and by someone who knows nothing of it: then as the equation's operations."""
-    from sasa.ops import exporting
+DIRECTLY = """
+import sys, torch, sasa
+assert "onnxscript" not in sys.modules
+layer = sasa.RelativeSelfAttention(4, 8, 3, 2, pool=2).eval()
+shapes = ({0: "batch", 2: "height", 3: "width"},)
+for parameter in layer.parameters():
+    parameter.requires_grad_(len(sys.argv) > 2)  # then the projections are a convolution of their own
+x = torch.zeros(2, 4, 9, 8)
+program = torch.onnx.export(layer, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False, input_names=["images"])
+program.save(sys.argv[1])
+torch.save(layer, sys.argv[1] + ".pt")
+"""
 
-    monkeypatch.setattr(exporting, "_translated", translated)
-    layer = sasa.RelativeSelfAttention(4, 8, 3, 2, pool=2).eval()
-    shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
-    path = tmp_path / "layer.onnx"
-    with torch.no_grad():
-        program = torch.onnx.export(
-            layer, (torch.zeros(2, 4, 9, 8),), dynamo=True, dynamic_shapes=shapes, verbose=False, input_names=["images"]
-        )
-    program.save(path)
-    assert any(node.op_type == "Scan" for node in onnx.load(path).graph.node) == translated
-    assert_same(path, layer, 4)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracked", [False, True])
+def test_called_directly(tracked, tmp_path):
+    """``torch.onnx.export`` by someone who knows nothing of ``sasa.export``."""
+    path = str(tmp_path / "layer.onnx")
+    line = [sys.executable, "-c", DIRECTLY, path, *(["tracked"] if tracked else [])]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [node.op_type for node in onnx.load(path).graph.node].count("Scan") == 1
+    assert_same(path, torch.load(path + ".pt", weights_only=False), 4)
 
 
 def test_table():

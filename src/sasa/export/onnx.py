@@ -21,7 +21,7 @@ OPSETS = (18, 23)
 def onnx_translations() -> dict[Callable, Callable]:
     """What sasa's operators are in ONNX, for ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)``.
 
-    Importing :mod:`sasa.export` registers these; the table is for exporters that share no process with it.
+    PyTorch's exporter needs no table: it finds these where sasa was imported. The table is for other exporters.
 
     Raises:
         ImportError: onnx or onnxscript is not installed; both come with the extra ``export``.

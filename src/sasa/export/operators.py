@@ -11,7 +11,6 @@ import onnx_ir as ir
 import torch
 from onnxscript.function_libs.torch_lib.registration import torch_op
 
-from ..ops.exporting import translations_are_registered
 from .lowering import Heads, Value, attention, constant, op
 
 if TYPE_CHECKING:
@@ -136,4 +135,3 @@ TRANSLATIONS: dict[Any, Callable] = {
 # Tells the exporter of this process, so that ``torch.onnx.export`` needs no table.
 for _operator, _translation in TRANSLATIONS.items():
     torch_op(_operator.name(), trace_only=True)(_translation)
-translations_are_registered()

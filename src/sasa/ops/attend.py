@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import checks, equation
 from .autograd import apply, is_transformed, is_transformed_forward, needs_gradient
-from .exporting import to_onnx_by_equation
 from .implementations import is_the_equation
 from .memory_format import in_format_of
 from .operators import LOCAL, PROJECTED, by_head
@@ -74,7 +73,6 @@ def attend(
     if x.dim() == 3:
         return attend(x.unsqueeze(0), weight, bias, row, col, *options, recompute).squeeze(0)
     by_equation = is_the_equation(implementation) or is_transformed() or is_transformed_forward()
-    by_equation = by_equation or to_onnx_by_equation()
     tracked = needs_gradient(x, weight, bias, row, col)
     if weight is not None and (
         by_equation  # then PyTorch's own convolution projects, which has every derivative
@@ -114,7 +112,7 @@ def attend_heads(
         query.shape[3:], kernel_size, stride, dilation, border
     )
     row, col = _taps(row, rows), _taps(col, cols)
-    if is_the_equation(implementation) or to_onnx_by_equation():
+    if is_the_equation(implementation):
         with without_autocast(query):
             window = window_of(query, kernel_size, stride, dilation, border)
             y = equation.attention(query, key, value, row, col, window, scale)
