@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from sasa.export import fold_batch_norms
 
 from .cases import COMPILED, PRECISIONS, TARGET, Case, Device, Pace, Part, RefusedError
 from .clock import with_rate
@@ -91,28 +92,12 @@ def images(name: str, problem: NetworkProblem, device: str) -> Tensor:
     return torch.randn(problem.batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
 
-def folded(network: nn.Module) -> nn.Module:
-    """The network in evaluation mode without the batch norms that come straight behind a convolution."""
-    network.eval()
-    for module in network.modules():
-        children = dict(module.named_children())
-        names = list(children)
-        sequential = isinstance(module, nn.Sequential)
-        for index, name in enumerate(names):
-            norm = names[index + 1] if sequential and index + 1 < len(names) else name.replace("conv", "bn")
-            pair = children[name], children.get(norm)
-            if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(*pair))
-                setattr(module, norm, nn.Identity())
-    return network
-
-
 def build(case: Case, peer: str, device: Device) -> Call:
     """Logits, or the loss of one training step."""
     if case.compiled and device.quick:
         raise RefusedError("nothing is compiled in --quick")
     network = network_of(peer)
-    network = folded(network) if case.mode == "folded" else network.train(case.mode == "training")
+    network = fold_batch_norms(network.eval()) if case.mode == "folded" else network.train(case.mode == "training")
     network = network.to(device.name, memory_format=torch.channels_last)
     x = images(peer, case.problem, device.name)
     function = torch.compile(network, dynamic=False) if case.compiled else network
@@ -148,7 +133,7 @@ def check(case: Case, peer: str, call: Call, device: Device) -> float | None:
         return None
     PRECISIONS["float32"].allow()
     own, right = (network_of(peer).to(device.name) for _ in range(2))
-    own = folded(own) if case.mode == "folded" else own.eval()
+    own = fold_batch_norms(own.eval()) if case.mode == "folded" else own.eval()
     right = right.eval().double()
     for module in right.modules():
         if hasattr(module, "implementation"):

@@ -40,6 +40,7 @@ MEASURES = {
     "scaling": (Measure("relative", "seconds a pixel (and tap), relative to the median", "{:.2f}", False),),
     "networks": (Measure("images_per_second", "images a second", "{:.1f}", False), MEMORY),
     "calls": (TIME,),
+    "export": (TIME, MEMORY),
 }
 TITLES = {
     "ceiling": "What the device does at best",
@@ -50,6 +51,7 @@ TITLES = {
     "stages": "Attention alone in a ResNet-50's stages",
     "scaling": "Attention alone, forward: equal bars are linear",
     "networks": "Whole networks",
+    "export": "Exported layers and networks",
     "calls": "What a call costs: 8 channels, 3x3, an image of 2x2 pixels, one thread",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import attention, ceiling, layer, networks, stem
+from . import attention, ceiling, exported, layer, networks, stem
 from .cases import Device, Part, Step
 
 PARTS: dict[str, Part] = {
@@ -17,6 +17,7 @@ PARTS: dict[str, Part] = {
     "scaling": attention.SCALING_PART,
     "networks": networks.PART,
     "calls": layer.CALLS_PART,
+    "export": exported.PART,
 }
 
 

@@ -70,6 +70,7 @@ COLUMNS = {
         Column("times sasa_resnet50_convstem's time (lowest to highest)", number("ratio")),
         Column("peak GB", number("peak_gigabytes")),
     ),
+    "export": (TIME, RATIO, MEMORY),
     "calls": (
         Column("µs", number("seconds", "{:.0f}", 1e6)),
         Column("times the convolution's (lowest to highest)", number("ratio")),

@@ -3,6 +3,9 @@
 Source: Ramachandran et al., *Stand-Alone Self-Attention in Vision Models*, NeurIPS 2019, arXiv 1906.05909.
 """
 
+import importlib
+
+from ._when_imported import when_imported
 from .nn.attention_conv import AttentionConv2d
 from .nn.conversion_report import ConversionReport
 from .nn.convert import conversion_report, convert
@@ -24,3 +27,6 @@ __all__ = [
     "local_attention_weights",
     "save_converted",
 ]
+
+# What PyTorch's exporter to ONNX imports when it collects its translations: sasa's join them then.
+when_imported("onnxscript.function_libs.torch_lib.ops", lambda _: importlib.import_module("sasa.export.operators"))

@@ -5,7 +5,7 @@ Whoever moves to another version of PyTorch looks here first: see ``docs/dev/new
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as transforms_active  # noqa: F401
@@ -15,6 +15,9 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch._ops import OpOverload  # noqa: F401
 from torch.autograd import profiler
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 # below_autograd: an operator with a kernel of its own for the Autograd key calls its next kernel within it; Python has
 # no public redispatch.
@@ -64,3 +67,17 @@ def computes_as_conv2d(conv: nn.Conv2d) -> bool:
     """Whether the module's class overrides none of the methods by which ``torch.nn.Conv2d`` computes."""
     names = ("__call__", "forward", "_conv_forward")
     return all(getattr(type(conv), name) is getattr(nn.Conv2d, name) for name in names)
+
+
+def compile_package(program: ExportedProgram, path: str, metadata: dict[str, str]) -> None:
+    """AOTInductor's package of a program; documented, but only under private modules."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=path, inductor_configs={"aot_inductor.metadata": metadata})
+
+
+def size_is_bound() -> type[Exception]:
+    """What ``torch.export.export`` raises for a network whose code is bound to a size that should vary."""
+    from torch._dynamo.exc import UserError
+
+    return UserError

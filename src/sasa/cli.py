@@ -25,6 +25,7 @@ commands:
   train   train a network on images (the packaged ones, or --data DIR), on one machine or many
   eval    measure a trained network's accuracy
   predict classify a folder of images into a table
+  export  write a trained network as ONNX, an exported program or a compiled package
   study   train a grid of networks, options and seeds, and gather what came out
   explore point at a pixel, and see what the network sees: a page, saved or served to this machine
   demo    train attention and its convolutional twin side by side, and draw what attention sees
@@ -32,7 +33,7 @@ commands:
 sasa COMMAND --help lists the options."""
 
 PACKAGES = ("triton", "torchvision", "timm", "lightning", "torchmetrics", "torchinfo", "safetensors", "matplotlib")
-PACKAGES += ("datasets", "scipy", "starlette", "uvicorn")
+PACKAGES += ("datasets", "scipy", "onnx", "onnxscript", "onnxruntime", "starlette", "uvicorn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,6 +150,7 @@ COMMANDS: dict[str, Callable[[str, list[str]], int]] = {
     "train": _call("sasa.train.command", "train"),
     "eval": _call("sasa.train.command", "evaluate"),
     "predict": _call("sasa.train.command", "predict"),
+    "export": _call("sasa.export.command", "export"),
     "study": _call("sasa.study.command", "study"),
     "explore": _call("sasa.explore.command", "command"),
     "demo": _call("sasa.train.command", "demo"),

@@ -29,6 +29,7 @@ STAGES = (1, 2, 3, 4)
 STEM_WIDTH = 64
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _PLACE = ("device", "dtype")  # arguments that say where the parameters are, not what network it is
+_OF_TIMM = ("architecture", "pretrained_cfg", "model_args")  # what timm reads of a configuration
 _OF_THE_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 # torch.fx (timm's feature extraction with it) takes the layers as they are: what they compute depends on their input.
@@ -146,6 +147,7 @@ class SasaResNet(
             )
         config = {k: v for k, v in hub_config(self).items() if k not in _PLACE}
         config |= {"num_classes": self.num_classes, "global_pool": self.global_pool.pool_type}
+        config |= _for_timm(self, config)
         return super().save_pretrained(save_directory, config=config, **kwargs)
 
     @classmethod
@@ -182,7 +184,7 @@ class SasaResNet(
         cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs: Any
     ) -> SasaResNet:
         """Called by the mixin, with the configuration and what it knows of the Hub."""
-        arguments = {name: value for name, value in kwargs.items() if name not in _OF_THE_HUB}
+        arguments = {name: value for name, value in kwargs.items() if name not in (*_OF_THE_HUB, *_OF_TIMM)}
         model = cls(**arguments).to(map_location)
         file = Path(model_id) / WEIGHTS
         try:
@@ -194,6 +196,16 @@ class SasaResNet(
         except RuntimeError as error:  # names all that is missing, unknown or of another shape
             raise ValueError(f"{file}: weights of another network. {error}") from error
         return model.eval()
+
+
+def _for_timm(network: SasaResNet, config: dict[str, Any]) -> dict[str, Any]:
+    """What ``timm.create_model("local-dir:FOLDER")`` reads: an entry point, its arguments, how to prepare images."""
+    cfg = dict(getattr(network, "pretrained_cfg", None) or _configuration(config.get("attention_stem", True)))
+    name = cfg.pop("architecture", None)
+    name = name if name in PAPER_MODELS else next(iter(PAPER_MODELS))
+    cfg |= {"num_classes": network.num_classes}
+    kept = {key: value for key, value in cfg.items() if value is not None and key not in ("file", "url", "source")}
+    return {"architecture": name, "pretrained_cfg": kept, "model_args": dict(config)}
 
 
 def _checked_stages(stages: Sequence[int]) -> tuple[int, ...]:

@@ -75,7 +75,8 @@ def attend_by_taps(
     some = functools.partial(_some_heads, kernel_size, stride, dilation, border, groups, implementation)
     if recompute and needs_gradient(x, query, key, row, col, weight) and not is_transformed():
         some = functools.partial(checkpoint, some, use_reentrant=False, preserve_rng_state=False)
-    step = max(1, -(-_PLANES // max(1, x.shape[0])))
+    # Exported programs take all at once: steps would bind them to the size of the batch.
+    step = heads if torch.compiler.is_exporting() else max(1, -(-_PLANES // max(1, x.shape[0])))
     output = None
     for first in range(0, heads, step):
         part = slice(first, first + step)

@@ -53,7 +53,7 @@ def same_pads(
     """TensorFlow's "same" padding of an image: an output of ceil(n / stride) pixels, the odd pixel after the image."""
     pads: list[int] = []
     for n, k, s, d in zip(size[::-1], kernel_size[::-1], stride[::-1], dilation[::-1], strict=True):
-        total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+        total = max(((n + s - 1) // s - 1) * s + d * (k - 1) + 1 - n, 0)
         pads += total // 2, total - total // 2
     return pads[0], pads[1], pads[2], pads[3]
 

@@ -211,6 +211,11 @@ class AttentionStem(ConvolutionLike):
 
     def _pooled(self, x: Tensor) -> Tensor:
         """Attention, batch norm and max pool."""
+        if torch.compiler.is_exporting() and not self.norm.training:
+            y, seen = attend_in_padded_blocks(x, *self._tensors(), self.num_heads, self.block_size)
+            y = self.norm(y).masked_fill(~seen, float("-inf")).amax(2)
+            # Not -(-pixels // size): ONNX rounds quotients towards zero.
+            return y.unflatten(2, [(pixels + self.block_size - 1) // self.block_size for pixels in x.shape[2:]])
         factor, offset = self._normalisation()
         heights, widths = cuts(x.shape[2], self.block_size), cuts(x.shape[3], self.block_size)
         if len(heights) == len(widths) == 1 and not torch.compiler.is_compiling():
@@ -306,6 +311,37 @@ def attend_in_blocks(
         rows.append(torch.cat(parts, 2))
         top += height[0] * height[1]
     return torch.cat(rows, 1).permute(0, 3, 1, 2)
+
+
+def attend_in_padded_blocks(
+    x: Tensor, qk: Tensor, value: Tensor, row: Tensor, col: Tensor, mixture: Tensor, num_heads: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Attention inside blocks in plain PyTorch, for exported programs: the same code whatever the image's edges cut.
+
+    Each place in a block has its own projection, q, k and the mixed v, so that all are one grouped convolution of the
+    blocks. The image is padded to whole blocks; no pixel attends to the padding.
+
+    Returns:
+        (B, out_channels, size², blocks), and (size², blocks) whether a pixel is inside the image.
+    """
+    height, width = x.shape[-2:]
+    rows, cols = (height + size - 1) // size, (width + size - 1) // size
+    x = F.pixel_unshuffle(F.pad(x, (0, cols * size - width, 0, rows * size - height)), size)
+    x = x.unflatten(1, (-1, size * size)).transpose(1, 2).flatten(1, 2)  # place by place
+    places, channels = size * size, value.shape[1]
+    mixed = torch.einsum(
+        "abm,moc->aboc", mixture_weights(row, col, mixture), value.view(mixture.shape[1], -1, channels)
+    )
+    weight = torch.cat((qk.flatten(1).expand(places, -1, -1), mixed.flatten(0, 1).to(qk.dtype)), 1)
+    qkv = F.conv2d(x, weight.reshape(-1, channels, 1, 1), groups=places).flatten(2)
+    qkv = qkv.unflatten(1, (places, 3 * num_heads, -1)).permute(0, 4, 2, 1, 3)  # (B, blocks, 3·N, size², D)
+    query, key, value = qkv.clone(memory_format=torch.contiguous_format).chunk(3, 2)
+    inside_ah = torch.arange(size, device=x.device)[:, None] + torch.arange(rows, device=x.device) * size < height
+    inside_bw = torch.arange(size, device=x.device)[:, None] + torch.arange(cols, device=x.device) * size < width
+    seen = (inside_ah[:, None, :, None] & inside_bw[None, :, None, :]).flatten(2).flatten(0, 1)
+    logits = (query @ key.transpose(3, 4)).to(torch.promote_types(x.dtype, torch.float32))
+    p = logits.masked_fill(~seen.t()[:, None, None, :], float("-inf")).softmax(-1).to(x.dtype)
+    return (p @ value).permute(0, 2, 4, 3, 1).clone(memory_format=torch.contiguous_format).flatten(1, 2), seen
 
 
 def attend_in_equal_blocks(

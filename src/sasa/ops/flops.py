@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import math
-import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 
+from .._when_imported import when_imported
 from .window import Axis, window
 
 _COUNTER = "torch.utils.flop_counter"
@@ -96,10 +94,7 @@ def register() -> None:
 
     Importing it here would import Triton with it, which takes five times as long as all of sasa.
     """
-    if _COUNTER in sys.modules:
-        _register_with(sys.modules[_COUNTER])
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+    when_imported(_COUNTER, _register_with)
 
 
 def _register_with(counter: ModuleType) -> None:
@@ -109,29 +104,3 @@ def _register_with(counter: ModuleType) -> None:
     counter.register_flop_formula(torch.ops.sasa.projected_attention_backward)(projected_backward_flops)
     counter.register_flop_formula(torch.ops.sasa.block_attention)(blocks_forward_flops)
     counter.register_flop_formula(torch.ops.sasa.block_attention_backward)(blocks_backward_flops)
-
-
-class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets the counter be found and loaded as ever, then registers, and steps aside."""
-
-    _loader: importlib.abc.Loader
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            self._loader = spec.loader
-            spec.loader = self
-        return spec
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _register_with(module)

@@ -34,7 +34,7 @@ def gather(out: Path) -> dict[str, Any]:
     Raises:
         StudyError: there is no study.
     """
-    from ..train.checkpoints import write_whole
+    from .._files import write_whole
     from .plot import plot
 
     if not (out / "plan.json").is_file():

@@ -116,6 +116,6 @@ def _check_same(plan: StudyPlan, path: Path, out: Path) -> None:
 
 
 def _write(path: Path, value: Any) -> None:
-    from ..train.checkpoints import write_whole
+    from .._files import write_whole
 
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())

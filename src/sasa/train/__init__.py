@@ -13,8 +13,8 @@ from .errors import DataError, NonFiniteLoss, OptionError, OutputError, Stopped,
 from .recipe import Recipe  # noqa: E402
 
 if TYPE_CHECKING:
-    from .export import load_model
     from .fit import Result, train
+    from .weights import load_model
 
 __all__ = [
     "DataError",
@@ -29,7 +29,7 @@ __all__ = [
     "train",
 ]
 
-_HEAVY = {"Result": ".fit", "load_model": ".export", "train": ".fit"}
+_HEAVY = {"Result": ".fit", "load_model": ".weights", "train": ".fit"}
 
 
 def __getattr__(name: str) -> Any:

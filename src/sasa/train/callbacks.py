@@ -18,8 +18,9 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
+from .._files import write_whole
 from .batch import Batch
-from .checkpoints import checkpoint_path, checkpoints, save_checkpoint, write_whole
+from .checkpoints import checkpoint_path, checkpoints, save_checkpoint
 from .errors import NonFiniteLoss, OutputError, Stopped
 from .launch import SIGNALS
 

@@ -1,4 +1,4 @@
-"""Files and checkpoints that are complete or absent: written beside, synced, renamed. And the newest sound one."""
+"""Checkpoints that are complete or absent, and the newest sound one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import hashlib
 import io
-import os
 import re
 import time
 import warnings
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from .._files import write_whole
 from .errors import OutputError
 
 KEPT = 3
@@ -74,27 +74,6 @@ def newest_whole(out: Path, tell: Callable[[str], None] = warnings.warn) -> Path
             return path
         tell(f"{path} can't be used ({reason}); falling back to the one before")
     return None
-
-
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that it has all of the bytes or its former ones, whatever happens meanwhile."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # some file systems can't sync folders
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 @contextlib.contextmanager

@@ -42,9 +42,9 @@ def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 
 
     from ..viz import plot_attention, plot_curves
     from .data import ImageData
-    from .export import load_model
     from .fit import train
     from .sources import open_source
+    from .weights import load_model
 
     # Without augmentation: it pays only with more epochs than a demonstration has.
     recipe = Recipe(data=data, epochs=epochs, seed=seed, augment="none", devices=1)

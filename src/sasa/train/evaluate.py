@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import write_whole
+from .._files import write_whole
 from .errors import DataError, OutputError
 from .folder import check_folder
 from .recipe import Precision, Recipe
@@ -118,7 +118,7 @@ def trained(weights: Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         DataError: there is none.
     """
-    from .export import load_model
+    from .weights import load_model
 
     try:
         return load_model(weights)

@@ -20,12 +20,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from rich.console import Console
 from torch import nn
 
+from .._files import write_whole
 from ..models import count_flops, create_model
 from .callbacks import CheckpointFiles, FiniteLoss, SaveAndStop, Watch
-from .checkpoints import alone_in, checkpoints, step_of, write_whole
+from .checkpoints import alone_in, checkpoints, step_of
 from .data import ImageData
 from .errors import OptionError, OutputError
-from .export import save_weights
 from .folder import (
     CHECKSUM,
     DATA,
@@ -47,6 +47,7 @@ from .module import Classifier, ShardedClassifier
 from .order import seed_everything
 from .recipe import Recipe, Resume
 from .sources import Source, open_source
+from .weights import save_weights
 
 
 def train(

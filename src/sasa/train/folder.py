@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import FOLDER, newest_whole, step_of, write_whole
+from .._files import write_whole
+from .checkpoints import FOLDER, newest_whole, step_of
 from .errors import DataError, OptionError, OutputError
 from .recipe import FREE_TO_CHANGE, Recipe
 

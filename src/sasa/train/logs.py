@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from .checkpoints import write_whole
+from .._files import write_whole
 
 COLUMNS = (
     "epoch",

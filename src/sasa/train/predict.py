@@ -14,7 +14,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import alone_in, write_whole
+from .._files import write_whole
+from .checkpoints import alone_in
 from .errors import DataError, OptionError, OutputError
 from .recipe import Precision, Recipe
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from .._files import write_whole
 from ..models import MODELS, create_model
-from .checkpoints import write_whole
 
 LARGEST = 10_000
 """Side in pixels of images that a weights file may ask for."""

@@ -1,0 +1,7 @@
+"""Networks for where PyTorch's modules can't go: ONNX, exported programs, compiled packages; and batch norm folded."""
+
+from .folding import fold_batch_norms
+from .onnx import onnx_translations, to_onnx
+from .program import to_aoti, to_program
+
+__all__ = ["fold_batch_norms", "onnx_translations", "to_aoti", "to_onnx", "to_program"]
