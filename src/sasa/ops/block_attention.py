@@ -44,6 +44,7 @@ def is_fast(x: Tensor, block_size: int, implementation: str | None) -> bool:
         implementation in (None, "cpu")
         and cpu_blocks.supports(x, block_size)
         and not (is_active("cpu") or is_transformed() or is_transformed_forward())
+        and not torch.onnx.is_in_onnx_export()  # ONNX has operations for local attention, and blocks are a case of it
         and (torch.compiler.is_compiling() or cpu_blocks.is_available())  # compiled code leaves that to the operator
     )
 

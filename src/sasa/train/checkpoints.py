@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import io
+import os
 import re
 import time
 import warnings
