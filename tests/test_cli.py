@@ -66,7 +66,7 @@ def test_help_lists_the_commands(capsys):
     [
         (
             ["trian"],
-            "sasa: error: expected one of info, tables, train, eval, predict, export, study, explore, demo, got 'trian'",
+            f"sasa: error: expected one of {', '.join(COMMANDS)}, got 'trian'",
         ),
         (["info", "--all"], "takes no options, got --all"),
         (["tables", "--all"], "takes no options, got --all"),
