@@ -10,7 +10,8 @@ template <int N>
 using Lanes = std::integral_constant<int, N>;
 
 // Half-wide vectors where they leave fewer lanes idle: they do more than half of the work of wide ones. Where queries,
-// keys and values are projected, the heads of one image must fill the vectors.
+// keys and values are projected, the heads of one image must fill the vectors; half-wide ones let threads share the
+// heads of few images, where sharing rows would have them project many keys twice.
 template <class S>
 constexpr int kLanes = kVectorBytes / int(sizeof(typename Compute<S>::T));
 
@@ -18,8 +19,12 @@ template <class S>
 int lanes_for(const sasa_problem& p) {
   constexpr int P = kLanes<S>;
   if (kVectorBytes == 16) return P;
-  if (p.projection != nullptr) return p.heads % P == 0 ? P : P / 2;
   const int64_t planes = p.batch * p.heads;
+  if (p.projection != nullptr) {
+    const int64_t shares = ceil_div(p.threads, ceil_div(planes, P)), rows = ceil_div(p.rows.outputs, shares);
+    const int64_t seen = lesser(p.rows.size, pixels_under(p.rows, rows));
+    return p.heads % P != 0 || (shares > 1 && 3 * seen * shares > 4 * p.rows.size) ? P / 2 : P;
+  }
   return 10 * ceil_div(planes, P) > 6 * ceil_div(planes, P / 2) ? P / 2 : P;
 }
 

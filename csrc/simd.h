@@ -166,7 +166,8 @@ SASA_INLINE typename W::V exp_of_negative(typename W::V x) {
 #endif
 }
 
-// w = exp(w - shift), for w <= shift; returns the sum. Half-wide vectors are computed two at a time.
+// w = exp(w - shift), for w <= shift; returns the sum. Half-wide vectors are computed two at a time, and wide ones
+// added in the same order: how many lanes a vector has makes no difference.
 template <class W>
 SASA_INLINE typename W::V exp_all(typename W::V* w, int64_t count, typename W::V shift) {
   using V = typename W::V;
@@ -188,10 +189,13 @@ SASA_INLINE typename W::V exp_all(typename W::V* w, int64_t count, typename W::V
     memcpy(halves, &sums, sizeof(sums));
     sum = halves[0] + halves[1];
   }
-  for (; i < count; ++i) {
-    w[i] = exp_of_negative<W>(w[i] - shift);
-    sum += w[i];
+  V even{}, odd{};
+  for (; i + 2 <= count; i += 2) {
+    even += w[i] = exp_of_negative<W>(w[i] - shift);
+    odd += w[i + 1] = exp_of_negative<W>(w[i + 1] - shift);
   }
+  sum += even + odd;
+  if (i < count) sum += w[i] = exp_of_negative<W>(w[i] - shift);
   return sum;
 }
 

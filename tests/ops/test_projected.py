@@ -326,10 +326,12 @@ def test_gradients_of_the_projections(name, shape):
 
 
 @pytest.mark.parametrize("pool", [1, 2])
-@pytest.mark.parametrize("batch", [3, 1])
-def test_bits_do_not_depend_on_the_number_of_threads(batch, pool):
-    args = tensors(width=16, inputs=32, size=(20, 13), dtype=torch.float32, batch=batch)
-    chosen = options(pool=pool)
+@pytest.mark.parametrize(("batch", "size"), [(3, (20, 13)), (1, (20, 13)), (1, (7, 7))], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(batch, size, pool):
+    """In a small image threads share the heads, whose vectors are half as wide then."""
+    kernel = (7, 7) if size == (7, 7) else (3, 5)
+    args = tensors(width=16, inputs=32, size=size, kernel=kernel, dtype=torch.float32, batch=batch)
+    chosen = options(pool=pool, kernel_size=kernel)
     vector = torch.randn_like(projected_attention(*args, **chosen))
     results = []
     before = torch.get_num_threads()
