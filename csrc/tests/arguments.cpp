@@ -2,6 +2,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include "../block_attention.h"
 #include "problem.h"
 
 #define SASA_ISA driver
@@ -203,10 +204,12 @@ void workspaces() {
 }
 
 void structures() {
-  const size_t sizes[] = {sizeof(sasa_tensor),  sizeof(sasa_embedding), sizeof(sasa_axis),  sizeof(sasa_projection),
-                          sizeof(sasa_problem), sizeof(sasa_gradients), sizeof(sasa_linear)};
-  for (int32_t i = 0; i < 7; ++i) expect(sasa_structure_size(i), int64_t(sizes[i]), "structure", i);
-  for (const int32_t i : {INT32_MIN, -1, 7, INT32_MAX}) expect(sasa_structure_size(i), -1, "structure", i);
+  const size_t sizes[] = {sizeof(sasa_tensor),         sizeof(sasa_embedding), sizeof(sasa_axis),
+                          sizeof(sasa_projection),     sizeof(sasa_problem),   sizeof(sasa_gradients),
+                          sizeof(sasa_linear),         sizeof(sasa_blocks),    sizeof(sasa_block_results),
+                          sizeof(sasa_block_gradients)};
+  for (int32_t i = 0; i < 10; ++i) expect(sasa_structure_size(i), int64_t(sizes[i]), "structure", i);
+  for (const int32_t i : {INT32_MIN, -1, 10, INT32_MAX}) expect(sasa_structure_size(i), -1, "structure", i);
 }
 
 }  // namespace
