@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,7 +83,7 @@ def bars(panel: Axes, named: dict[str, tuple[str, Figures]], measure: Measure, t
         value = figures.get(measure.key)
         if value is None:
             spot = {"transform": panel.get_yaxis_transform(), "va": "center"}
-            panel.text(0.01, place, figures.get("cannot", "")[:50], fontsize=7, style="italic", **spot)
+            panel.text(0.01, place, textwrap.shorten(figures.get("cannot", ""), 60), fontsize=7, style="italic", **spot)
             continue
         ends = [figures.get(f"{measure.key}_{end}", value) for end in ("lowest", "highest")]
         spread = [[value - ends[0]], [ends[1] - value]]

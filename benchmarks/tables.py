@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def part_table(part: str, found: Found) -> Listing:
             name = f"{peer}, {figures['size']}x{figures['size']}" if figures.get("size", 224) == 256 else peer
             cells = [column.cell(figures | {"precision": case.get("precision")}) for column in columns]
             if "cannot" in figures:
-                cells = [figures["cannot"][:80], *[""] * (len(columns) - 1)]
+                cells = [textwrap.shorten(figures["cannot"], 80), *[""] * (len(columns) - 1)]
             rows.append([case["case"], name, *cells])
     full = [index for index in range(len(columns)) if any(row[2 + index] for row in rows)]
     rows = [[*row[:2], *(row[2 + index] for index in full)] for row in rows]
