@@ -149,7 +149,7 @@ def targets_table(found: Found, device: str) -> Listing:
             by_machine.setdefault(described(found[part]["machine"]), []).append(part)
     lines = by_machine if len(by_machine) == 1 else [f"{', '.join(own)}: {name}" for name, own in by_machine.items()]
     header = ["figure", "to reach", "measured (lowest to highest)", "reached"]
-    return Listing(header, rows, "; ".join(f"{line}." for line in lines), 1)
+    return Listing(header, rows, f"{'; '.join(lines)}.", 1)
 
 
 def markdown(table: Listing) -> str:
