@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, equation
+from . import checks, equation, log_sum_exp
 from .autograd import apply, is_transformed, is_transformed_forward, needs_gradient
 from .implementations import is_the_equation
 from .memory_format import in_format_of
@@ -118,6 +118,29 @@ def attend_heads(
             y = equation.attention(query, key, value, row, col, window, scale)
         return in_format_of(query, y)
     return apply(LOCAL, (kernel_size, stride, dilation, border, scale, implementation), query, key, value, row, col)
+
+
+def attend_heads_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    kernel_size: Pair,
+    stride: Pair,
+    dilation: Pair,
+    border: str,
+    scale: float,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The same and the log-sum-exp of the logits, (B, N, H', W')."""
+    checks.scale_of(scale, query.dtype)
+    kernel_size, stride, dilation, (rows, cols) = checks.window_sizes(
+        query.shape[3:], kernel_size, stride, dilation, border
+    )
+    options = kernel_size, stride, dilation, border, scale, implementation
+    y, lse = log_sum_exp.attention_and_lse(options, query, key, value, _taps(row, rows), _taps(col, cols))
+    return in_format_of(query, y), lse
 
 
 def attend_weights(

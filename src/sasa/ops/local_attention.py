@@ -11,15 +11,52 @@ Source: Ramachandran et al., *Stand-Alone Self-Attention in Vision Models*, 2019
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 from torch import Tensor
 
 from . import checks
-from .attend import attend_heads, attend_weights
+from .attend import attend_heads, attend_heads_with_lse, attend_weights
 from .precision import autocast
 from .window import BORDERS
 
 Pair = int | Sequence[int]
+
+
+@overload
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Pair,
+    *,
+    row_embedding: Tensor | None = None,
+    col_embedding: Tensor | None = None,
+    stride: Pair = 1,
+    dilation: Pair = 1,
+    border: str = "zero",
+    scale: float = 1.0,
+    implementation: str | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Pair,
+    *,
+    row_embedding: Tensor | None = None,
+    col_embedding: Tensor | None = None,
+    stride: Pair = 1,
+    dilation: Pair = 1,
+    border: str = "zero",
+    scale: float = 1.0,
+    implementation: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def local_attention(
@@ -35,7 +72,8 @@ def local_attention(
     border: str = "zero",
     scale: float = 1.0,
     implementation: str | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Local self-attention: every query attends to the kh x kw window of keys around it.
 
     .. math::
@@ -61,9 +99,12 @@ def local_attention(
         implementation: ``None`` takes the fastest that supports the call. One asked for by name (see ``sasa info``) is
             never replaced by another: if it can't compute the call, an error is raised. ``"reference"`` is the equation
             itself, in PyTorch's own operations.
+        return_lse: whether to return the log-sum-exp of each query's logits too. With it, attention over several sets
+            of keys can be merged: the outputs weighed by the softmax of their log-sum-exps.
 
     Returns:
-        (B, N, Dv, H', W') in the memory format of ``query``. H' = floor((H - 1) / stride) + 1 for ``"zero"`` and
+        (B, N, Dv, H', W') in the memory format of ``query``; with ``return_lse`` also (B, N, H', W') in float32, or
+        float64 for float64, differentiable as the output is. H' = floor((H - 1) / stride) + 1 for ``"zero"`` and
         ``"mask"``; floor((H - (kh - 1)·dilation - 1) / stride) + 1 for ``"valid"``.
 
     Raises:
@@ -88,7 +129,8 @@ def local_attention(
     query, key, value, row_embedding, col_embedding = autocast(query, key, value, row_embedding, col_embedding)
     checks.same_kind(query=query, key=key, value=value, row_embedding=row_embedding, col_embedding=col_embedding)
     checks.shapes(query, key, value, row_embedding, col_embedding, sizes[0])
-    return attend_heads(query, key, value, row_embedding, col_embedding, *sizes, border, scale, implementation)
+    run = attend_heads_with_lse if checks.flag("return_lse", return_lse) else attend_heads
+    return run(query, key, value, row_embedding, col_embedding, *sizes, border, scale, implementation)
 
 
 def local_attention_weights(

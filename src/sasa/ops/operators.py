@@ -214,7 +214,7 @@ def _projected_equation(
     return average_pool(y.flatten(1, 2), pool)
 
 
-def _fold_heads(function, samples, in_dims, operator, options, tensors):
+def fold_heads(function, samples, in_dims, operator, options, tensors):
     """Samples become heads, which are independent of each other: dimension 1 of images, 0 of embeddings.
 
     The tensors are those of the forward or of the backward; the embeddings are the two before the last or at the end.
@@ -239,7 +239,7 @@ def _fold_heads(function, samples, in_dims, operator, options, tensors):
     return tuple(unfolded), tuple(0 if y.dim() == 2 else dim for y, dim in zip(unfolded, at, strict=True))
 
 
-LOCAL = Operator(_local, _local_backward, _local_equation, _fold_heads)
+LOCAL = Operator(_local, _local_backward, _local_equation, fold_heads)
 PROJECTED = Operator(_projected, _projected_backward, _projected_equation, None)
 
 register(_local.operator, LOCAL)
