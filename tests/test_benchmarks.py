@@ -86,21 +86,6 @@ def test_networks_agree_with_the_reference(name, mode):
     assert networks.check(case, name, lambda: (), HERE) < 1e-4
 
 
-@pytest.mark.parametrize("name", [networks.RESNET, "timm resnet50", "sasa_resnet50"])
-def test_batch_norms_behind_convolutions_are_folded(name):
-    network = networks.network_of(name)
-    for module in network.modules():  # statistics that matter
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    x = networks.images(name, networks.NetworkProblem(1, 64), "cpu")
-    with torch.no_grad():
-        expected = network.eval()(x)
-        torch.testing.assert_close(networks.folded(network)(x), expected, rtol=1e-3, atol=1e-3)
-    left = [n for n, m in network.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert len(left) == (17 if name == "sasa_resnet50" else 0)
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_training_step_trains(precision):
     case = Case("networks", "a case", "training", networks.NetworkProblem(2, 64), (), precision)

@@ -149,9 +149,8 @@ def test_mistakes_on_the_command_line_are_a_line(nothing_trained, capsys, argume
 
 
 def test_a_network_without_attention_is_named(tmp_path, capsys, network):
-    from sasa.train.export import save_weights
-
     from sasa.models import create_model
+    from sasa.train.weights import save_weights
 
     facts = network.facts | {"model": "resnet14", "model_options": {}}
     save_weights(create_model("resnet14", 10, 1), tmp_path / "model.safetensors", facts)
