@@ -334,6 +334,7 @@ def test_on_a_cpu_every_measurement_has_a_process_of_its_own(tmp_path, monkeypat
 # The command.
 
 
+@pytest.mark.nightly
 def test_a_rehearsal_measures_one_part_and_leaves_others_as_they_are(tmp_path):
     (tmp_path / "layer-cpu.json").write_text('{"cases": []}')
     (tmp_path / "targets-cpu.json").write_text("[]")

@@ -106,6 +106,7 @@ def test_importing_sasa_imports_no_extra_and_nothing_slow():
 ORDER = ("ops", "nn", "models", "train", "viz", "study", "explore", "export")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("order", ["import sasa, torch.utils.flop_counter", "import torch.utils.flop_counter, sasa"])
 def test_flops_are_known_whichever_is_imported_first(order):
     code = f"""

@@ -180,6 +180,7 @@ def test_exported_layer(name, pool, border, strict):
         assert_same(program.module(), layer, torch.randn(size))
 
 
+@pytest.mark.nightly
 def test_exported_paper_network():
     network = create_model("sasa_resnet26").eval()
     dims = {
@@ -207,6 +208,7 @@ except ImportError:
 """
 
 
+@pytest.mark.nightly
 def test_a_program_of_the_equation_loads_without_sasa(tmp_path):
     network = nn.Sequential(layer_of(implementation="reference", pool=2), nn.Conv2d(8, 4, 1))
     x = torch.randn(2, 4, 8, 9)

@@ -258,6 +258,7 @@ def test_what_is_not_finite_stays_in_the_windows_that_see_it(border, spoil, by, 
         torch.testing.assert_close(y[x.isfinite()], x[x.isfinite()], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled(1)
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_geometry(data, variant):
