@@ -1,6 +1,6 @@
 # make demo   train attention and its convolutional twin on the packaged images, and draw what they see
 # make check  in under three minutes: lint, types and a sample of the unit tests
-# make test   the whole test suite, the C++ kernels under sanitizers first
+# make test   the test suite, the C++ kernels under sanitizers first; of the slowest tests a sample (.ci/nightly: all)
 # make bench  measure and write benchmarks/results/; make bench-gpu: on a GPU
 # make zoo    convert other people's networks, 243 of them, and write docs/zoo.md
 # make lint   ruff, pyright and clang-format

@@ -107,17 +107,12 @@ def attend_heads(
     implementation: str | None,
 ) -> Tensor:
     """Local attention of queries, keys and values, (B, N, D, H, W) to (B, N, Dv, H', W'); row and col as above."""
-    checks.scale_of(scale, query.dtype)
-    kernel_size, stride, dilation, (rows, cols) = checks.window_sizes(
-        query.shape[3:], kernel_size, stride, dilation, border
-    )
-    row, col = _taps(row, rows), _taps(col, cols)
+    sizes, row, col = _fitted(query, row, col, kernel_size, stride, dilation, border, scale)
     if is_the_equation(implementation):
         with without_autocast(query):
-            window = window_of(query, kernel_size, stride, dilation, border)
-            y = equation.attention(query, key, value, row, col, window, scale)
+            y = equation.attention(query, key, value, row, col, window_of(query, *sizes, border), scale)
         return in_format_of(query, y)
-    return apply(LOCAL, (kernel_size, stride, dilation, border, scale, implementation), query, key, value, row, col)
+    return apply(LOCAL, (*sizes, border, scale, implementation), query, key, value, row, col)
 
 
 def attend_heads_with_lse(
@@ -134,12 +129,8 @@ def attend_heads_with_lse(
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The same and the log-sum-exp of the logits, (B, N, H', W')."""
-    checks.scale_of(scale, query.dtype)
-    kernel_size, stride, dilation, (rows, cols) = checks.window_sizes(
-        query.shape[3:], kernel_size, stride, dilation, border
-    )
-    options = kernel_size, stride, dilation, border, scale, implementation
-    y, lse = log_sum_exp.attention_and_lse(options, query, key, value, _taps(row, rows), _taps(col, cols))
+    sizes, row, col = _fitted(query, row, col, kernel_size, stride, dilation, border, scale)
+    y, lse = log_sum_exp.attention_and_lse((*sizes, border, scale, implementation), query, key, value, row, col)
     return in_format_of(query, y), lse
 
 
@@ -166,6 +157,24 @@ def attend_weights(
         weights = equation.weights(query, key, row, col, window, scale)
     # The softmax's own result is saved for its backward; who receives a copy may change it in place.
     return weights.clone() if needs_gradient(weights) else weights
+
+
+def _fitted(
+    query: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    kernel_size: Pair,
+    stride: Pair,
+    dilation: Pair,
+    border: str,
+    scale: float,
+) -> tuple[tuple[Pair, Pair, Pair], Tensor | None, Tensor | None]:
+    """Kernel size, stride and dilation cut to the image, and the embeddings with them; checks the scale."""
+    checks.scale_of(scale, query.dtype)
+    kernel_size, stride, dilation, (rows, cols) = checks.window_sizes(
+        query.shape[3:], kernel_size, stride, dilation, border
+    )
+    return (kernel_size, stride, dilation), _taps(row, rows), _taps(col, cols)
 
 
 def _taps(embedding: Tensor | None, taps: slice) -> Tensor | None:
