@@ -19,6 +19,10 @@ from .payload import image_payload
 MOST_BYTES = 15_000_000
 """Of a page that is saved: more images than fit are left out."""
 
+FRAME = ("explore.css", "explore.html")
+SCRIPTS = ("attention.js", "drawing.js", "prediction.js", "explore.js")
+"""Joined to one module."""
+
 MOST_UPLOAD = 16_000_000
 """Bytes of an image that a server takes."""
 
@@ -34,9 +38,8 @@ def render(images: Sequence[dict[str, Any]], *, network: str, note: str = "", se
         server: whether there is one, to take images and to predict with changes.
     """
     folder = resources.files("sasa.viz") / "page"
-    script, style, template = (
-        (folder / name).read_text(encoding="utf-8") for name in ("explore.js", "explore.css", "explore.html")
-    )
+    style, template, *scripts = ((folder / name).read_text(encoding="utf-8") for name in (*FRAME, *SCRIPTS))
+    script = "".join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     data = {"network": network, "note": note, "server": server, "most_bytes": MOST_UPLOAD, "images": list(images)}
     parts = {
