@@ -147,8 +147,8 @@ def compiled() -> Iterator[dict[str, Any]]:
             row = torch.zeros(8, width, KERNEL, dtype=dtype)
             geometry = window(56, 56, (KERNEL, KERNEL), (1, 1), (1, 1), "zero")
             done.clear()
-            output, lse = launch.forward(query, key, value, row, row, geometry, 1.0)
-            launch.backward(output, query, key, value, row, row, lse, geometry, 1.0)
+            output, lse = launch.forward(query, key, value, row, row, None, geometry, 1.0)
+            launch.backward(output, query, key, value, row, row, None, lse, geometry, 1.0)
             yield from ({"dtype": str(dtype).removeprefix("torch."), "width": width, **one} for one in done)
 
 

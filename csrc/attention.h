@@ -22,6 +22,7 @@ struct Call {
   int64_t planes, groups, taps;
   int64_t together;                    // rows of queries in a block
   int64_t row_channels, col_channels;  // covered by the embeddings
+  int64_t table_columns;               // 0 for no table
   int64_t lse_stride[2];
   const Weights<S, P>* weights = nullptr;  // where queries, keys and values are projected
 
@@ -33,6 +34,7 @@ struct Call {
         together(p.pool > 1 ? p.pool : queries_together(p.rows)),
         row_channels(channels_of(p.row)),
         col_channels(channels_of(p.col)),
+        table_columns(channels_of(p.table)),
         lse_stride{p.heads * p.rows.outputs * p.cols.outputs, p.rows.outputs * p.cols.outputs} {}
 };
 
@@ -52,9 +54,10 @@ struct Group {
   int64_t* held;  // the row of the image in each place of the rings; -1 for none
   KeyRowIndex* block_rows;
   KeyRow<V>* key_rows;
-  V *row_table, *col_table;  // the embeddings in lanes: [tap][channel covered]
+  V *row_table, *col_table;  // the embeddings in lanes: [offset][channel covered]
+  V* table;                  // [row][column]
   V* logits;                 // [query][tap]
-  V *row_terms, *col_terms;  // q.row [query][kh] and q.col [query][kw]
+  V *row_terms, *col_terms;  // q.row [query][row offset] and q.col [query][column offset]
   KeyRow<V>* joint_rows;     // like key_rows, of all that the queries of one pooled output see
   V* joint;                  // their weights: [row of keys][tap]
   int64_t joint_taps;        // taps across
@@ -81,11 +84,12 @@ struct Group {
     held = w.take<int64_t>(span);
     block_rows = w.take<KeyRowIndex>(span);
     key_rows = w.take<KeyRow<V>>(span);
-    row_table = w.take<V>(p.rows.kernel, call.row_channels);
-    col_table = w.take<V>(p.cols.kernel, call.col_channels);
+    row_table = w.take<V>(offsets(p.rows), call.row_channels);
+    col_table = w.take<V>(offsets(p.cols), call.col_channels);
+    table = w.take<V>(offsets(p.rows), call.table_columns);
     logits = w.take<V>(kQueries, call.taps);
-    row_terms = w.take<V>(kQueries, p.rows.kernel);
-    col_terms = w.take<V>(kQueries, p.cols.kernel);
+    row_terms = w.take<V>(kQueries, offsets(p.rows));
+    col_terms = w.take<V>(kQueries, offsets(p.cols));
     const bool pooled = p.pool > 1, projected = p.projection != nullptr;
     joint_rows = w.take<KeyRow<V>>(pooled ? span : 0);
     joint = take_joint(w);
@@ -105,11 +109,20 @@ struct Group {
 
   // Starts on the windows x0 <= x < x1, with no rows held.
   void start(int64_t x0, int64_t x1) {
-    if (p.row.data != nullptr) pack_embedding<W, S>(row_table, p.row, p.rows.kernel, p.heads, call.planes, first_plane);
-    if (p.col.data != nullptr) pack_embedding<W, S>(col_table, p.col, p.cols.kernel, p.heads, call.planes, first_plane);
+    const auto pack_each = [&](V* to, const sasa_embedding& from, int64_t entries) {
+      if (from.data != nullptr) pack_embedding<W, S>(to, from, entries, p.heads, call.planes, first_plane);
+    };
+    pack_each(row_table, p.row, offsets(p.rows));
+    pack_each(col_table, p.col, offsets(p.cols));
+    pack_each(table, p.table, offsets(p.rows));
     for (int64_t i = 0; i < keys.span; ++i) held[i] = -1;
-    first_col = lesser(p.cols.size, greater(0, x0 * p.cols.stride - p.cols.before));
-    const int64_t end = (x1 - 1) * p.cols.stride - p.cols.before + (p.cols.kernel - 1) * p.cols.dilation + 1;
+    const int64_t reach = (p.cols.kernel - 1) * p.cols.dilation + 1;
+    first_col = lesser(p.cols.size, greater(0, window_start(p.cols, x0)));
+    int64_t end = window_start(p.cols, x1 - 1) + reach;
+    for (int64_t x = x0; p.cols.shifted && x < x1; ++x) {
+      first_col = lesser(first_col, window_start(p.cols, x));
+      end = greater(end, window_start(p.cols, x) + reach);
+    }
     cols = greater(0, lesser(p.cols.size, end) - first_col);
   }
 
@@ -224,7 +237,7 @@ struct Group {
   Range point_at(const Block& block, int64_t x, V* weights) {
     const Range inside = taps_inside(p.cols, x);
     stored = is_masked() ? inside : Range{0, p.cols.kernel};
-    const int64_t pixel = x * p.cols.stride - p.cols.before + inside.first * p.cols.dilation - first_col;
+    const int64_t pixel = window_start(p.cols, x) + inside.first * p.cols.dilation - first_col;
     for (int i = 0; i < block.count; ++i) {
       const KeyRowIndex& row = block.rows[i];
       key_rows[i] = {keys.rows + row.place * keys.row_size + pixel * p.channels,
@@ -238,21 +251,23 @@ struct Group {
   // weights.
   void point_jointly(const Block& block, int64_t x, int64_t columns) {
     const Range first = taps_inside(p.cols, x), last = taps_inside(p.cols, x + columns - 1);
-    joint_taps = last.last + (columns - 1) * joint_step() - first.first;
+    joint_taps = last.last + joint_steps(x, columns - 1) - first.first;
     point_at(block, x, joint);
     for (int i = 0; i < block.count; ++i)
       joint_rows[i] = {key_rows[i].keys, key_rows[i].values, 0, 1, joint + i * joint_taps};
     for (int64_t t = 0; t < block.count * joint_taps; ++t) joint[t] = V{};
   }
 
-  // Taps between the windows of neighbouring columns.
-  int64_t joint_step() const { return p.cols.stride / p.cols.dilation; }
+  // Taps between the windows of column x and of the `column`-th after it.
+  int64_t joint_steps(int64_t x, int64_t column) const {
+    return (window_start(p.cols, x + column) - window_start(p.cols, x)) / p.cols.dilation;
+  }
 
   // Calls each(query, its weights of a row of keys, their places in the joint weights) for every such row of the
   // queries in column number `column` of those of point_jointly(x); needs point_at(x + column).
   template <class F>
   void each_jointly(const Block& block, int64_t x, int64_t column, F each) const {
-    const int64_t start = column * joint_step() + taps_inside(p.cols, x + column).first - taps_inside(p.cols, x).first;
+    const int64_t start = joint_steps(x, column) + taps_inside(p.cols, x + column).first - taps_inside(p.cols, x).first;
     for (int i = 0; i < block.count; ++i)
       for (int r = key_rows[i].first; r < key_rows[i].last; ++r)
         each(r, key_rows[i].weights + (r - key_rows[i].first) * weights_stride(block), i * joint_taps + start);
@@ -289,8 +304,8 @@ struct Group {
     return {rows.first * pitch(), rows.last * pitch()};
   }
 
-  // Logits of the column's queries, and the largest of each query; needs point_at.
-  void all_logits(const Block& block, Range inside, const V* q, int64_t q_stride, V* largest) {
+  // Logits of the queries of column x, and the largest of each query; needs point_at.
+  void all_logits(const Block& block, Range inside, int64_t x, const V* q, int64_t q_stride, V* largest) {
     const V lowest = W::all(-T(__builtin_inf()));
     for (int r = 0; r < block.queries; ++r) {
       const Range rows = block.inside[r];
@@ -299,6 +314,7 @@ struct Group {
         for (int64_t t = 0; t < call.taps; ++t) logits[r * call.taps + t] = V{};
     }
     products(block, inside, q, q_stride, &KeyRow<V>::keys, p.channels, 0);
+    if (p.table.data != nullptr) add_table(block, x);
     if (p.row.data == nullptr && p.col.data == nullptr) {
       for (int r = 0; r < block.queries; ++r) {
         V most[4] = {lowest, lowest, lowest, lowest};  // four chains, to hide the latency
@@ -309,13 +325,13 @@ struct Group {
       }
       return;
     }
-    position_terms(q, q_stride, block.queries);
+    position_terms(block, x, q, q_stride);
     for (int r = 0; r < block.queries; ++r) {
       const Range rows = rows_taking(block, r);
       V most = lowest;
       for (int64_t dy = rows.first; dy < rows.last; ++dy) {
-        const V row_term = row_terms[r * p.rows.kernel + dy];
-        const V* col_term = col_terms + r * p.cols.kernel + stored.first;
+        const V row_term = row_terms[r * offsets(p.rows) + first_offset(p.rows, block.y + r) + dy];
+        const V* col_term = col_terms + r * offsets(p.cols) + stored.first;
         V* logit = logits + r * call.taps + dy * pitch();
         for (int64_t dx = 0; dx < pitch(); ++dx) {
           logit[dx] += row_term + col_term[dx];
@@ -332,14 +348,37 @@ struct Group {
     return exp_all<W>(logits + r * call.taps + taps.first, taps.last - taps.first, shift);
   }
 
-  // The queries' products with the embeddings, over the channels that these cover.
-  void position_terms(const V* q, int64_t q_stride, int queries) {
-    const auto terms = [&](const V* table, const sasa_embedding& embedding, int64_t channels, int64_t taps, V* to) {
+  // The rows of the table that query r of the block sees: [row of taps][column], at the first stored column of taps.
+  V* table_rows(V* of, const Block& block, int r, int64_t x) const {
+    return of + first_offset(p.rows, block.y + r) * call.table_columns + first_offset(p.cols, x) + stored.first;
+  }
+
+  // Adds the table to the logits of the taps that take part.
+  void add_table(const Block& block, int64_t x) {
+    for (int r = 0; r < block.queries; ++r) {
+      const V* entries = table_rows(table, block, r, x);
+      const Range rows = rows_taking(block, r);
+      for (int64_t dy = rows.first; dy < rows.last; ++dy)
+        for (int64_t dx = 0; dx < pitch(); ++dx)
+          logits[r * call.taps + dy * pitch() + dx] += entries[dy * call.table_columns + dx];
+    }
+  }
+
+  // The queries' products with the embeddings, over the channels that these cover: of the rows at their offsets, of the
+  // columns at that of the window's first, which is all queries'.
+  void position_terms(const Block& block, int64_t x, const V* q, int64_t q_stride) {
+    const auto terms = [&](const V* entries, const sasa_embedding& embedding, int64_t channels, int64_t taps, V* to,
+                           int64_t to_stride) {
       const int64_t first = channels > 0 ? embedding.first : 0;
-      dots<V>(q + first, q_stride, queries, table, channels, int(taps), channels, to, taps);
+      dots<V>(q + first, q_stride, block.queries, entries, channels, int(taps), channels, to, to_stride);
     };
-    terms(row_table, p.row, call.row_channels, p.rows.kernel, row_terms);
-    terms(col_table, p.col, call.col_channels, p.cols.kernel, col_terms);
+    // Offsets shrink from query to query, if at all.
+    const int64_t first = first_offset(p.rows, block.y + block.queries - 1);
+    const int64_t last = first_offset(p.rows, block.y) + p.rows.kernel;
+    terms(row_table + first * call.row_channels, p.row, call.row_channels, last - first, row_terms + first,
+          offsets(p.rows));
+    terms(col_table + first_offset(p.cols, x) * call.col_channels, p.col, call.col_channels, p.cols.kernel, col_terms,
+          offsets(p.cols));
   }
 };
 

@@ -2,7 +2,7 @@
 // the logits and g the gradient of the output:
 //
 //     dv[p + t] += p_t g        dp_t = g.v[p + t]        ds_t = p_t (dp_t - sum over u of p_u dp_u)
-//     dq = scale * sum over t of ds_t (k[p + t] + row + col)        dk[p + t] += scale * ds_t q
+//     dq = scale * sum over t of ds_t (k[p + t] + row + col)        dk[p + t] += scale * ds_t q        dtable_t += ds_t
 //
 // The gradients of keys and values are summed in rings like those of the keys and values, while queries walk down. Rows
 // of keys that several segments of queries see are summed afterwards, segment by segment. The cut into segments depends
@@ -27,9 +27,10 @@ struct Backward {
   const sasa_gradients& grads;
   const Cut& cut;
   V* shared = nullptr;             // [group][segment][place]: rows of key gradients, then of value gradients
-  V* partial = nullptr;            // [group][segment]: gradients of row, then of col, [tap][channel covered]
+  V* partial = nullptr;            // [group][segment]: gradients of row, col and table, [offset][channel covered]
   int64_t keys_size, values_size;  // vectors a row
   int64_t row_size, col_size;      // vectors of an embedding's gradient
+  int64_t table_size, parts;       // of the table's; of all three
 
   Backward(const Call<S, P>& c, const sasa_gradients& g, const Cut& segments)
       : call(c),
@@ -38,8 +39,10 @@ struct Backward {
         cut(segments),
         keys_size(p.cols.size * p.channels),
         values_size(p.cols.size * p.value_channels),
-        row_size(p.rows.kernel * c.row_channels),
-        col_size(p.cols.kernel * c.col_channels) {}
+        row_size(offsets(p.rows) * c.row_channels),
+        col_size(offsets(p.cols) * c.col_channels),
+        table_size(offsets(p.rows) * c.table_columns),
+        parts(row_size + col_size + table_size) {}
 
   struct Scratch {
     G group;
@@ -77,13 +80,13 @@ struct Backward {
   void run(Scratch& scratch, int64_t index, int64_t segment) const {
     G& group = scratch.group;
     const Planes<P> of_output = group.planes_of(grads.output), of_query = group.planes_of(grads.query);
-    V* embeddings = partial + (index * cut.count + segment) * (row_size + col_size);
-    for (int64_t i = 0; i < row_size + col_size; ++i) embeddings[i] = V{};
+    V* embeddings = partial + (index * cut.count + segment) * parts;
+    for (int64_t i = 0; i < parts; ++i) embeddings[i] = V{};
     group.start(0, p.cols.outputs);
     group.first_col = 0;
     group.cols = p.cols.size;
     const int64_t y0 = segment * cut.rows, y1 = lesser(y0 + cut.rows, p.rows.outputs);
-    in_blocks(y0, y1, call.together, [&](int64_t y, int queries) {
+    in_blocks(p.rows, y0, y1, call.together, [&](int64_t y, int queries) {
       const Block block(p.rows, y, queries, group.block_rows);
       group.hold(
           block, [&](int64_t row) { let_go(scratch, index, segment, row); },
@@ -157,7 +160,7 @@ struct Backward {
     G& group = scratch.group;
     V largest[kQueries];
     const Range inside = group.point_at(block, x, group.logits);
-    group.all_logits(block, inside, scratch.queries + i * p.channels, kColumns * p.channels, largest);
+    group.all_logits(block, inside, x, scratch.queries + i * p.channels, kColumns * p.channels, largest);
     for (int r = 0; r < block.queries; ++r) group.exponentials(block, r, scratch.lse[r * kColumns + i]);
     return inside;
   }
@@ -184,7 +187,7 @@ struct Backward {
       spread<V>(g + row.first * g_stride, g_stride, row.last - row.first, value_gradients(scratch, row),
                 p.cols.dilation * E, int(inside.last - inside.first), E, row.weights, group.weights_stride(block));
     }
-    logits_backward(scratch, block, inside, i, embeddings);
+    logits_backward(scratch, block, inside, x, i, embeddings);
   }
 
   // The block's queries in `columns` columns, whose mean is one output: they share its gradient, so that its products
@@ -207,7 +210,7 @@ struct Backward {
         for (int64_t t = 0; t < inside.last - inside.first; ++t) gradient[t] = scratch.joint[place + t];
       });
       group.join(block, x, column, inside, ones);
-      logits_backward(scratch, block, inside, i + column, embeddings);
+      logits_backward(scratch, block, inside, x + column, i + column, embeddings);
     }
     for (int j = 0; j < block.count; ++j)
       spread<V>(g, 0, 1, value_gradients(scratch, group.joint_rows[j]), stride, int(taps), E,
@@ -220,7 +223,7 @@ struct Backward {
   }
 
   // From the gradients of the weights of a column's queries to those of the queries, the keys and the embeddings.
-  void logits_backward(Scratch& scratch, const Block& block, Range inside, int64_t i, V* embeddings) const {
+  void logits_backward(Scratch& scratch, const Block& block, Range inside, int64_t x, int64_t i, V* embeddings) const {
     G& group = scratch.group;
     const int64_t D = p.channels, taps = call.taps, q_stride = kColumns * D;
     const int taps_across = int(inside.last - inside.first);
@@ -255,6 +258,7 @@ struct Backward {
         rows[dy] = sum;
       }
     }
+    if (table_size > 0) table_gradients(group, block, x, ds, embeddings + row_size + col_size);
     for (int j = 0; j < block.count; ++j) {
       KeyRow<V>& row = group.key_rows[j];
       V* dk = scratch.grad_keys.rows + (row.keys - group.keys.rows);
@@ -265,14 +269,31 @@ struct Backward {
     V* dq = scratch.grad_queries + i * D;
     weigh<V>(group.key_rows, block.count, &KeyRow<V>::keys, p.cols.dilation * D, taps_across,
              group.weights_stride(block), D, dq, q_stride, block.queries);
-    const auto embedding = [&](const sasa_embedding& covers, int64_t channels, const V* table, int64_t kernel,
-                               const V* sums, V* gradient) {
+    // Each query's rows begin at an offset of their own where windows are moved, their columns at the same.
+    const auto embedding = [&](const sasa_embedding& covers, int64_t channels, const V* entries, int64_t kernel,
+                               int64_t offset, int r, int queries, const V* sums, V* gradient) {
       if (channels > 0)
-        embedding_gradients(table, channels, kernel, sums, q + covers.first, dq + covers.first, q_stride, block.queries,
-                            gradient);
+        embedding_gradients(entries + offset * channels, channels, kernel, sums + r * kernel,
+                            q + r * q_stride + covers.first, dq + r * q_stride + covers.first, q_stride, queries,
+                            gradient + offset * channels);
     };
-    embedding(p.row, call.row_channels, group.row_table, p.rows.kernel, scratch.row_sums, embeddings);
-    embedding(p.col, call.col_channels, group.col_table, p.cols.kernel, scratch.col_sums, embeddings + row_size);
+    const int together = p.rows.shifted ? 1 : block.queries;
+    for (int r = 0; r < block.queries; r += together)
+      embedding(p.row, call.row_channels, group.row_table, p.rows.kernel, first_offset(p.rows, block.y + r), r,
+                together, scratch.row_sums, embeddings);
+    embedding(p.col, call.col_channels, group.col_table, p.cols.kernel, first_offset(p.cols, x), 0, block.queries,
+              scratch.col_sums, embeddings + row_size);
+  }
+
+  // Adds the gradients of the logits of column x to the table's.
+  static void table_gradients(const G& group, const Block& block, int64_t x, const V* ds, V* gradient) {
+    for (int r = 0; r < block.queries; ++r) {
+      V* to = group.table_rows(gradient, block, r, x);
+      const Range rows = group.rows_taking(block, r);
+      for (int64_t dy = rows.first; dy < rows.last; ++dy)
+        for (int64_t dx = 0; dx < group.pitch(); ++dx)
+          to[dy * group.call.table_columns + dx] += ds[r * group.call.taps + dy * group.pitch() + dx];
+    }
   }
 
   // One embedding's part of dq, and the embedding's own gradient, both over the channels that it covers.
@@ -302,20 +323,21 @@ struct Backward {
     b.write_row(index, y, sum, sum + b.keys_size);
   }
 
-  // One tap and channel of an embedding's gradient, all heads: the sum over groups, segments and lanes in this order.
+  // One offset and channel of an embedding's gradient, all heads: the sum over groups, segments and lanes in this
+  // order.
   static void embedding_task(void* context, int64_t task, char* memory) {
     const Backward& b = *static_cast<const Backward*>(context);
     const sasa_problem& p = b.p;
-    const int64_t parts = b.row_size + b.col_size;
-    const bool is_row = task < b.row_size;
-    const sasa_embedding& to = is_row ? b.grads.row : b.grads.col;
+    const bool is_row = task < b.row_size, is_table = task >= b.row_size + b.col_size;
+    const sasa_embedding& to = is_row ? b.grads.row : is_table ? b.grads.table : b.grads.col;
     if (to.data == nullptr) return;
-    const int64_t place = is_row ? task : task - b.row_size;  // [tap][channel covered]
+    const int64_t before = is_row ? 0 : is_table ? b.row_size + b.col_size : b.row_size;
+    const int64_t place = task - before;  // [offset][channel covered]
     double* sums = reinterpret_cast<double*>(memory);
     for (int64_t n = 0; n < p.heads; ++n) sums[n] = 0;
     for (int64_t index = 0; index < b.call.groups; ++index)
       for (int64_t segment = 0; segment < b.cut.count; ++segment) {
-        const V part = b.partial[(index * b.cut.count + segment) * parts + task];
+        const V part = b.partial[(index * b.cut.count + segment) * b.parts + task];
         for (int64_t lane = 0; lane < lesser(P, b.call.planes - index * P); ++lane)
           sums[(index * P + lane) % p.heads] += part[lane];
       }
@@ -328,7 +350,7 @@ struct Backward {
   // Memory shared by the tasks of a phase and read by the next.
   void take_shared(Workspace& w) {
     shared = w.take<V>(call.groups, cut.count, cut.most_shared, keys_size + values_size);
-    partial = w.take<V>(call.groups, cut.count, row_size + col_size);
+    partial = w.take<V>(call.groups, cut.count, parts);
   }
 
   int run_all() {
@@ -352,8 +374,8 @@ struct Backward {
     if (status == SASA_OK && !all_seen_once)
       status = run_parallel(p.threads, call.groups * p.rows.size, size_t(keys_size + values_size) * sizeof(V), sum_task,
                             this);
-    if (status == SASA_OK && (grads.row.data != nullptr || grads.col.data != nullptr))
-      status = run_parallel(p.threads, row_size + col_size, size_t(p.heads) * sizeof(double), embedding_task, this);
+    if (status == SASA_OK && (grads.row.data || grads.col.data || grads.table.data))
+      status = run_parallel(p.threads, parts, size_t(p.heads) * sizeof(double), embedding_task, this);
     return status;
   }
 };

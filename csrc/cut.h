@@ -25,7 +25,7 @@ struct Cut {
     for (int64_t y = 0; y < axis.outputs; ++y) {
       const Range taps = taps_inside(axis, y);
       for (int64_t t = taps.first; t < taps.last; ++t) {
-        const int64_t key = y * axis.stride - axis.before + t * axis.dilation;
+        const int64_t key = window_start(axis, y) + t * axis.dilation;
         int32_t& mark = place[y / rows * axis.size + key];
         if (mark < 0) ++seen_by[key];
         mark = 0;

@@ -69,10 +69,12 @@ bool is_tensor(N... sizes) {
   return (... && !__builtin_mul_overflow(elements, sizes, &elements)) && elements <= kMostElements;
 }
 
-// The kernels need each window's centre inside the image: other taps may be outside.
-bool axis_is_sound(const sasa_axis& axis) {
+// The kernels need each window's centre inside the image: other taps may be outside, unless windows are moved inside.
+bool axis_is_sound(const sasa_axis& axis, int border) {
   if (!are_counts(axis.size, axis.outputs, axis.kernel, axis.stride, axis.dilation)) return false;
   const int64_t reach = (axis.kernel - 1) / 2 * axis.dilation;
+  if ((axis.shifted != 0) != (border == SASA_SHIFT)) return false;
+  if (axis.shifted && (axis.before != reach || axis.kernel * axis.dilation > axis.size)) return false;
   return axis.before >= 0 && axis.before <= reach &&
          (axis.outputs - 1) * axis.stride + (reach - axis.before) < axis.size;
 }
@@ -81,6 +83,12 @@ bool embedding_is_sound(const sasa_embedding& embedding, int64_t channels) {
   return embedding.data == nullptr ||
          (embedding.first >= 0 && embedding.channels >= 1 && embedding.channels <= channels &&
           embedding.first <= channels - embedding.channels);
+}
+
+// The channels of a table are its columns.
+bool table_is_sound(const sasa_embedding& table, const sasa_axis& cols) {
+  const int64_t columns = cols.shifted ? 2 * cols.kernel - 1 : cols.kernel;
+  return table.data == nullptr || (table.first == 0 && table.channels == columns);
 }
 
 bool gradient_is_sound(const sasa_embedding& gradient, const sasa_embedding& embedding) {
@@ -103,10 +111,11 @@ bool has_capability(int32_t index) { return index >= 0 && index < sasa_capabilit
 
 bool is_sound(const sasa_problem* p) {
   return p != nullptr && p->dtype >= SASA_FLOAT32 && p->dtype <= SASA_FLOAT16 && p->border >= SASA_ZERO &&
-         p->border <= SASA_VALID && p->threads >= 1 && has_capability(p->capability) &&
-         are_counts(p->batch, p->heads, p->channels, p->value_channels) && axis_is_sound(p->rows) &&
-         axis_is_sound(p->cols) && inputs_are_sound(*p) && embedding_is_sound(p->row, p->channels) &&
-         embedding_is_sound(p->col, p->channels) && (p->pool == 1 || (p->pool == 2 && sasa_can_pool(p))) && p->lse;
+         p->border <= SASA_SHIFT && p->threads >= 1 && has_capability(p->capability) &&
+         are_counts(p->batch, p->heads, p->channels, p->value_channels) && axis_is_sound(p->rows, p->border) &&
+         axis_is_sound(p->cols, p->border) && inputs_are_sound(*p) && embedding_is_sound(p->row, p->channels) &&
+         embedding_is_sound(p->col, p->channels) && table_is_sound(p->table, p->cols) &&
+         (p->pool == 1 || (p->pool == 2 && sasa_can_pool(p))) && p->lse;
 }
 
 bool is_sound(const sasa_linear* p) {
@@ -202,7 +211,8 @@ int sasa_forward(const sasa_problem* problem, const sasa_tensor* output) {
 int sasa_backward(const sasa_problem* problem, const sasa_gradients* gradients) {
   if (!sasa::is_sound(problem) || gradients == nullptr || !gradients->output.data || !gradients->query.data ||
       !gradients->key.data || !gradients->value.data || !sasa::gradient_is_sound(gradients->row, problem->row) ||
-      !sasa::gradient_is_sound(gradients->col, problem->col))
+      !sasa::gradient_is_sound(gradients->col, problem->col) ||
+      !sasa::gradient_is_sound(gradients->table, problem->table))
     return SASA_BAD_ARGUMENT;
   return sasa::capabilities[problem->capability].backward(sasa::with_threads(*problem), *gradients);
 }

@@ -62,7 +62,7 @@ struct Forward {
     G& group = scratch.group;
     const Planes<P> of_output = group.planes_of(output);
     group.start(x0, x1);
-    in_blocks(y0, y1, call.together, [&](int64_t y, int queries) {
+    in_blocks(p.rows, y0, y1, call.together, [&](int64_t y, int queries) {
       const Block block(p.rows, y, queries, group.block_rows);
       group.hold(block, [](int64_t) {}, [](int64_t) {});
       for (int64_t x = x0; x < x1; x += kColumns) {
@@ -94,7 +94,7 @@ struct Forward {
     G& group = scratch.group;
     V largest[kQueries];
     const Range inside = group.point_at(block, x, group.logits);
-    group.all_logits(block, inside, scratch.queries + i * p.channels, kColumns * p.channels, largest);
+    group.all_logits(block, inside, x, scratch.queries + i * p.channels, kColumns * p.channels, largest);
     for (int r = 0; r < block.queries; ++r) {
       const V sum = group.exponentials(block, r, largest[r]);
       factor[r] = 1 / sum;

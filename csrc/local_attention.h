@@ -1,6 +1,6 @@
 /* Local self-attention on the CPU: the C interface of the library.
  *
- *     logit_t = scale * q[p].(k[p + t] + row[dy] + col[dx])        for every tap t = (dy, dx) of the window around p
+ *     logit_t = scale * q[p].(k[p + t] + row[dy] + col[dx]) + table[dy, dx]    for every tap t = (dy, dx) around p
  *     y[p]    = sum over t of softmax_t(logit) * v[p + t]
  *
  * No PyTorch headers: the library takes addresses and strides, so one build serves every PyTorch. Functions are safe to
@@ -23,10 +23,10 @@ extern "C" {
 #define SASA_EXPORT __attribute__((visibility("default")))
 
 /* Raised with every change of this interface; sasa_interface_version() returns the library's. */
-#define SASA_INTERFACE_VERSION 6
+#define SASA_INTERFACE_VERSION 7
 
 enum sasa_dtype { SASA_FLOAT32 = 0, SASA_FLOAT64 = 1, SASA_BFLOAT16 = 2, SASA_FLOAT16 = 3 };
-enum sasa_border { SASA_ZERO = 0, SASA_MASK = 1, SASA_VALID = 2 };
+enum sasa_border { SASA_ZERO = 0, SASA_MASK = 1, SASA_VALID = 2, SASA_SHIFT = 3 };
 enum sasa_status { SASA_OK = 0, SASA_OUT_OF_MEMORY = 1, SASA_BAD_ARGUMENT = 2, SASA_UNSUPPORTED = 3 };
 
 /* A tensor (batch, heads, channels, height, width); strides in elements, any sign or order. */
@@ -36,7 +36,8 @@ typedef struct {
 } sasa_tensor;
 
 /* An embedding (heads, channels, taps) that covers some channels of each head, from `first` on: the others have no
- * position. data is NULL where there is no embedding; nothing else is read then. */
+ * position. With SASA_SHIFT it has 2 * taps - 1 entries, one for each offset from the query, the smallest first. data
+ * is NULL where there is no embedding; nothing else is read then. */
 typedef struct {
   void* data;
   int64_t first, channels;
@@ -51,6 +52,8 @@ typedef struct {
   int64_t stride;   /* pixels between windows */
   int64_t dilation; /* pixels between taps */
   int64_t before;   /* pixels by which the first window reaches out of the image */
+  int64_t shifted;  /* whether windows that reach out of the image are moved inside, by a multiple of the dilation; if
+                     * and only if the border is SASA_SHIFT */
 } sasa_axis;
 
 /* A layer's projections: queries, keys and values are the input times the weight plus the bias, per pixel. */
@@ -75,6 +78,7 @@ typedef struct {
   sasa_tensor query, key, value;     /* not read if there is a projection */
   const sasa_projection* projection; /* or NULL; requires sasa_can_project() */
   sasa_embedding row, col;
+  sasa_embedding table; /* added to the logits; its channels are its columns: as many as col has taps, from 0 on */
   void* lse;
   int64_t pool; /* 1; or 2: an output is the mean of 2 x 2 windows, fewer at the edge; requires sasa_can_pool() */
 } sasa_problem;
@@ -99,7 +103,7 @@ SASA_EXPORT int sasa_forward(const sasa_problem* problem, const sasa_tensor* out
 typedef struct {
   sasa_tensor output; /* read */
   sasa_tensor query, key, value;
-  sasa_embedding row, col; /* of the same channels as the problem's; data is NULL where no gradient is wanted */
+  sasa_embedding row, col, table; /* of the same channels as the problem's; data is NULL where none is wanted */
 } sasa_gradients;
 
 /* Recomputes the weights from problem->lse and writes the gradients. */

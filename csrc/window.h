@@ -13,9 +13,27 @@ struct Range {
   int64_t first, last;
 };
 
+// Pixel under the first tap of window `output`; where windows are moved inside, in the query's phase of the dilation.
+SASA_INLINE int64_t window_start(const sasa_axis& axis, int64_t output) {
+  const int64_t start = output * axis.stride - axis.before;
+  if (!axis.shifted) return start;
+  const int64_t phase = output * axis.stride % axis.dilation;
+  const int64_t last = (axis.size - 1 - phase) / axis.dilation - (axis.kernel - 1);  // in steps of the dilation
+  return start < 0 ? phase : lesser(start, phase + last * axis.dilation);
+}
+
+// Entries of an embedding.
+SASA_INLINE int64_t offsets(const sasa_axis& axis) { return axis.shifted ? 2 * axis.kernel - 1 : axis.kernel; }
+
+// The entry of the first tap of window `output`.
+SASA_INLINE int64_t first_offset(const sasa_axis& axis, int64_t output) {
+  if (!axis.shifted) return 0;
+  return axis.kernel - 1 - (output * axis.stride - window_start(axis, output)) / axis.dilation;
+}
+
 // The taps of window `output` that fall inside the image.
 SASA_INLINE Range taps_inside(const sasa_axis& axis, int64_t output) {
-  const int64_t start = output * axis.stride - axis.before;  // of the first tap
+  const int64_t start = window_start(axis, output);  // of the first tap
   const int64_t first = start >= 0 ? 0 : ceil_div(-start, axis.dilation);
   const int64_t left = axis.size - 1 - start;
   return {first, left < 0 ? 0 : lesser(axis.kernel, left / axis.dilation + 1)};
@@ -25,9 +43,11 @@ SASA_INLINE Range taps_inside(const sasa_axis& axis, int64_t output) {
 SASA_INLINE int64_t centre(const sasa_axis& axis) { return (axis.kernel - 1) / 2 * axis.dilation - axis.before; }
 
 // Pixels of the image under `windows` neighbouring windows, at most: never more than the image has, however far the
-// windows reach out of it.
+// windows reach out of it. Of windows that were moved, a later one may begin before an earlier one, in another phase of
+// the dilation: no pixel is seen again once one that is so many pixels further has been.
 SASA_INLINE int64_t pixels_under(const sasa_axis& axis, int64_t windows) {
-  return lesser(axis.size, (windows - 1) * axis.stride + (axis.kernel - 1) * axis.dilation + 1);
+  const int64_t window = axis.shifted ? axis.kernel * axis.dilation : (axis.kernel - 1) * axis.dilation + 1;
+  return lesser(axis.size, (windows - 1) * axis.stride + window);
 }
 
 // Rows of queries computed together: they share keys only if the stride is a whole number of taps.
@@ -54,7 +74,8 @@ struct Block {
   Block(const sasa_axis& axis, int64_t y_, int queries_, KeyRowIndex* storage)
       : y(y_), queries(queries_), step(axis.stride / axis.dilation), rows(storage), count(0) {
     for (int r = 0; r < queries; ++r) inside[r] = taps_inside(axis, y + r);
-    const int64_t start = y * axis.stride - axis.before;
+    const int64_t start = window_start(axis, y);
+    if (axis.shifted && queries > 1) step = (window_start(axis, y + 1) - start) / axis.dilation;
     const int64_t taps = queries > 1 ? (queries - 1) * step + axis.kernel : axis.kernel;
     const int64_t skipped = start >= 0 ? 0 : ceil_div(-start, axis.dilation);
     for (int64_t tap = skipped; tap < taps; ++tap) {  // counted from the first tap of the first query
@@ -78,12 +99,16 @@ struct Ring {
   SASA_INLINE V* row(int64_t y) const { return rows + y % span * row_size; }
 };
 
-// Query rows of a segment, cut into blocks of nearly equal height.
+// Query rows of a segment, cut into blocks of nearly equal height, whose windows are equally far apart.
 template <class F>
-SASA_INLINE void in_blocks(int64_t first, int64_t last, int64_t together, F block) {
+SASA_INLINE void in_blocks(const sasa_axis& axis, int64_t first, int64_t last, int64_t together, F block) {
+  static_assert(kQueries == 3, "two windows are always equally far apart");
   for (int64_t y = first; y < last;) {
     const int64_t blocks = ceil_div(last - y, together);
-    const int64_t queries = ceil_div(last - y, blocks);
+    int64_t queries = ceil_div(last - y, blocks);
+    if (axis.shifted && queries == 3 &&
+        window_start(axis, y + 2) - window_start(axis, y + 1) != window_start(axis, y + 1) - window_start(axis, y))
+      queries = 2;
     block(y, int(queries));
     y += queries;
   }

@@ -2,7 +2,8 @@
 
 :func:`attention` loops over batch, head, window and tap, from the equation alone:
 
-    logit_t = scale · q[p]·( k[p + t] + row[dy] + col[dx] )       y[p] = sum over t of  softmax_t(logit) · v[p + t]
+    logit_t = scale · q[p]·( k[p + t] + row[dy] + col[dx] ) + bias[dy, dx]
+    y[p] = sum over t of  softmax_t(logit) · v[p + t]
 
 Its gradients come from autograd through these loops. :class:`Case` names a problem, :func:`solve` solves it in float64,
 and :func:`assert_right` allows an error derived from that solution.
@@ -18,12 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BORDERS = ("zero", "mask", "valid")
+BORDERS = ("zero", "mask", "valid", "shift")
+NAMES = ("query", "key", "value", "row_embedding", "col_embedding", "bias")
 EMBEDDINGS = {
     "none": (),
     "row": ("row_embedding",),
     "col": ("col_embedding",),
     "both": ("row_embedding", "col_embedding"),
+    "bias": ("bias",),
+    "all": ("row_embedding", "col_embedding", "bias"),
 }
 
 Pair = int | tuple[int, int]
@@ -42,8 +46,19 @@ def offsets(kernel: int, dilation: int) -> list[int]:
 def centres(size: int, kernel: int, stride: int, dilation: int, border: str) -> list[int]:
     """Pixels at which windows are centred: every ``stride``-th of those allowed, from the first."""
     taps = offsets(kernel, dilation)
+    if border == "shift" and size < kernel * dilation:
+        return []
     allowed = [p for p in range(size) if border != "valid" or (p + taps[0] >= 0 and p + taps[-1] < size)]
     return allowed[::stride]
+
+
+def moved(pixel: int, size: int, kernel: int, dilation: int) -> list[int]:
+    """Pixels from a query to each tap of its window, moved by as few steps of the dilation as bring it inside."""
+    for steps in sorted(range(-kernel, kernel + 1), key=abs):
+        taps = [offset + steps * dilation for offset in offsets(kernel, dilation)]
+        if all(0 <= pixel + offset < size for offset in taps):
+            return taps
+    raise ValueError(f"no window of {kernel} taps holds pixel {pixel} of {size}")
 
 
 class Attention(NamedTuple):
@@ -62,6 +77,7 @@ def attention(
     *,
     row_embedding: Tensor | None = None,
     col_embedding: Tensor | None = None,
+    bias: Tensor | None = None,
     stride: Pair = 1,
     dilation: Pair = 1,
     border: str = "zero",
@@ -79,14 +95,21 @@ def attention(
     outputs, weights, lses = [], [], []
     for plane in range(B * N):
         n = plane % N
-        position = [torch.zeros_like(no_key) for _ in taps]
-        for t, (dy, dx, _, _) in enumerate(taps):
-            if row_embedding is not None:
-                position[t] = position[t] + row_embedding[n, :, dy]
-            if col_embedding is not None:
-                position[t] = position[t] + col_embedding[n, :, dx]
         for y in rows:
             for x in cols:
+                if border == "shift":  # positions are numbered by offset, the smallest first
+                    across = [(ox // dw + kw - 1, ox) for ox in moved(x, W, kw, dw)]
+                    down = [(oy // dh + kh - 1, oy) for oy in moved(y, H, kh, dh)]
+                    taps = [(dy, dx, oy, ox) for dy, oy in down for dx, ox in across]
+                position = [torch.zeros_like(no_key) for _ in taps]
+                extra = [query.new_zeros(()) for _ in taps]
+                for t, (dy, dx, _, _) in enumerate(taps):
+                    if row_embedding is not None:
+                        position[t] = position[t] + row_embedding[n, :, dy]
+                    if col_embedding is not None:
+                        position[t] = position[t] + col_embedding[n, :, dx]
+                    if bias is not None:
+                        extra[t] = bias[n, dy, dx]
                 seen, seen_keys, seen_values = [], [], []
                 for t, (_, _, oy, ox) in enumerate(taps):
                     inside = 0 <= y + oy < H and 0 <= x + ox < W
@@ -97,6 +120,7 @@ def attention(
                     seen_keys.append((keys[pixel] if inside else no_key) + position[t])
                     seen_values.append(values[pixel] if inside else no_value)
                 logits = scale * (torch.stack(seen_keys) @ queries[(plane * H + y) * W + x])
+                logits = logits + torch.stack([extra[t] for t in seen])
                 largest = logits.detach().max()
                 exponentials = (logits - largest).exp()
                 softmax = exponentials / exponentials.sum()
@@ -150,12 +174,15 @@ class Case:
         """Query, key, value and the embeddings, standard normal times ``spread``, rounded to ``dtype``."""
         generator = torch.Generator().manual_seed(0)
         image, (kh, kw) = (self.batch, self.heads, self.width, *self.size), pair(self.kernel_size)
+        if self.border == "shift":
+            kh, kw = 2 * kh - 1, 2 * kw - 1
         shapes = {
             "query": image,
             "key": image,
             "value": (self.batch, self.heads, self.value_width or self.width, *self.size),
             "row_embedding": (self.heads, self.width, kh),
             "col_embedding": (self.heads, self.width, kw),
+            "bias": (self.heads, kh, kw),
         }
         kept = {"query", "key", "value", *EMBEDDINGS[self.embeddings]}
         normal = {name: torch.randn(s, generator=generator, dtype=torch.float64) for name, s in shapes.items()}
@@ -183,16 +210,18 @@ def units(tensors: dict[str, Tensor], grad_output: Tensor, lse: Tensor, scale: f
     """
     largest = {name: x.abs().max().item() for name, x in {**tensors, "grad_output": grad_output}.items()}
     norm = {"grad_output": grad_output.norm(dim=2).max().item()}
-    norm |= {name: x.norm(dim=2 if x.dim() == 5 else 1).max().item() for name, x in tensors.items()}
+    norm |= {name: x.norm(dim=2 if x.dim() == 5 else 1).max().item() for name, x in tensors.items() if name != "bias"}
     keys = ("key", "row_embedding", "col_embedding")
-    logit = abs(scale) * norm["query"] * sum(norm.get(name, 0.0) for name in keys)
-    grad_logit = abs(scale) * norm["grad_output"] * norm["value"]
+    logit = abs(scale) * norm["query"] * sum(norm.get(name, 0.0) for name in keys) + largest.get("bias", 0.0)
+    grad_weight = norm["grad_output"] * norm["value"]
+    grad_logit = abs(scale) * grad_weight
     weighted = {
         "output": largest["value"],
         "weights": 1.0,
         "grad query": grad_logit * sum(largest.get(name, 0.0) for name in keys),
         **{f"grad {name}": grad_logit * largest["query"] for name in keys},
         "grad value": largest["grad_output"],
+        "grad bias": grad_weight,
     }
     amplified = 1 + lse.abs().max().item()
     return {"lse": max(logit, amplified), **{name: amplified * unit for name, unit in weighted.items()}}

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["converting.md", "fine-tuning.md"])
+@pytest.mark.parametrize("page", ["converting.md", "fine-tuning.md", "migrate.md"])
 def test_the_code_runs_and_prints_what_the_page_says(page, capsys):
     text = (DOCS / page).read_text()
     names = {}

@@ -133,6 +133,30 @@ void products() {
   expect_bad(projected, "value_channels to be projected", 7);
 }
 
+// Windows that are moved inside the image, and tables.
+void shifted() {
+  Case c = case_of(0);
+  c.border = SASA_SHIFT;
+  c.table = true;
+  Call call(c, SASA_FLOAT32);
+  sasa_problem& p = call.problem;
+  expect(call.run(1, 0), SASA_OK, "a good problem that is shifted", 0);
+  spoil<int32_t>({{"border of shifted axes", &p.border, SASA_SHIFT}}, {SASA_ZERO, SASA_MASK, SASA_VALID},
+                 [&](const char* name, int32_t value) { expect_bad(call, name, value); });
+  const auto check = [&](const char* name, int64_t value) { expect_bad(call, name, value); };
+  for (sasa_axis* axis : {&p.rows, &p.cols}) {
+    spoil<int64_t>({{"shifted", &axis->shifted, 1}}, {0}, check);
+    spoil<int64_t>({{"size of a shifted axis", &axis->size, axis->size},
+                    {"before of a shifted axis", &axis->before, axis->before}},
+                   {0, axis->kernel - 1}, check);
+  }
+  spoil<int64_t>({{"table.first", &p.table.first, 0}, {"table.channels", &p.table.channels, p.table.channels}},
+                 {-1, 1, INT64_MAX}, check);
+  sasa_gradients g = call.gradients();
+  g.table.channels = 1;
+  expect(sasa_backward(&p, &g), SASA_BAD_ARGUMENT, "gradient table.channels", 1);
+}
+
 void gradients() {
   Call call(case_of(0), SASA_FLOAT32);
   sasa_gradients g = call.gradients();
@@ -224,6 +248,7 @@ int argument_failures() {
   }
   products();
   gradients();
+  shifted();
   capabilities();
   linear();
   workspaces();

@@ -33,12 +33,13 @@ std::vector<Case> grid() {
   for (const auto& size : sizes)
     for (const auto& kernel : kernels)
       for (const auto& step : steps)
-        for (const int border : {SASA_ZERO, SASA_MASK, SASA_VALID}) {
-          const auto& c = channels[(i + i / 3) % 3];  // every border meets every one of them
+        for (const int border : {SASA_ZERO, SASA_MASK, SASA_VALID, SASA_SHIFT}) {
+          const auto& c = channels[i % 3];  // every border meets every one of them
           ++i;
+          if (border == SASA_SHIFT && (kernel[0] * step[2] > size[0] || kernel[1] * step[3] > size[1])) continue;
           if (border == SASA_VALID && ((kernel[0] - 1) * step[2] >= size[0] || (kernel[1] - 1) * step[3] >= size[1]))
             continue;
-          const Format format = i % 5 == 0 ? kColumns : i % 2 == 0 ? kChannelsLast : kContiguous;
+          const Format format = i % 5 == 0 ? kColumns : i % 3 == 0 ? kChannelsLast : kContiguous;
           cases.push_back({c[0],
                            c[1],
                            c[2],
@@ -51,8 +52,9 @@ std::vector<Case> grid() {
                            border,
                            covers[i % 7],
                            format,
-                           c[1] == 8 && i / 3 % 2 == 0 ? 5 : 0,
+                           c[1] == 8 && i / 4 % 2 == 0 ? 5 : 0,
                            1});
+          cases.back().table = i / 4 % 3 == 0;
           if (fits_pool(kernel[0], step[0], step[2]) && fits_pool(kernel[1], step[1], step[3])) {
             cases.push_back(Case(cases.back()));
             cases.back().pool = 2;
@@ -120,23 +122,24 @@ double error_of(const Buffer& got, const std::vector<double>& want) {
 int failures_of(const Case& c, int dtype, int threads, int first) {
   Call call(c, dtype);
   const auto want = expected(call);
-  const Buffer* got[] = {&call.output,     &call.grad_query, &call.grad_key,
-                         &call.grad_value, &call.grad_row,   &call.grad_col};
+  const Buffer* got[] = {&call.output,   &call.grad_query, &call.grad_key,  &call.grad_value,
+                         &call.grad_row, &call.grad_col,   &call.grad_table};
   const double tolerances[] = {1e-4, 1e-11, 2e-2, 2e-3};                     // of logits of order 1
   const double tolerance = tolerances[dtype] * std::max(1.0, c.scale / 20);  // the error of exp grows with the logit
   int failures = 0;
   for (int capability = first; capability < sasa_capability_count(); ++capability) {
     const int status = call.run(threads, capability);
     bool agrees = true;
-    for (size_t i = 0; agrees && i < 6; ++i) {
+    for (size_t i = 0; agrees && i < 7; ++i) {
       const double error = error_of(*got[i], want[i]);
       agrees = status == SASA_OK && error < tolerance;
       if (agrees) continue;
       fprintf(stderr,
               "%s, dtype %d, %dx%d image, %dx%d window, border %d, embeddings %d, format %d, projected %d, pool %d, "
-              "scale %g, result %d: status %d, error %g\n",
+              "scale %g, table %d, result %d: status %d, error %g\n",
               sasa_capability_name(capability), dtype, int(c.height), int(c.width), int(c.kernel[0]), int(c.kernel[1]),
-              c.border, c.embeddings, c.format, c.in_channels > 0, int(c.pool), c.scale, int(i), status, error);
+              c.border, c.embeddings, c.format, c.in_channels > 0, int(c.pool), c.scale, int(c.table), int(i), status,
+              error);
     }
     failures += !agrees;
   }

@@ -31,7 +31,9 @@ struct Case {
   int64_t in_channels;  // of the input of a layer that projects it to queries, keys and values; 0 for none
   int64_t pool;
   double scale = 0.75;
+  bool table = false;
 
+  int64_t offsets(int axis) const { return border == SASA_SHIFT ? 2 * kernel[axis] - 1 : kernel[axis]; }
   Channels row() const {
     switch (embeddings) {
       case kFull:
@@ -62,8 +64,16 @@ struct Case {
 
 inline sasa_axis axis(int64_t size, int64_t kernel, int64_t stride, int64_t dilation, int border) {
   if (border == SASA_VALID)
-    return {size, (size - (kernel - 1) * dilation - 1) / stride + 1, kernel, stride, dilation, 0};
-  return {size, (size - 1) / stride + 1, kernel, stride, dilation, (kernel - 1) / 2 * dilation};
+    return {size, (size - (kernel - 1) * dilation - 1) / stride + 1, kernel, stride, dilation, 0, 0};
+  return {size, (size - 1) / stride + 1, kernel, stride, dilation, (kernel - 1) / 2 * dilation, border == SASA_SHIFT};
+}
+
+// Pixel under the first tap of a window: moved step by step until all taps are inside, if it is to be.
+inline int64_t first_pixel(const sasa_axis& axis, int64_t output) {
+  int64_t start = output * axis.stride - axis.before;
+  while (axis.shifted && start < 0) start += axis.dilation;
+  while (axis.shifted && start + (axis.kernel - 1) * axis.dilation >= axis.size) start -= axis.dilation;
+  return start;
 }
 
 inline float to_float(uint16_t bits, int dtype) {
@@ -155,8 +165,8 @@ struct Buffer {
 struct Call {
   sasa_problem problem{};
   sasa_projection projection{};
-  Buffer input, weight, bias, query, key, value, row, col, lse, output, grad_output, grad_query, grad_key, grad_value,
-      grad_row, grad_col;
+  Buffer input, weight, bias, query, key, value, row, col, table, lse, output, grad_output, grad_query, grad_key,
+      grad_value, grad_row, grad_col, grad_table;
 
   Call(const Case& c, int dtype)
       : Call(c, dtype, axis(c.height, c.kernel[0], c.stride[0], c.dilation[0], c.border),
@@ -169,8 +179,9 @@ struct Call {
         query(c.in_channels > 0 ? SASA_FLOAT64 : dtype, {c.batch, c.heads, c.channels, c.height, c.width}, c.format),
         key(query.dtype, query.shape, c.format),
         value(query.dtype, {c.batch, c.heads, c.value_channels, c.height, c.width}, c.format),
-        row(dtype, {c.heads, c.row().count, rows.kernel}, kContiguous),
-        col(dtype, {c.heads, c.col().count, cols.kernel}, kContiguous),
+        row(dtype, {c.heads, c.row().count, c.offsets(0)}, kContiguous),
+        col(dtype, {c.heads, c.col().count, c.offsets(1)}, kContiguous),
+        table(dtype, {c.table ? c.heads : 0, c.offsets(1), c.offsets(0)}, kContiguous),
         lse(dtype == SASA_FLOAT64 ? SASA_FLOAT64 : SASA_FLOAT32, {c.batch, c.heads, rows.outputs, cols.outputs},
             kContiguous),
         output(dtype,
@@ -182,9 +193,11 @@ struct Call {
         grad_key(dtype, key.shape, c.format),
         grad_value(dtype, value.shape, c.format),
         grad_row(dtype, row.shape, kContiguous),
-        grad_col(dtype, col.shape, kContiguous) {
+        grad_col(dtype, col.shape, kContiguous),
+        grad_table(dtype, table.shape, kContiguous) {
     std::mt19937 random(7);
-    for (Buffer* b : {&input, &weight, &bias, &query, &key, &value, &row, &col, &grad_output}) b->randomise(random);
+    for (Buffer* b : {&input, &weight, &bias, &query, &key, &value, &row, &col, &grad_output, &table})
+      b->randomise(random);
     problem.dtype = dtype;
     problem.border = c.border;
     problem.threads = 1;
@@ -206,6 +219,7 @@ struct Call {
     }
     problem.row = row.embedding(c.row().first);
     problem.col = col.embedding(c.col().first);
+    problem.table = table.embedding(0);
     problem.lse = lse.data.get();
     problem.pool = c.pool;
   }
@@ -227,7 +241,7 @@ struct Call {
   }
 
   int run(int threads, int capability) {
-    for (Buffer* b : {&output, &lse, &grad_key, &grad_value, &grad_row, &grad_col}) b->spoil();
+    for (Buffer* b : {&output, &lse, &grad_key, &grad_value, &grad_row, &grad_col, &grad_table}) b->spoil();
     grad_query.zero();
     problem.threads = threads;
     problem.capability = capability;
@@ -246,7 +260,8 @@ struct Call {
             grad_key.tensor(),
             grad_value.tensor(),
             grad_row.embedding(problem.row.first),
-            grad_col.embedding(problem.col.first)};
+            grad_col.embedding(problem.col.first),
+            grad_table.embedding(0)};
   }
 
   int backward() const {
@@ -255,13 +270,14 @@ struct Call {
   }
 };
 
-// The equation and its derivatives, tap by tap, in float64. Gradients in the order query, key, value, row, col.
+// The equation and its derivatives, tap by tap, in float64. Gradients in the order query, key, value, row, col, table.
 inline std::vector<std::vector<double>> expected(const Call& c) {
   const sasa_problem& p = c.problem;
-  const Buffer* tensors[] = {&c.query, &c.key, &c.value, &c.row, &c.col};
+  const Buffer* tensors[] = {&c.query, &c.key, &c.value, &c.row, &c.col, &c.table};
   std::vector<std::vector<double>> result = {std::vector<double>(size_t(c.output.numel))};
   for (const Buffer* b : tensors) result.emplace_back(size_t(b->numel));
-  auto &out = result[0], &dq = result[1], &dk = result[2], &dv = result[3], &dr = result[4], &dc = result[5];
+  auto &out = result[0], &dq = result[1], &dk = result[2], &dv = result[3], &dr = result[4], &dc = result[5],
+       &dt = result[6];
   const int64_t taps = p.rows.kernel * p.cols.kernel, row_first = p.row.first, col_first = p.col.first;
   const int64_t centre_y = (p.rows.kernel - 1) / 2 * p.rows.dilation - p.rows.before;
   const int64_t centre_x = (p.cols.kernel - 1) / 2 * p.cols.dilation - p.cols.before;
@@ -276,9 +292,18 @@ inline std::vector<std::vector<double>> expected(const Call& c) {
           std::vector<double> w(size_t(taps), -INFINITY), dp(size_t(taps), 0.0);
           double largest = -INFINITY, sum = 0, mean = 0;
           const auto pixel = [&](int64_t t, int64_t& ky, int64_t& kx) {
-            ky = y * p.rows.stride - p.rows.before + t / p.cols.kernel * p.rows.dilation;
-            kx = x * p.cols.stride - p.cols.before + t % p.cols.kernel * p.cols.dilation;
+            ky = first_pixel(p.rows, y) + t / p.cols.kernel * p.rows.dilation;
+            kx = first_pixel(p.cols, x) + t % p.cols.kernel * p.cols.dilation;
             return ky >= 0 && kx >= 0 && ky < p.rows.size && kx < p.cols.size;
+          };
+          // Entries of the embeddings: by tap, or by offset.
+          const auto entry_y = [&](int64_t t) {
+            if (!p.rows.shifted) return t / p.cols.kernel;
+            return (first_pixel(p.rows, y) - qy) / p.rows.dilation + t / p.cols.kernel + p.rows.kernel - 1;
+          };
+          const auto entry_x = [&](int64_t t) {
+            if (!p.cols.shifted) return t % p.cols.kernel;
+            return (first_pixel(p.cols, x) - qx) / p.cols.dilation + t % p.cols.kernel + p.cols.kernel - 1;
           };
           int64_t ky, kx;
           for (int64_t t = 0; t < taps; ++t) {
@@ -288,10 +313,11 @@ inline std::vector<std::vector<double>> expected(const Call& c) {
             double logit = 0;
             for (int64_t d = 0; inside && d < p.channels; ++d) logit += q(d) * c.key.get(c.key.at(b, n, d, ky, kx));
             for (int64_t d = 0; d < c.row.shape[1]; ++d)
-              logit += q(row_first + d) * c.row.get(c.row.at(n, d, t / p.cols.kernel));
+              logit += q(row_first + d) * c.row.get(c.row.at(n, d, entry_y(t)));
             for (int64_t d = 0; d < c.col.shape[1]; ++d)
-              logit += q(col_first + d) * c.col.get(c.col.at(n, d, t % p.cols.kernel));
+              logit += q(col_first + d) * c.col.get(c.col.at(n, d, entry_x(t)));
             logit *= p.scale;
+            if (c.table.numel > 0) logit += c.table.get(c.table.at(n, entry_x(t), entry_y(t)));
             w[size_t(t)] = logit;
             largest = std::max(largest, logit);
           }
@@ -309,7 +335,8 @@ inline std::vector<std::vector<double>> expected(const Call& c) {
             mean += weight * dp[size_t(t)];
           }
           for (int64_t t = 0; t < taps; ++t) {
-            const double ds = w[size_t(t)] * (dp[size_t(t)] - mean) * p.scale;
+            const double change = w[size_t(t)] * (dp[size_t(t)] - mean), ds = change * p.scale;
+            if (c.table.numel > 0) dt[size_t(c.table.at(n, entry_x(t), entry_y(t)))] += change;
             const bool inside = pixel(t, ky, kx);
             const auto add = [&](int64_t d, const Buffer& k, std::vector<double>& dk, int64_t at) {
               const int64_t q = c.query.at(b, n, d, qy, qx);
@@ -317,10 +344,8 @@ inline std::vector<std::vector<double>> expected(const Call& c) {
               dq[size_t(q)] += ds * k.get(at);
             };
             for (int64_t d = 0; inside && d < p.channels; ++d) add(d, c.key, dk, c.key.at(b, n, d, ky, kx));
-            for (int64_t d = 0; d < c.row.shape[1]; ++d)
-              add(row_first + d, c.row, dr, c.row.at(n, d, t / p.cols.kernel));
-            for (int64_t d = 0; d < c.col.shape[1]; ++d)
-              add(col_first + d, c.col, dc, c.col.at(n, d, t % p.cols.kernel));
+            for (int64_t d = 0; d < c.row.shape[1]; ++d) add(row_first + d, c.row, dr, c.row.at(n, d, entry_y(t)));
+            for (int64_t d = 0; d < c.col.shape[1]; ++d) add(col_first + d, c.col, dc, c.col.at(n, d, entry_x(t)));
           }
         }
   return result;

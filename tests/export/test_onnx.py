@@ -28,6 +28,7 @@ OPTIONS = [
     {"position": "absolute", "border": "mask"},
     {"position": "none", "kernel_size": 11},
     {"num_heads": 8},
+    {"position": "bias", "border": "mask", "stride": (2, 1), "dilation": (1, 2), "kernel_size": (3, 4)},
 ]
 
 
@@ -67,6 +68,13 @@ def test_layers(dtype, tmp_path):
     layers = layers.to(dtype).eval()
     sasa.export.to_onnx(layers, torch.zeros(1, 6, 12, 10, dtype=dtype), tmp_path / "layers.onnx")
     assert_same(tmp_path / "layers.onnx", layers, 6, dtype)
+
+
+def test_windows_that_are_moved_are_refused(tmp_path):
+    layer = sasa.RelativeSelfAttention(6, 8, 3, 2, border="shift").eval()
+    with pytest.raises(ValueError, match="border: 'shift' can't be exported to ONNX"):
+        sasa.export.to_onnx(layer, torch.zeros(1, 6, 12, 10), tmp_path / "layer.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 class Attend(nn.Module):

@@ -6,15 +6,13 @@ import itertools
 
 import pytest
 import torch
-from oracles import EMBEDDINGS, Case, pair
+from oracles import EMBEDDINGS, NAMES, Case, pair
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import sasa
 from sasa.ops.autograd import _Attention
 from sasa.ops.operators import LOCAL
-
-NAMES = ("query", "key", "value", "row_embedding", "col_embedding")
 
 
 @pytest.fixture(name="attend")
@@ -47,6 +45,9 @@ CASES = [
     *(Case(**SMALL, border=border, kernel_size=2, stride=2, scale=0.5) for border in ("zero", "mask", "valid")),
     *(Case(**SMALL, border=border, kernel_size=(1, 2), dilation=2) for border in ("zero", "mask", "valid")),
     *(Case(**SMALL, kernel_size=(2, 3), stride=(1, 2), dilation=(2, 1), embeddings=name) for name in EMBEDDINGS),
+    Case(size=(3, 4), heads=1, width=1, border="shift", kernel_size=(2, 3), embeddings="all", scale=0.5),
+    Case(size=(2, 4), heads=1, width=1, border="shift", kernel_size=2, dilation=(1, 2), stride=(2, 1)),
+    Case(**SMALL, border="mask", kernel_size=(2, 3), embeddings="bias"),
     Case(size=(1, 2), heads=2, width=1, batch=2, value_width=2, kernel_size=2),
     Case(size=(1, 2), heads=1, width=2, kernel_size=(3, 5), border="mask"),
 ]

@@ -9,12 +9,14 @@ import torch
 from oracles import (
     BORDERS,
     EMBEDDINGS,
+    NAMES,
     Case,
     Solution,
     assert_right,
     attention,
     centres,
     layouts,
+    moved,
     offsets,
     pair,
     solve,
@@ -53,11 +55,12 @@ def run(
 
 def log_sum_exp(tensors: dict[str, Tensor], case: Case, name: str) -> Tensor:
     """What the forward keeps for the backward; of the equation, which keeps none, that of its logits."""
-    in_order = [tensors.get(x) for x in ("query", "key", "value", "row_embedding", "col_embedding")]
+    in_order = [tensors.get(x) for x in NAMES]
     sizes = [pair(size) for size in (case.kernel_size, case.stride, case.dilation)]
     if name == "reference":
-        query, key, _, row, col = in_order
-        return equation.logits(query, key, row, col, window_of(query, *sizes, case.border), case.scale).logsumexp(2)
+        query, key, _, *position = in_order
+        window = window_of(query, *sizes, case.border)
+        return equation.logits(query, key, *position, window, case.scale).logsumexp(2)
     return torch.ops.sasa.local_attention(*in_order, *sizes, case.border, case.scale, name)[1]
 
 
@@ -204,7 +207,7 @@ def test_expanded_tensors(dim, implementation):
 @pytest.mark.parametrize("border", BORDERS)
 def test_empty_batch_gives_an_empty_output_and_zero_gradients(border, implementation):
     query = torch.empty(0, 2, 3, 5, 6, device=implementation.device, requires_grad=True)
-    row = torch.ones(2, 3, 3, device=implementation.device, requires_grad=True)
+    row = torch.ones(2, 3, 5 if border == "shift" else 3, device=implementation.device, requires_grad=True)
     options = {"row_embedding": row, "border": border, "implementation": implementation.name, "stride": 2}
     output = sasa.local_attention(query, query, query[:, :, :1], 3, **options)
     assert output.shape == ((0, 2, 1, 2, 2) if border == "valid" else (0, 2, 1, 3, 3))
@@ -304,6 +307,8 @@ def seen_by_tap(value: Tensor, case: Case) -> Tensor:
         )
         middles = torch.tensor(centres(size, kernel, stride, dilation, case.border))
         at = torch.tensor(offsets(kernel, dilation))[:, None] + middles
+        if case.border == "shift":
+            at = torch.tensor([moved(int(pixel), size, kernel, dilation) for pixel in middles]).mT + middles
         at_taps.append((at.clamp(0, size - 1), (at >= 0) & (at < size)))
     (rows, in_rows), (cols, in_cols) = at_taps
     values = value[..., rows[:, None, :, None], cols[None, :, None, :]]

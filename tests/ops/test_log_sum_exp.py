@@ -15,6 +15,7 @@ CASES = [
     Case(size=(6, 5), kernel_size=3, border="mask", stride=2, scale=0.5),
     Case(size=(7, 6), kernel_size=(2, 3), dilation=(2, 1), border="valid"),
     Case(size=(3, 2), kernel_size=7, dilation=3, value_width=2, stride=(2, 1)),
+    Case(size=(5, 6), kernel_size=(2, 3), dilation=(2, 1), border="shift", embeddings="all", scale=0.5, stride=(1, 2)),
     *(Case(size=(4, 5), embeddings=name) for name in EMBEDDINGS),
 ]
 
@@ -23,9 +24,9 @@ def tensors_of(case, dtype, device="cpu"):
     return {name: x.to(device, dtype).detach().requires_grad_() for name, x in case.tensors(torch.float64).items()}
 
 
-def by_equation(case, query, key, value, row_embedding=None, col_embedding=None):
+def by_equation(case, query, key, value, row_embedding=None, col_embedding=None, bias=None):
     geometry = window(*case.size, *(pair(x) for x in (case.kernel_size, case.stride, case.dilation)), case.border)
-    given = query, key, row_embedding, col_embedding, geometry, case.scale
+    given = query, key, row_embedding, col_embedding, bias, geometry, case.scale
     return equation.attention(query, key, value, *given[2:]), equation.logits(*given).logsumexp(2)
 
 

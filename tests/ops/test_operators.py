@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import BORDERS, EMBEDDINGS, Case, layouts, pair, solve
+from oracles import BORDERS, EMBEDDINGS, NAMES, Case, layouts, pair, solve
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -14,7 +14,6 @@ import sasa
 from sasa.ops.operators import LOCAL
 
 LAYOUTS = layouts()
-NAMES = ("query", "key", "value", "row_embedding", "col_embedding")
 FORWARD = torch.ops.sasa.local_attention.default
 BACKWARD = torch.ops.sasa.local_attention_backward.default
 
@@ -27,6 +26,8 @@ PROBLEMS = [
     (Case(batch=2, embeddings="row", dilation=2, scale=0.5), "permuted", torch.bfloat16),
     (Case(batch=2, embeddings="col", stride=(1, 2)), "strided", torch.float16),
     (Case(batch=2, value_width=2, border="mask"), "one each", torch.float32),
+    (Case(batch=2, border="shift", embeddings="all", stride=(1, 2)), "slice", torch.float32),
+    (Case(batch=2, border="mask", embeddings="bias"), "channels_last", torch.float64),
     (Case(size=(1, 1), border="mask"), "contiguous", torch.float32),
     (Case(size=(3, 1), heads=1, width=1), "channels_last", torch.float64),
 ]
@@ -84,7 +85,7 @@ def test_opcheck_of_halves(widths, implementation):
     if not implementation.has_operator or implementation.device != "cpu":
         pytest.skip("no operator on the CPU")
     tensors, options = arguments(Case(), "contiguous", torch.float32, implementation.name)
-    tensors[3:] = tensors[3][:, : widths[0]], tensors[4][:, : widths[1]]
+    tensors[3:5] = tensors[3][:, : widths[0]], tensors[4][:, : widths[1]]
     opcheck(FORWARD, (*tensors, *options))
     output, lse = FORWARD(*tensors, *options)
     opcheck(BACKWARD, (output, *tensors, lse, *options))
@@ -145,13 +146,14 @@ def test_fake_tensors_are_as_the_real_ones(case, layout, dtype):
 
 
 @pytest.mark.parametrize(
-    ("border", "shape"), [("zero", (2, 3, 5, 4, 3)), ("mask", (2, 3, 5, 4, 3)), ("valid", (2, 3, 5, 2, 3))]
+    ("border", "shape"),
+    [("zero", (2, 3, 5, 4, 3)), ("mask", (2, 3, 5, 4, 3)), ("valid", (2, 3, 5, 2, 3)), ("shift", (2, 3, 5, 4, 3))],
 )
 def test_meta_tensors(border, shape):
     """Shapes without numbers: 7x9 pixels, windows 4x3, stride (2, 3)."""
     query = torch.empty(2, 3, 4, 7, 9, device="meta", requires_grad=True)
     value = torch.empty(2, 3, 5, 7, 9, device="meta", requires_grad=True)
-    row = torch.empty(3, 4, 4, device="meta", requires_grad=True)
+    row = torch.empty(3, 4, 7 if border == "shift" else 4, device="meta", requires_grad=True)
     output = sasa.local_attention(query, query, value, (4, 3), stride=(2, 3), border=border, row_embedding=row)
     assert output.device.type == "meta"
     assert output.shape == shape
@@ -163,13 +165,14 @@ def test_meta_tensors(border, shape):
 
 
 VMAPPED = {
-    "query": (0, None, None, None, None),
-    "key": (None, 1, None, None, None),
-    "value": (None, None, 4, None, None),
-    "row_embedding": (None, None, None, 0, None),
-    "col_embedding": (None, None, None, None, 2),
-    "all": (0, 1, 2, 3, 0),
-    "images": (5, 5, 5, None, None),
+    "query": (0, None, None, None, None, None),
+    "key": (None, 1, None, None, None, None),
+    "value": (None, None, 4, None, None, None),
+    "row_embedding": (None, None, None, 0, None, None),
+    "col_embedding": (None, None, None, None, 2, None),
+    "bias": (None, None, None, None, None, 1),
+    "all": (0, 1, 2, 3, 0, 3),
+    "images": (5, 5, 5, None, None, None),
 }
 
 
@@ -177,7 +180,7 @@ VMAPPED = {
 @pytest.mark.parametrize("border", BORDERS)
 def test_vmap_equals_a_loop(in_dims, border, implementation):
     """Over each argument alone and several at once; gradients too."""
-    case = Case(size=(4, 5), border=border, value_width=2, stride=(2, 1))
+    case = Case(size=(4, 5), border=border, embeddings="all", value_width=2, stride=(2, 1))
     count = 3
     given = [x.to(implementation.device, implementation.precise) for x in case.tensors().values()]
     tensors = [
@@ -238,6 +241,8 @@ FLOPS = [
     (Case(size=(5, 6), width=4, value_width=10, kernel_size=(2, 3), stride=2, border="mask"), 2_880),
     # 3x4 = 12 windows inside, 9 taps, 1 head: 108 pairs of 6·8.
     (Case(size=(5, 6), heads=1, width=8, border="valid"), 5_184),
+    # 30 windows moved inside, 9 taps: 270 pairs of 6·8; the bias is no product.
+    (Case(size=(5, 6), heads=1, width=8, border="shift", embeddings="all"), 12_960),
 ]
 
 

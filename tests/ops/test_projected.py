@@ -15,6 +15,8 @@ CASES = {
     "valid": {"border": "valid"},
     "even": {"kernel_size": (2, 4)},
     "scale": {"scale": 0.3},
+    "shift": {"border": "shift", "scale": 0.3},
+    "shift-dilation": {"border": "shift", "stride": (1, 2), "dilation": (2, 2)},
 }
 POOLED = CASES | {
     "mask": {"border": "mask"},
@@ -40,24 +42,37 @@ def options(implementation=None, **changed):
     } | changed
 
 
-def tensors(heads=8, width=5, inputs=7, kernel=(3, 5), dtype=torch.float64, device="cpu", size=(9, 11), batch=3):
-    """Input, weight, bias and embeddings."""
+def tensors(
+    heads=8,
+    width=5,
+    inputs=7,
+    kernel=(3, 5),
+    dtype=torch.float64,
+    device="cpu",
+    size=(9, 11),
+    batch=3,
+    border="zero",
+):
+    """Input, weight, bias, embeddings and table."""
     x = torch.randn(batch, inputs, *size)
     weight = torch.randn(3 * heads * width, inputs) * inputs**-0.5
-    rest = [torch.randn(3 * heads * width), torch.randn(heads, width, kernel[0]), torch.randn(heads, width, kernel[1])]
+    kernel = [2 * size - 1 for size in kernel] if border == "shift" else kernel
+    rest = [torch.randn(3 * heads * width), *(torch.randn(heads, width, size) for size in kernel)]
+    rest.append(torch.randn(heads, *kernel))
     return [t.to(device, dtype).requires_grad_() for t in (x, weight, *rest)]
 
 
-def projected_attention(x, weight, bias, row, col, **chosen):
+def projected_attention(x, weight, bias, row, col, table, **chosen):
     """As one operator, which keeps only its input."""
-    return attend(x, weight[:, :, None, None], bias, row, col, **{"recompute": True} | chosen)
+    return attend(x, weight[:, :, None, None], bias, row, col, table, **{"recompute": True} | chosen)
 
 
-def one_after_the_other(x, weight, bias, row, col, num_heads, kernel_size, implementation, pool=1, **rest):
+def one_after_the_other(x, weight, bias, row, col, table, num_heads, kernel_size, implementation, pool=1, **rest):
     """The equation in two steps, and a third to pool."""
     images = F.conv2d(x, weight[:, :, None, None], bias).unflatten(1, (3 * num_heads, -1))
+    position = {"row_embedding": row, "col_embedding": col, "bias": table}
     output = sasa.local_attention(
-        *images.chunk(3, 1), kernel_size, row_embedding=row, col_embedding=col, implementation=implementation, **rest
+        *images.chunk(3, 1), kernel_size, **position, implementation=implementation, **rest
     ).flatten(1, 2)
     return output if pool == 1 else torch.nn.AvgPool2d(pool, ceil_mode=True)(output)
 
@@ -86,7 +101,8 @@ def check_against_two_steps(args, chosen, memory_format=torch.contiguous_format,
 @pytest.mark.parametrize("case", CASES)
 def test_results_and_gradients_are_those_of_the_two_steps(implementation, case, heads, memory_format):
     chosen = options(implementation.name, num_heads=heads, **CASES[case])
-    args = tensors(heads, kernel=chosen["kernel_size"], dtype=implementation.precise, device=implementation.device)
+    like = {"dtype": implementation.precise, "device": implementation.device, "border": chosen["border"]}
+    args = tensors(heads, kernel=chosen["kernel_size"], **like)
     args[0] = args[0].detach().contiguous(memory_format=memory_format).requires_grad_()
     ours, theirs = projected_attention(*args, **chosen), one_after_the_other(*args, **chosen)
     assert ours.is_contiguous(memory_format=memory_format)
@@ -104,10 +120,10 @@ def test_embeddings_of_some_channels(implementation, heads, widths, recompute):
     """
     args = tensors(heads, size=(5, 6), batch=2, dtype=implementation.precise, device=implementation.device)
     first, last = widths
-    args[3:] = (x.detach().requires_grad_() for x in (args[3][:, :first], args[4][:, 5 - last :]))
+    args[3:5] = (x.detach().requires_grad_() for x in (args[3][:, :first], args[4][:, 5 - last :]))
     ours = projected_attention(*args, **options(implementation.name, num_heads=heads, recompute=recompute))
     padded = F.pad(args[3], (0, 0, 0, 5 - first)), F.pad(args[4], (0, 0, 5 - last, 0))
-    theirs = one_after_the_other(*args[:3], *padded, **options("eager", num_heads=heads))
+    theirs = one_after_the_other(*args[:3], *padded, args[5], **options("eager", num_heads=heads))
     assert_close(ours, theirs)
     vector = torch.randn_like(ours)
     assert_close(torch.autograd.grad(ours, args, vector), torch.autograd.grad(theirs, args, vector))
@@ -131,7 +147,8 @@ def test_many_gradients_at_once(implementation, pool):
 def test_pooling_is_that_of_the_output(implementation, case, size, memory_format):
     chosen = options(implementation.name) | {"pool": 2} | POOLED[case]
     kernel = chosen["kernel_size"]
-    args = tensors(kernel=kernel, dtype=implementation.precise, device=implementation.device, size=size, batch=2)
+    like = {"dtype": implementation.precise, "device": implementation.device, "border": chosen["border"]}
+    args = tensors(kernel=kernel, size=size, batch=2, **like)
     args[0] = args[0].detach().contiguous(memory_format=memory_format).requires_grad_()
     check_against_two_steps(args, chosen, memory_format)
 
@@ -177,7 +194,7 @@ def test_what_is_not_finite_stays_so_when_pooled():
     torch.testing.assert_close(ours[2], theirs[2])
 
 
-@pytest.mark.parametrize("missing", [(2,), (3, 4), (3,), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("missing", [(2,), (3, 4), (3,), (5,), (4, 5), (2, 3, 4, 5)], ids=str)
 def test_bias_and_embeddings_may_be_missing(missing):
     args = [None if i in missing else t for i, t in enumerate(tensors())]
     given = [t for t in args if t is not None]
@@ -255,11 +272,11 @@ def test_opcheck(pool, projected):
 
 
 @pytest.mark.parametrize("pool", [1, 2])
-@pytest.mark.parametrize("mapped", [(0,), (0, 1, 2, 3, 4), (3,)], ids=str)
+@pytest.mark.parametrize("mapped", [(0,), (0, 1, 2, 3, 4, 5), (3,), (5,)], ids=str)
 def test_vmap(mapped, pool):
     chosen = options(pool=pool)
     args = [t.detach() for t in tensors()]
-    dims = tuple(0 if i in mapped else None for i in range(5))
+    dims = tuple(0 if i in mapped else None for i in range(6))
     many = [torch.stack([t, t.flip(0) + 1]) if i in mapped else t for i, t in enumerate(args)]
     got = torch.vmap(lambda *a: projected_attention(*a, **chosen), dims)(*many)
     want = [projected_attention(*(t[j] if i in mapped else t for i, t in enumerate(many)), **chosen) for j in range(2)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import BORDERS, EMBEDDINGS, Case, Solution, assert_right, layouts, pair, solve, solve_tensors
+from oracles import BORDERS, EMBEDDINGS, NAMES, Case, Solution, assert_right, layouts, pair, solve, solve_tensors
 from torch import Tensor
 
 import sasa
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-NAMES = ("query", "key", "value", "row_embedding", "col_embedding")
 LAYOUTS = layouts()
 HALF = (torch.float16, torch.bfloat16)
 
@@ -76,7 +75,7 @@ def solve_halves(case: Case, channels: tuple[int, int], dtype: torch.dtype) -> S
     """The solution of a case with embeddings of so many channels: that with zeros in the other channels."""
     solution = solve(case, dtype)
     parts = halves(solution.tensors, channels)
-    padded = solution.tensors | {name: torch.zeros_like(solution.tensors[name]) for name in NAMES[3:] if name in parts}
+    padded = solution.tensors | {name: torch.zeros_like(solution.tensors[name]) for name in NAMES[3:5] if name in parts}
     for name, x in halves(padded, channels).items():
         x.copy_(parts[name])
     whole = solve_tensors(padded, solution.grad_output, **case.options)
@@ -116,6 +115,9 @@ GRID = [
     Case(size=(10, 9), kernel_size=5, stride=3, width=8, border="valid", heads=1),
     Case(size=(3, 3), kernel_size=(1, 9)),
     Case(size=(2, 12), kernel_size=(1, 11), border="mask", stride=(1, 5)),
+    Case(size=(9, 11), kernel_size=(3, 5), border="shift", heads=1),
+    Case(size=(7, 9), kernel_size=(2, 3), dilation=(2, 3), stride=(1, 2), border="shift", heads=1),
+    Case(size=(4, 7), border="shift", embeddings="all", stride=(2, 1), scale=0.5),
 ]
 
 
@@ -220,7 +222,7 @@ def test_any_memory_layout(names, variant):
 def test_gradients_with_strides_of_zero(variant):
     case = Case(size=(4, 5))
     solution = solve(case, torch.float32)
-    leaves = [solution.tensors[name].to(DEVICE).requires_grad_() for name in NAMES]
+    leaves = [solution.tensors[name].to(DEVICE).requires_grad_() for name in NAMES[:5]]
     output = sasa.local_attention(
         *leaves[:3], **case.options, row_embedding=leaves[3], col_embedding=leaves[4], implementation="triton"
     )

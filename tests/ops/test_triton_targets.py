@@ -54,7 +54,9 @@ for one in problems:
     heads, width, kernel = 2, one.get("width", 16), one.get("kernel", 7)
     x = torch.zeros(2, 3 * heads * width, *one["size"], dtype=dtype).to(memory_format=last)
     query, key, value = x.unflatten(1, (3 * heads, width)).chunk(3, dim=1)
-    row, col = torch.zeros(2, heads, one.get("half", width), kernel, dtype=dtype)
+    offsets = 2 * kernel - 1 if one.get("border") == "shift" else kernel
+    row, col = torch.zeros(2, heads, one.get("half", width), offsets, dtype=dtype)
+    table = torch.zeros(heads, offsets, offsets, dtype=dtype) if one.get("table") else None
     geometry = window(*one["size"], (kernel, kernel), (one.get("stride", 1),) * 2, (1, 1), one.get("border", "zero"))
     changed = {"tensor_cores": True, "precision": "tf32"} if one.get("tf32") else {}
     if dtype != torch.float32 and backend == "cuda":
@@ -62,8 +64,8 @@ for one in problems:
     launch.problem_of = lambda *given: original(*given)._replace(**changed)
     for tile in range(3 if one.get("every_tile") else 1):
         launch.tiles_of = lambda *given: every(*given)[tile:tile + 1] or every(*given)[:1]
-        output, lse = launch.forward(query, key, value, row, col, geometry, 1.0)
-        launch.backward(output, query, key, value, row, col, lse, geometry, 1.0)
+        output, lse = launch.forward(query, key, value, row, col, table, geometry, 1.0)
+        launch.backward(output, query, key, value, row, col, table, lse, geometry, 1.0)
 print(json.dumps({"compiled": compiled, "count": count}))
 """
 
@@ -86,6 +88,8 @@ PROBLEMS = [
     {"size": [9, 9], "dtype": "float32", "channels_last": True},
     {"size": [9, 9], "half": 8, "channels_last": True},
     {"size": [9, 9], "half": 5, "dtype": "float32"},
+    {"size": [19, 19], "border": "shift", "channels_last": True},
+    {"size": [19, 19], "border": "shift", "table": True},
 ]
 LARGE = [
     {"size": [9, 9], "width": 128, "border": "mask"},
@@ -102,7 +106,7 @@ LEAST_SHARED = {"cuda": 99 * 1024, "hip": 64 * 1024}
 LAST_FORM = {"cuda": "cubin", "hip": "hsaco"}
 
 
-SOME = {"A100": [PROBLEMS[0], LARGE[2]], "H100": [PROBLEMS[2]], "MI300": [PROBLEMS[3]]}
+SOME = {"A100": [PROBLEMS[0], LARGE[2]], "H100": [PROBLEMS[2], PROBLEMS[5]], "MI300": [PROBLEMS[3], PROBLEMS[6]]}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -56,13 +56,16 @@ class Axis(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What is attended: values (B, N, P + 1, D), whose last pixel is zero, and embeddings (N, Dr, kh), (N, Dc, kw)."""
+    """What is attended: values (B, N, P + 1, D), whose last pixel is zero, embeddings (N, Dr, kh), (N, Dc, kw) and a
+    table (N, kh, kw).
+    """
 
     query: Value
     key: Value
     value: Value
     row: Value | None
     col: Value | None
+    table: Value | None
     number: int
     width: int
     value_width: int
@@ -171,7 +174,10 @@ def strips(heads: Heads, rows: Axis, cols: Axis, width: Value, border: str) -> V
         )
     added = body("MatMul", body("Reshape", body("Concat", by_row, by_col, axis=-1), join), sums)
     logits = body("MatMul", body("Reshape", q, flat), body("Transpose", k, perm=[0, 1, 2, 4, 3]))
-    weights = body("Softmax", body("Add", logits, added), axis=-1)
+    logits = body("Add", logits, added)
+    if heads.table is not None:
+        logits = body("Add", logits, _of_pairs(heads.table, rows, cols))
+    weights = body("Softmax", logits, axis=-1)
     graph = body.graph(body("MatMul", weights, v), heads.dtype)
     return op.Scan(op.Mul(rows.queries, width), op.Mul(rows.keys, width), body=graph, num_scan_inputs=2)
 
@@ -186,6 +192,14 @@ def _table(heads: Heads, embedding: Value | None, axis: Axis, first: bool) -> Va
     by_head = op.Pad(by_head, constant([0, 0 if first else missing, 0, 0, missing if first else 0, 0]))
     by_query = op.Transpose(op.Gather(by_head, constant(axis.taps), axis=2), perm=[0, 2, 1, 3])
     return op.Unsqueeze(by_query, constant([1]))
+
+
+def _of_pairs(table: Value, rows: Axis, cols: Axis) -> Value:
+    """(N, 1, b·b, span·span): what a table adds to the logit of each pair of a block's queries and keys."""
+    across = op.Gather(table, constant(cols.taps), axis=2)  # (N, kh, b, span)
+    pairs = op.Gather(across, constant(rows.taps), axis=1)  # (N, b, span, b, span)
+    sizes = [0, 1, rows.taps.shape[0] * cols.taps.shape[0], rows.taps.shape[1] * cols.taps.shape[1]]
+    return op.Reshape(op.Transpose(pairs, perm=[0, 1, 3, 2, 4]), constant(sizes))
 
 
 _count = iter(range(2**62))
@@ -206,6 +220,10 @@ def attention(
     border: str,
 ) -> Value:
     """(B, N·Dv, H', W'). ``size`` is (H, W), ``batch`` (B,)."""
+    if border == "shift":
+        raise ValueError(
+            "border: 'shift' can't be exported to ONNX: windows at the edge would need tables of their own"
+        )
     height, width = op.Split(size, num_outputs=2, axis=0)
     rows = axis_of(height, kernel_size[0], stride[0], dilation[0], border)
     cols = axis_of(width, kernel_size[-1], stride[-1], dilation[-1], border)

@@ -25,6 +25,7 @@ def local_attention(
     value: TTensor,
     row: Optional[TTensor],
     col: Optional[TTensor],
+    table: Optional[TTensor],
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
@@ -41,7 +42,7 @@ def local_attention(
         return _cast(op.Transpose(flat, perm=[0, 1, 3, 2]), query.dtype, dtype)
 
     images = [pixels(query, width), pixels(key, width), pixels(value, value_width)]
-    heads = _heads(images, row, col, (count, width, value_width), query.dtype, scale)
+    heads = _heads(images, (row, col, table), (count, width, value_width), query.dtype, scale)
     size, batch = op.Shape(query, start=3), op.Shape(query, start=0, end=1)
     y = attention(heads, size, batch, kernel_size, stride, dilation, border)
     shape = op.Concat(batch, constant([count, value_width]), op.Shape(y, start=2), axis=0)
@@ -54,6 +55,7 @@ def projected_attention(
     bias: Optional[TTensor],
     row: Optional[TTensor],
     col: Optional[TTensor],
+    table: Optional[TTensor],
     num_heads: int,
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -83,7 +85,7 @@ def projected_attention(
         return _cast(op.Transpose(op.Reshape(x, heads_last), perm=[0, 2, 1, 3]), given, dtype)
 
     images = [projection(part) for part in range(3)]
-    heads = _heads(images, row, col, (num_heads, width, width), given, scale)
+    heads = _heads(images, (row, col, table), (num_heads, width, width), given, scale)
     size, batch = op.Shape(input, start=2), op.Shape(input, start=0, end=1)
     y = attention(heads, size, batch, kernel_size, stride, dilation, border)
     if pool > 1:
@@ -93,8 +95,7 @@ def projected_attention(
 
 def _heads(
     images: list[Value],
-    row: Value | None,
-    col: Value | None,
+    position: tuple[Value | None, ...],
     sizes: tuple[int, int, int],
     given: ir.DataType,
     scale: float,
@@ -104,8 +105,8 @@ def _heads(
     query, key, value = (op.Pad(image, zero_pixel) for image in images)
     if scale != 1:
         query = op.Mul(query, constant(scale, np.float64 if dtype == ir.DataType.DOUBLE else np.float32))
-    row, col = (None if half is None or 0 in half.shape else _cast(half, given, dtype) for half in (row, col))
-    return Heads(query, key, value, row, col, *sizes, dtype)
+    row, col, table = (None if x is None or 0 in x.shape else _cast(x, given, dtype) for x in position)
+    return Heads(query, key, value, row, col, table, *sizes, dtype)
 
 
 def _sum_dtype(given: ir.DataType) -> ir.DataType:

@@ -55,10 +55,10 @@ class SasaResNet(
         attention_stem: an :class:`sasa.AttentionStem` in place of the 7x7 convolution and its max pool.
         kernel_size: window of the attention, int or (height, width).
         num_heads: heads of the attention.
-        position: ``"relative"``, ``"absolute"`` or ``"none"``; this and the next two as in
+        position: ``"relative"``, ``"bias"``, ``"absolute"`` or ``"none"``; this and the next two as in
             :class:`sasa.RelativeSelfAttention`.
         position_split: ``"per_head"`` or ``"across_heads"``.
-        border: ``"zero"`` or ``"mask"``.
+        border: ``"zero"``, ``"mask"`` or ``"shift"``, whose images must not be smaller than the window at any stage.
         stem_mixtures: value projections that the attention stem mixes.
         implementation: of the attention: None for the fastest.
         num_classes: outputs of the classifier; 0 for none.

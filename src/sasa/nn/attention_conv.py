@@ -105,7 +105,7 @@ def _some_heads(
 ) -> Tensor:
     value = x.unsqueeze(1).expand(-1, query.shape[1], -1, -1, -1)
     sizes = kernel_size, stride, dilation, border, 1.0
-    seen = attend_heads(query, key, value, row, col, *sizes, implementation)
+    seen = attend_heads(query, key, value, row, col, None, *sizes, implementation)
     parts = [F.conv2d(seen[:, head], weight[head], groups=groups) for head in range(weight.shape[0])]
     return functools.reduce(torch.add, parts)
 

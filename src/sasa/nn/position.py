@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-POSITIONS = ("relative", "absolute", "none")
+POSITIONS = ("relative", "bias", "absolute", "none")
 POSITION_SPLITS = ("per_head", "across_heads", "last_head")
 
 

@@ -18,7 +18,7 @@ from ..ops.window import BORDERS
 from .convolution_like import ConvolutionLike, is_plain, runs_alone
 from .notebook import read_notebook_weights
 from .position import POSITION_SPLITS, POSITIONS, embedding_rows, embeddings_by_head, sinusoidal_encoding
-from .start import CONTENT, soft_taps
+from .start import CONTENT, soft_table, soft_taps
 
 if TYPE_CHECKING:
     from torchinfo import ModelStatistics
@@ -55,9 +55,10 @@ class RelativeSelfAttention(ConvolutionLike):
         num_heads: N; each head has ``out_channels / N`` channels.
         stride: distance between the pixels that attend; the output shrinks as a convolution's does.
         dilation: distance between the taps of the window.
-        border: ``"zero"``, ``"mask"`` or ``"valid"``: see :func:`sasa.local_attention`.
-        position: ``"relative"``: r as above; ``"absolute"``: r = 0, and a fixed sinusoidal encoding of row and column
-            is added to the input; ``"none"``: r = 0.
+        border: ``"zero"``, ``"mask"``, ``"valid"`` or ``"shift"``: see :func:`sasa.local_attention`.
+        position: ``"relative"``: r as above; ``"bias"``: r = 0, and a learned table is added to each head's logits, as
+            in Swin (arXiv 2103.14030) and the first neighborhood attention (arXiv 2204.07143); ``"absolute"``: r = 0,
+            and a fixed sinusoidal encoding of row and column is added to the input; ``"none"``: r = 0.
         position_split: where the row and column halves of r fall: in every head (``"per_head"``), or row halves in
             the first heads and column halves in the last (``"across_heads"``). ``"last_head"`` gives all heads the
             last head's r, a slip of a well-known notebook kept so that its weights can be used.
@@ -80,8 +81,11 @@ class RelativeSelfAttention(ConvolutionLike):
 
     Attributes:
         qkv: the three projections as one 1x1 convolution of 3·out_channels outputs: queries, keys, values.
-        row_embedding: row half of r, (channels of the half, kh); None unless position is ``"relative"``.
+        row_embedding: row half of r, (channels of the half, kh), with the border ``"shift"`` of 2kh - 1 offsets; None
+            unless position is ``"relative"``.
         col_embedding: column half of r, (channels of the half, kw); likewise.
+        position_bias: what is added to the logits, (num_heads, kh, kw), with the border ``"shift"``
+            (num_heads, 2kh - 1, 2kw - 1); None unless position is ``"bias"``.
         weight, bias, padding, padding_mode, groups, transposed, output_padding: what code around a network reads of a
             convolution: weight and bias are those of ``qkv``, the others say that the output is as large.
 
@@ -97,6 +101,7 @@ class RelativeSelfAttention(ConvolutionLike):
 
     row_embedding: nn.Parameter | None
     col_embedding: nn.Parameter | None
+    position_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -140,7 +145,9 @@ class RelativeSelfAttention(ConvolutionLike):
         self.implementation = implementation
         self.recompute = recompute
         checks.parameters(
-            3 * in_channels * out_channels + out_channels * max(self.kernel_size) * (position == "relative"),
+            3 * in_channels * out_channels
+            + out_channels * max(self.offsets) * (position == "relative")
+            + num_heads * self.offsets[0] * self.offsets[1] * (position == "bias"),
             in_channels=in_channels,
             out_channels=out_channels,
             kernel_size=self.kernel_size,
@@ -158,13 +165,17 @@ class RelativeSelfAttention(ConvolutionLike):
         self.qkv = nn.Conv2d(in_channels, 3 * out_channels, 1, bias=bias, device=device, dtype=dtype)
         if position == "relative":
             rows = embedding_rows(out_channels, num_heads, position_split)
-            self.row_embedding = nn.Parameter(torch.empty(rows, self.kernel_size[0], device=device, dtype=dtype))
+            self.row_embedding = nn.Parameter(torch.empty(rows, self.offsets[0], device=device, dtype=dtype))
             self.col_embedding = nn.Parameter(
-                torch.empty(out_channels - rows, self.kernel_size[1], device=device, dtype=dtype)
+                torch.empty(out_channels - rows, self.offsets[1], device=device, dtype=dtype)
             )
         else:
             self.register_parameter("row_embedding", None)
             self.register_parameter("col_embedding", None)
+        if position == "bias":
+            self.position_bias = nn.Parameter(torch.empty(num_heads, *self.offsets, device=device, dtype=dtype))
+        else:
+            self.register_parameter("position_bias", None)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -188,10 +199,11 @@ class RelativeSelfAttention(ConvolutionLike):
 
         q·k starts small: it grows with the square of the input, which residual branches let grow.
 
-        Without a bias, without relative position or with ``position_split="last_head"`` no head can look at a tap of
-        its own in every pixel. Then q·k and q·r start with variance 1 each for an input of variance 1, where the usual
-        initialisation would give D: the factor that scaled dot-product attention puts on the logits lies in W_Q (as
-        in T5, arXiv 1910.10683). Half of the queries' variance is their bias, if they have one.
+        With ``position="bias"`` the table itself holds -s |t - t_h|. Otherwise, without a bias, without relative
+        position or with ``position_split="last_head"``, no head can look at a tap of its own in every pixel. Then q·k
+        and q·r start with variance 1 each for an input of variance 1, where the usual initialisation would give D: the
+        factor that scaled dot-product attention puts on the logits lies in W_Q (as in T5, arXiv 1910.10683). Half of
+        the queries' variance is their bias, if they have one.
         """
         scale = self.scale if abs(self.scale) >= _LEAST_SCALE else 1.0
         width = self.out_channels // self.num_heads
@@ -199,6 +211,12 @@ class RelativeSelfAttention(ConvolutionLike):
         queries, values = slice(self.out_channels), slice(2 * self.out_channels, None)
         nn.init.normal_(weight, std=self.in_channels**-0.5)
         weight[values] *= 2**0.5
+        if self.position_bias is not None:
+            weight[queries] *= CONTENT * width**-0.5 / scale
+            if bias is not None:
+                nn.init.zeros_(bias)
+            self.position_bias.copy_(soft_table(self.num_heads, self.offsets))
+            return
         if bias is None or row is None or col is None or self.position_split == "last_head":
             share = 1.0 if bias is None else 0.5**0.5
             weight[queries] *= share * width**-0.5 / scale
@@ -210,7 +228,7 @@ class RelativeSelfAttention(ConvolutionLike):
                     nn.init.normal_(embedding)
             return
         weight[queries] *= CONTENT * width**-0.5 / scale
-        sizes = self.out_channels, self.num_heads, self.kernel_size, self.position_split
+        sizes = self.out_channels, self.num_heads, self.offsets, self.position_split
         pull, rows, cols = soft_taps(*sizes, weight.device)
         nn.init.zeros_(bias)
         bias[queries] = pull.to(bias.dtype) / scale
@@ -231,7 +249,7 @@ class RelativeSelfAttention(ConvolutionLike):
             x, weight, bias = like_image(qkv(x), x), None, None
         sizes = self.kernel_size, self.stride, self.dilation, self.border
         options = self.scale, self.pool, self.implementation, self.recompute
-        return attend(x, weight, bias, *self._embeddings(), self.num_heads, *sizes, *options)
+        return attend(x, weight, bias, *self._embeddings(), self.position_bias, self.num_heads, *sizes, *options)
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """What each pixel attends to, before any pooling: (B, num_heads, kh·kw, H', W'), taps row by row, summing to 1
@@ -241,7 +259,7 @@ class RelativeSelfAttention(ConvolutionLike):
         qkv = self.qkv(prepare(x, self.in_channels, weight, self.position))
         sizes = self.kernel_size, self.stride, self.dilation, self.border
         query, key, _ = split_heads(qkv if x.dim() == 4 else qkv.unsqueeze(0), self.num_heads)
-        weights = attend_weights(query, key, *self._embeddings(), *sizes, self.scale)
+        weights = attend_weights(query, key, *self._embeddings(), self.position_bias, *sizes, self.scale)
         return weights if x.dim() == 4 else weights.squeeze(0)
 
     def _embeddings(self) -> tuple[Tensor | None, Tensor | None]:
@@ -250,6 +268,12 @@ class RelativeSelfAttention(ConvolutionLike):
         if row is None or col is None:
             return None, None
         return embeddings_by_head(row, col, self.num_heads, self.position_split)
+
+    @property
+    def offsets(self) -> tuple[int, int]:
+        """Positions relative to a query, down and across, that the layer tells apart."""
+        height, width = self.kernel_size
+        return (2 * height - 1, 2 * width - 1) if self.border == "shift" else (height, width)
 
     @property
     def padding(self) -> tuple[int, int]:

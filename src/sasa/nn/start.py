@@ -29,6 +29,13 @@ def own_taps(num_heads: int, kernel_size: tuple[int, int], position_split: str) 
     return [taps[head % len(taps)] for head in range(num_heads)]
 
 
+def soft_table(num_heads: int, kernel_size: tuple[int, int]) -> Tensor:
+    """(N, kh, kw): -STRENGTH · distance of each tap from the head's own."""
+    own = torch.tensor(own_taps(num_heads, kernel_size, "per_head"))
+    rows, cols = ((torch.arange(size) - own[:, axis, None]).abs() for axis, size in enumerate(kernel_size))
+    return -STRENGTH * (rows[:, :, None] + cols[:, None, :])
+
+
 def soft_taps(
     channels: int, num_heads: int, kernel_size: tuple[int, int], position_split: str, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:

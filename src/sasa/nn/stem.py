@@ -377,4 +377,4 @@ def attend_in_equal_blocks(
     value = value.view(mixtures, -1, channels)
     value = (value if factor is None else (value * factor).to(value.dtype)).transpose(0, 1).flatten(1)
     weight = torch.cat((qk.flatten(1).repeat(1, mixtures), value))[:, :, None, None]
-    return attend(x, weight, None, None, None, *options, border="mask", implementation=implementation)
+    return attend(x, weight, None, None, None, None, *options, border="mask", implementation=implementation)

@@ -28,6 +28,7 @@ def attend(
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     num_heads: int,
     kernel_size: Pair,
     stride: Pair = (1, 1),
@@ -46,11 +47,13 @@ def attend(
         bias: (3·N·D) or None.
         row: (N, Dr, kh) or (N·Dr, kh), added to the keys' first Dr channels by row of the window; or None.
         col: (N, Dc, kw) or (N·Dc, kw), added to the keys' last Dc channels by column; or None.
+        table: (N, kh, kw), added to the logits; or None. With the border ``"shift"`` row, col and table have 2kh - 1
+            and 2kw - 1 entries.
         num_heads: N.
         kernel_size: (kh, kw); this and the rest as in :class:`sasa.RelativeSelfAttention`.
         stride: (height, width).
         dilation: (height, width).
-        border: ``"zero"``, ``"mask"`` or ``"valid"``.
+        border: ``"zero"``, ``"mask"``, ``"valid"`` or ``"shift"``.
         scale: factor on the logits.
         pool: size and stride of an average pooling of the output; 1 for none.
         implementation: a name or None.
@@ -64,16 +67,16 @@ def attend(
         TypeError: ``x`` is no tensor.
     """
     options = num_heads, kernel_size, stride, dilation, border, scale, pool, implementation
-    output = None if weight is None else prepared(x, weight, bias, row, col, options, recompute)
+    output = None if weight is None else prepared(x, weight, bias, row, col, table, options, recompute)
     if output is not None:
         return output
     checks.layer_input(x, weight.shape[1] if weight is not None else x.shape[-3], weight)
-    x, weight, bias, row, col = autocast(x, weight, bias, row, col)
-    checks.parameters_fit(x, weight=weight, bias=bias, row_embedding=row, col_embedding=col)
+    x, weight, bias, row, col, table = autocast(x, weight, bias, row, col, table)
+    checks.parameters_fit(x, weight=weight, bias=bias, row_embedding=row, col_embedding=col, table=table)
     if x.dim() == 3:
-        return attend(x.unsqueeze(0), weight, bias, row, col, *options, recompute).squeeze(0)
+        return attend(x.unsqueeze(0), weight, bias, row, col, table, *options, recompute).squeeze(0)
     by_equation = is_the_equation(implementation) or is_transformed() or is_transformed_forward()
-    tracked = needs_gradient(x, weight, bias, row, col)
+    tracked = needs_gradient(x, weight, bias, row, col, table)
     if weight is not None and (
         by_equation  # then PyTorch's own convolution projects, which has every derivative
         or not projects_inside(x, weight, num_heads, implementation, recompute, tracked)
@@ -82,15 +85,13 @@ def attend(
     if weight is None and by_equation:
         sizes = kernel_size, stride, dilation, border
         row, col = by_head(row, num_heads), by_head(col, num_heads)
-        y = attend_heads(*split_heads(x, num_heads), row, col, *sizes, scale, implementation)
+        y = attend_heads(*split_heads(x, num_heads), row, col, table, *sizes, scale, implementation)
         # No view: reentrant checkpoints let none be changed in place.
         return average_pool(torch.ops.aten._unsafe_view(y, (y.shape[0], y.shape[1] * y.shape[2], *y.shape[3:])), pool)
     checks.scale_of(scale, x.dtype)
-    kernel_size, stride, dilation, (rows, cols) = checks.window_sizes(
-        x.shape[2:], kernel_size, stride, dilation, border
-    )
+    kernel_size, stride, dilation, taps = checks.window_sizes(x.shape[2:], kernel_size, stride, dilation, border)
     options = num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
-    return apply(PROJECTED, options, x, weight, bias, _taps(row, rows), _taps(col, cols))
+    return apply(PROJECTED, options, x, weight, bias, *_taps(row, col, table, taps))
 
 
 def attend_heads(
@@ -99,6 +100,7 @@ def attend_heads(
     value: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     kernel_size: Pair,
     stride: Pair,
     dilation: Pair,
@@ -106,13 +108,15 @@ def attend_heads(
     scale: float,
     implementation: str | None,
 ) -> Tensor:
-    """Local attention of queries, keys and values, (B, N, D, H, W) to (B, N, Dv, H', W'); row and col as above."""
-    sizes, row, col = _fitted(query, row, col, kernel_size, stride, dilation, border, scale)
+    """Local attention of queries, keys and values, (B, N, D, H, W) to (B, N, Dv, H', W'); the rest as
+    above.
+    """
+    sizes, row, col, table = _fitted(query, row, col, table, kernel_size, stride, dilation, border, scale)
     if is_the_equation(implementation):
         with without_autocast(query):
-            y = equation.attention(query, key, value, row, col, window_of(query, *sizes, border), scale)
+            y = equation.attention(query, key, value, row, col, table, window_of(query, *sizes, border), scale)
         return in_format_of(query, y)
-    return apply(LOCAL, (*sizes, border, scale, implementation), query, key, value, row, col)
+    return apply(LOCAL, (*sizes, border, scale, implementation), query, key, value, row, col, table)
 
 
 def attend_heads_with_lse(
@@ -121,6 +125,7 @@ def attend_heads_with_lse(
     value: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     kernel_size: Pair,
     stride: Pair,
     dilation: Pair,
@@ -129,8 +134,9 @@ def attend_heads_with_lse(
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The same and the log-sum-exp of the logits, (B, N, H', W')."""
-    sizes, row, col = _fitted(query, row, col, kernel_size, stride, dilation, border, scale)
-    y, lse = log_sum_exp.attention_and_lse((*sizes, border, scale, implementation), query, key, value, row, col)
+    sizes, row, col, table = _fitted(query, row, col, table, kernel_size, stride, dilation, border, scale)
+    options = *sizes, border, scale, implementation
+    y, lse = log_sum_exp.attention_and_lse(options, query, key, value, row, col, table)
     return in_format_of(query, y), lse
 
 
@@ -139,6 +145,7 @@ def attend_weights(
     key: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     kernel_size: Pair,
     stride: Pair,
     dilation: Pair,
@@ -146,7 +153,7 @@ def attend_weights(
     scale: float,
 ) -> Tensor:
     """Attention weights (B, N, kh·kw, H', W') of queries and keys (B, N, D, H, W)."""
-    query, key, row, col = autocast(query, key, row, col)
+    query, key, row, col, table = autocast(query, key, row, col, table)
     row, col = by_head(row, query.shape[1]), by_head(col, query.shape[1])
     checks.scale_of(scale, query.dtype)
     fitted, stride, dilation, _ = checks.window_sizes(query.shape[3:], kernel_size, stride, dilation, border)
@@ -154,7 +161,7 @@ def attend_weights(
         checks.most_taps(query.shape[3:], kernel_size, dilation)
     with without_autocast(query):
         window = window_of(query, kernel_size, stride, dilation, border)
-        weights = equation.weights(query, key, row, col, window, scale)
+        weights = equation.weights(query, key, row, col, table, window, scale)
     # The softmax's own result is saved for its backward; who receives a copy may change it in place.
     return weights.clone() if needs_gradient(weights) else weights
 
@@ -163,22 +170,29 @@ def _fitted(
     query: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     kernel_size: Pair,
     stride: Pair,
     dilation: Pair,
     border: str,
     scale: float,
-) -> tuple[tuple[Pair, Pair, Pair], Tensor | None, Tensor | None]:
-    """Kernel size, stride and dilation cut to the image, and the embeddings with them; checks the scale."""
+) -> tuple[tuple[Pair, Pair, Pair], Tensor | None, Tensor | None, Tensor | None]:
+    """Kernel size, stride and dilation cut to the image, and embeddings and table with them; checks the scale."""
     checks.scale_of(scale, query.dtype)
-    kernel_size, stride, dilation, (rows, cols) = checks.window_sizes(
-        query.shape[3:], kernel_size, stride, dilation, border
+    kernel_size, stride, dilation, taps = checks.window_sizes(query.shape[3:], kernel_size, stride, dilation, border)
+    row, col, table = _taps(row, col, table, taps)
+    return (kernel_size, stride, dilation), row, col, table
+
+
+def _taps(
+    row: Tensor | None, col: Tensor | None, table: Tensor | None, taps: tuple[slice, slice] | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The entries of embeddings and table that are left of the window: rows and columns; None for all."""
+    if taps is None:
+        return row, col, table
+    rows, cols = taps
+    return (
+        None if row is None else row[..., rows],
+        None if col is None else col[..., cols],
+        None if table is None else table[:, rows, cols],
     )
-    return (kernel_size, stride, dilation), _taps(row, rows), _taps(col, cols)
-
-
-def _taps(embedding: Tensor | None, taps: slice) -> Tensor | None:
-    """The taps of an embedding that are left of the window."""
-    if embedding is None or (taps.start == 0 and taps.stop == embedding.shape[-1]):
-        return embedding
-    return embedding[..., taps]

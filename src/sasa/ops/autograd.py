@@ -19,6 +19,8 @@ from .._compat import OpOverload, below_autograd, is_recorded, transforms_active
 from .derivatives import gradients, second_gradients
 from .precision import without_autocast
 
+TENSORS = 6  # that a forward operator takes before its options
+
 
 class Registered(NamedTuple):
     """A registered operator and the function behind it.
@@ -78,7 +80,7 @@ def register(forward: OpOverload, operator: Operator) -> None:
     """Give an operator derivatives where it is called directly, by an exported program or as ``torch.ops.sasa``."""
 
     def differentiable(*arguments: Any) -> tuple[Tensor, ...]:
-        tensors, options = arguments[:5], arguments[5:]
+        tensors, options = arguments[:TENSORS], arguments[TENSORS:]
         transformed = is_transformed() or is_transformed_forward()
         if needs_gradient(*tensors) and not transformed:
             return _Attention.apply(operator, options, *tensors)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .implementations import names
-from .window import MOST_TAPS, Pair, cropped, reach
+from .window import MOST_TAPS, Pair, cropped, must_hold, reach
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_PARAMETERS = 2**30  # of a layer: 4 GiB in float32
@@ -100,7 +100,7 @@ def same_kind(**tensors: Tensor | None) -> None:
     """Raise unless all given are tensors of one floating dtype and on one device (those of the first)."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        if tensor is None and name.endswith("embedding"):
+        if tensor is None and (name == "bias" or name.endswith("embedding")):
             continue
         if not isinstance(tensor, Tensor) or not isinstance(first, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -125,7 +125,9 @@ def shapes(
     value: Tensor | None,
     row_embedding: Tensor | None,
     col_embedding: Tensor | None,
+    bias: Tensor | None,
     kernel_size: tuple[int, int],
+    border: str,
 ) -> None:
     """Raise ValueError unless the shapes fit each other."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -149,28 +151,37 @@ def shapes(
             f"value: expected shape ({batch}, {heads}, any, {height_}, {width_}) to match query, "
             f"got {tuple(value.shape)}"
         )
+    entries, rule, fits = kernel_size, "kernel {}", "to match query and kernel_size"
+    if border == "shift":  # one for each offset
+        entries, rule = (2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1), "2 * kernel {} - 1"
+        fits = "to match query, kernel_size and border='shift'"
     for name, embedding, taps, side in (
-        ("row_embedding", row_embedding, kernel_size[0], "height"),
-        ("col_embedding", col_embedding, kernel_size[1], "width"),
+        ("row_embedding", row_embedding, entries[0], "height"),
+        ("col_embedding", col_embedding, entries[1], "width"),
     ):
         if embedding is not None and tuple(embedding.shape) != (heads, width, taps):
             raise ValueError(
-                f"{name}: expected shape (heads, head width, kernel {side}) = ({heads}, {width}, {taps}) "
-                f"to match query and kernel_size, got {tuple(embedding.shape)}"
+                f"{name}: expected shape (heads, head width, {rule.format(side)}) = ({heads}, {width}, {taps}) "
+                f"{fits}, got {tuple(embedding.shape)}"
             )
+    if bias is not None and tuple(bias.shape) != (heads, *entries):
+        raise ValueError(
+            f"bias: expected shape (heads, {rule.format('height')}, {rule.format('width')}) = "
+            f"({heads}, {entries[0]}, {entries[1]}) {fits}, got {tuple(bias.shape)}"
+        )
 
 
 def window_sizes(
     size: Sequence[int], kernel_size: Pair, stride: Pair, dilation: Pair, border: str
-) -> tuple[Pair, Pair, Pair, tuple[slice, slice]]:
+) -> tuple[Pair, Pair, Pair, tuple[slice, slice] | None]:
     """Kernel size, stride and dilation no larger than an image needs them, and the taps of rows and columns that are
-    left of the window.
+    left of the window; None for all.
 
     Results are exactly those of the sizes given: steps beyond the image mean the same as steps as long as it, and taps
     that a ``"mask"`` border hides from every pixel don't count.
 
     Raises:
-        ValueError: the image holds no window (``"valid"``), or the window has more taps than are computed.
+        ValueError: the image holds no window (``"valid"``, ``"shift"``), or the window has more taps than are computed.
     """
     if not torch.compiler.is_compiling():
         return _window_sizes(size[0], size[1], kernel_size, stride, dilation, border)
@@ -178,15 +189,14 @@ def window_sizes(
     if max(kernel_size) >= _LONGEST:
         raise ValueError(f"kernel_size: expected fewer than {_LONGEST} taps, got {kernel_size}")
     stride, dilation = ((min(y, _LONGEST - 1), min(x, _LONGEST - 1)) for y, x in (stride, dilation))
-    return kernel_size, stride, dilation, (slice(0, kernel_size[0]), slice(0, kernel_size[1]))
+    return kernel_size, stride, dilation, None
 
 
 @functools.lru_cache(maxsize=1024)
 def _window_sizes(
     height: int, width: int, kernel_size: Pair, stride: Pair, dilation: Pair, border: str
-) -> tuple[Pair, Pair, Pair, tuple[slice, slice]]:
-    size = height, width
-    taps = slice(0, kernel_size[0]), slice(0, kernel_size[1])
+) -> tuple[Pair, Pair, Pair, tuple[slice, slice] | None]:
+    size, taps = (height, width), None
     if border == "valid":
         spans = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
         if max(spans) >= _LONGEST:
@@ -199,11 +209,14 @@ def _window_sizes(
                 f"query: expected an image of at least {spans[0]}x{spans[1]} pixels, the window with its dilation, "
                 f"for border='valid', got {size[0]}x{size[1]}"
             )
+    if border == "shift":
+        must_hold(size, kernel_size, dilation)
     stride = min(stride[0], size[0]), min(stride[1], size[1])
     dilation = min(dilation[0], size[0]), min(dilation[1], size[1])
     if border == "mask":
         taps = cropped(kernel_size[0], size[0], dilation[0]), cropped(kernel_size[1], size[1], dilation[1])
-        kernel_size = taps[0].stop - taps[0].start, taps[1].stop - taps[1].start
+        left = taps[0].stop - taps[0].start, taps[1].stop - taps[1].start
+        kernel_size, taps = left, None if left == kernel_size else taps
     if border == "zero":
         most_taps(size, kernel_size, dilation)
     return kernel_size, stride, dilation, taps

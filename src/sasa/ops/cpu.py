@@ -11,7 +11,7 @@ from . import memory_format
 from .cpu_call import DTYPES, call, in_huge_pages, layout, machine
 from .cpu_library import capabilities, capability, library, set_capability, why_missing
 from .eager import sum_dtype
-from .memory_format import layout_of
+from .memory_format import layout_of, strides_of
 from .window import Window
 
 __all__ = ["CpuLibraryWarning", "backward", "capabilities", "capability", "forward", "set_capability", "why_missing"]
@@ -41,7 +41,14 @@ def unsupported(images: Tensor, widest: int) -> str | None:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, row: Tensor | None, col: Tensor | None, window: Window, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    table: Tensor | None,
+    window: Window,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, N, Dv, h, w) in the memory format of ``query``, and log-sum-exp of the logits (B, N, h, w)."""
     height, width = window.rows.outputs, window.cols.outputs
@@ -51,9 +58,9 @@ def forward(
         kept = layout(
             query.shape[:3], value.shape[2], query.dtype, window, scale, 1, *machine(),
             (query.stride(), key.stride(), value.stride()), None,
-            layout_of(row, query.shape[1]), layout_of(col, query.shape[1]), (output.stride(),),
+            layout_of(row, query.shape[1]), layout_of(col, query.shape[1]), strides_of(table), (output.stride(),),
         )  # fmt: skip
-        call(library().sasa_forward, kept, query, key, value, row, col, lse, output)
+        call(library().sasa_forward, kept, query, key, value, row, col, table, lse, output)
     return output, lse
 
 
@@ -64,22 +71,23 @@ def backward(
     value: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     lse: Tensor,
     window: Window,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value in their memory formats, and of row and col."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key and value in their memory formats, and of row, col and table."""
     images = query, key, value
     grads = [in_huge_pages(memory_format.empty(x, *x.shape[2:])) for x in images]
-    grad_row, grad_col = (None if x is None else x.new_zeros(x.shape) for x in (row, col))
+    others = [None if x is None else x.new_zeros(x.shape) for x in (row, col, table)]
     if window.skips_pixels:
         grads[0].zero_()
     if query.shape[0] > 0:
         kept = layout(
             query.shape[:3], value.shape[2], query.dtype, window, scale, 1, *machine(),
             tuple(x.stride() for x in images), None, layout_of(row, query.shape[1]), layout_of(col, query.shape[1]),
-            tuple(x.stride() for x in (grad_output, *grads)),
+            strides_of(table), tuple(x.stride() for x in (grad_output, *grads)),
         )  # fmt: skip
-        tensors = row, col, lse.contiguous(), grad_output, *grads, grad_row, grad_col
+        tensors = row, col, table, lse.contiguous(), grad_output, *grads, *others
         call(library().sasa_backward, kept, *images, *tensors)
-    return grads[0], grads[1], grads[2], grad_row, grad_col
+    return grads[0], grads[1], grads[2], others[0], others[1], others[2]

@@ -58,6 +58,7 @@ def layout(
     layer: tuple[int, tuple[int, ...]] | None,
     row: EmbeddingLayout | None,
     col: EmbeddingLayout | None,
+    table: tuple[int, ...] | None,
     results: tuple[tuple[int, ...], ...],
 ) -> Layout:
     """Kept from call to call: filling the structures takes longer than a small problem.
@@ -75,6 +76,7 @@ def layout(
         layer: a layer's input channels and its weight's strides; or None.
         row: strides of the row embedding and its channels; or None.
         col: likewise of the column embedding.
+        table: strides of the table.
         results: strides of the output, or of the gradients of output, query, key and value.
     """
     rows, cols = (_embedding(half, first) for half, first in ((row, 0), (col, shape[2] - (col[1] if col else 0))))
@@ -82,6 +84,7 @@ def layout(
         dtype=DTYPES.index(dtype), border=BORDERS.index(window.border), threads=threads, capability=capability,
         scale=scale, batch=shape[0], heads=shape[1], channels=shape[2], value_channels=value_channels,
         rows=axis_of(window.rows), cols=axis_of(window.cols), row=rows, col=cols, pool=pool,
+        table=_table(table, window),
     )  # fmt: skip
     projection = CProjection()
     if layer is None:
@@ -90,14 +93,15 @@ def layout(
     else:
         projection = CProjection(CTensor(None, images[0]), layer[0], None, layer[1][:2], None)
         addresses = [_PROJECTION + getattr(CProjection, name).offset for name in ("input", "weight", "bias")]
-    addresses += [getattr(CProblem, name).offset for name in ("row", "col", "lse")]
+    addresses += [getattr(CProblem, name).offset for name in ("row", "col", "table", "lse")]
     tensors = [CTensor(None, strides) for strides in results]
     if row is not None:
-        rows = _embedding((_contiguous(row[1], window.rows.kernel), row[1]), rows.first)
+        rows = _embedding((_contiguous(row[1], window.rows.offsets), row[1]), rows.first)
     if col is not None:
-        cols = _embedding((_contiguous(col[1], window.cols.kernel), col[1]), cols.first)
-    last = tensors[0] if len(tensors) == 1 else CGradients(*tensors, rows, cols)
-    fields = ("output",) if len(tensors) == 1 else ("output", "query", "key", "value", "row", "col")
+        cols = _embedding((_contiguous(col[1], window.cols.offsets), col[1]), cols.first)
+    tables = _table(table and _contiguous(window.rows.offsets, window.cols.offsets), window)
+    last = tensors[0] if len(tensors) == 1 else CGradients(*tensors, rows, cols, tables)
+    fields = ("output",) if len(tensors) == 1 else ("output", "query", "key", "value", "row", "col", "table")
     addresses += [_RESULTS + (0 if len(tensors) == 1 else getattr(CGradients, name).offset) for name in fields]
     memory = bytes(problem) + bytes(projection) + bytes(last)
     return Layout(memory, tuple(addresses), _RESULTS, layer is not None)
@@ -134,7 +138,7 @@ def strides_of_heads(strides: tuple[int, ...], channels: int) -> tuple[int, ...]
     return batch, channels * channel, channel, *pixel
 
 
-def _contiguous(channels: int, taps: int) -> tuple[int, int, int]:
+def _contiguous(channels: int, taps: int) -> tuple[int, ...]:
     """Strides of a contiguous (N, channels, taps)."""
     return channels * taps, taps, 1
 
@@ -143,9 +147,17 @@ def _embedding(half: EmbeddingLayout | None, first: int) -> CEmbedding:
     return CEmbedding() if half is None else CEmbedding(None, first, half[1], half[0])
 
 
+def _table(strides: tuple[int, ...] | None, window: Window) -> CEmbedding:
+    """A table as an embedding whose channels are its columns."""
+    if strides is None:
+        return CEmbedding()
+    head, row, column = strides
+    return CEmbedding(None, 0, window.cols.offsets, (head, column, row))
+
+
 def axis_of(axis: Axis) -> CAxis:
     """Geometry of an axis as the library takes it."""
-    return CAxis(axis.size, axis.outputs, axis.kernel, axis.stride, axis.dilation, axis.before)
+    return CAxis(axis.size, axis.outputs, axis.kernel, axis.stride, axis.dilation, axis.before, axis.shifted)
 
 
 def check(status: int) -> None:

@@ -24,7 +24,7 @@ from .cpu_call import (
 )
 from .cpu_library import capability_index, library
 from .cpu_structures import UNSUPPORTED, CLinear, CProblem
-from .memory_format import EmbeddingLayout, layout_of
+from .memory_format import EmbeddingLayout, layout_of, strides_of
 from .pooling import average_pool
 from .window import Window
 
@@ -68,6 +68,7 @@ def forward(
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     num_heads: int,
     window: Window,
     scale: float,
@@ -78,7 +79,8 @@ def forward(
     """
     layer = (x.shape[1], None) if weight is None else (weight.shape[0], weight.stride())
     layouts = x.shape, x.stride(), x.dtype, *layer, layout_of(row, num_heads), layout_of(col, num_heads)
-    return prepare(*layouts, num_heads, window, scale, pool, *machine())(x, weight, bias, row, col)
+    computed = strides_of(table), num_heads, window, scale, pool
+    return prepare(*layouts, *computed, *machine())(x, weight, bias, row, col, table)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -90,6 +92,7 @@ def prepare(
     weight_strides: tuple[int, ...] | None,
     row: EmbeddingLayout | None,
     col: EmbeddingLayout | None,
+    table: tuple[int, ...] | None,
     num_heads: int,
     window: Window,
     scale: float,
@@ -97,8 +100,8 @@ def prepare(
     threads: int,
     capability: int,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The forward of a layer's input of this layout, as a function of input, weight, bias, row and col; all that needs
-    only be worked out once.
+    """The forward of a layer's input of this layout, as a function of input, weight, bias, row, col and table; all that
+    needs only be worked out once.
     """
     batch, width = shape[0], outputs // 3
     channels = width // num_heads
@@ -110,14 +113,19 @@ def prepare(
     kept = layout(
         (batch, num_heads, channels), channels, dtype, window, scale, inside, threads, capability,
         (strides_of_one_head(strides),) if weight_strides else (strides_of_heads(strides, channels),) * 3,
-        (shape[1], weight_strides) if weight_strides else None, row, col, (strides_of_heads(memory, channels),),
+        (shape[1], weight_strides) if weight_strides else None, row, col, table, (strides_of_heads(memory, channels),),
     )  # fmt: skip
     step = width * strides[1] * dtype.itemsize  # bytes from the queries to the keys, and on to the values
     output_shape, lse_shape = (batch, width, rows, cols), (batch, num_heads, window.rows.outputs, window.cols.outputs)
     run, sums = library().sasa_forward, torch.promote_types(dtype, torch.float32)
 
     def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Tensor | None, col: Tensor | None
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        row: Tensor | None,
+        col: Tensor | None,
+        table: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         output = in_huge_pages(x.new_empty_strided(output_shape, memory))
         lse = x.new_empty(lse_shape, dtype=sums)
@@ -125,7 +133,7 @@ def prepare(
             bias = None if bias is None else bias.contiguous()
             first = x.data_ptr()
             inputs = (first, first + step, first + 2 * step) if weight is None else (first, weight, bias)
-            call(run, kept, *inputs, row, col, lse, output)
+            call(run, kept, *inputs, row, col, table, lse, output)
         return average_pool(output, pool // inside), lse
 
     return forward
@@ -138,31 +146,34 @@ def backward(
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     lse: Tensor,
     num_heads: int,
     window: Window,
     scale: float,
     pool: int,
 ) -> projected.LayerGradients:
-    """Gradients of input, weight, bias, row and col. Those of the projections exist for a few images at a time."""
+    """Gradients of the input and the parameters. Those of the projections exist for a few images at a time."""
     inside = _pooled_inside(window, pool)
     grad_output = projected.before_pool(grad_output, window, pool // inside)
     grad_input, lse = in_huge_pages(torch.empty_like(x)), lse.contiguous()
     options = num_heads, window, scale, inside
     if weight is None:
-        embeddings = _attention(grad_output, x, None, None, row, col, lse, grad_input, grad_input.stride(), *options)
+        embeddings = _attention(
+            grad_output, x, None, None, row, col, table, lse, grad_input, grad_input.stride(), *options
+        )
         return grad_input, None, None, *embeddings
     bias = None if bias is None else bias.contiguous()
     parts = list(projected.parts(x, weight))
     if len(parts) == 1:
-        return grad_input, *_part(grad_output, x, weight, bias, row, col, lse, grad_input, None, *options)
-    totals, memory = projected.Totals(weight, bias, row, col), None
+        return grad_input, *_part(grad_output, x, weight, bias, row, col, table, lse, grad_input, None, *options)
+    totals, memory = projected.Totals(weight, bias, row, col, table), None
     for part in parts:
         images = x[part]
         pixels = images.numel() // x.shape[1]
         if memory is None or memory.shape[0] != pixels:
             memory = _empty_gradients(x, pixels, weight)
-        some = grad_output[part], images, weight, bias, row, col, lse[part], grad_input[part], memory
+        some = grad_output[part], images, weight, bias, row, col, table, lse[part], grad_input[part], memory
         totals.add(*_part(*some, *options))
     return grad_input, *totals.rounded()
 
@@ -179,6 +190,7 @@ def _part(
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     lse: Tensor,
     grad_input: Tensor,
     memory: Tensor | None,
@@ -186,14 +198,14 @@ def _part(
     window: Window,
     scale: float,
     pool: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Writes the gradient of the input; returns those of weight, bias, row and col."""
+) -> tuple[Tensor | None, ...]:
+    """Writes the gradient of the input; returns those of weight, bias, row, col and table."""
     height, width = x.shape[2:]
     outputs = weight.shape[0]
     if memory is None:
         memory = _empty_gradients(x, x.shape[0] * height * width, weight)
     strides = height * width * outputs, 1, width * outputs, outputs
-    tensors = grad_output, x, weight, bias, row, col, lse, memory
+    tensors = grad_output, x, weight, bias, row, col, table, lse, memory
     embeddings = _attention(*tensors, strides, num_heads, window, scale, pool)
     return *_projections(memory, x, weight, bias is not None, grad_input), *embeddings
 
@@ -205,6 +217,7 @@ def _attention(
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     lse: Tensor,
     memory: Tensor,
     strides: tuple[int, ...],
@@ -212,11 +225,11 @@ def _attention(
     window: Window,
     scale: float,
     pool: int,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Writes the gradients of queries, keys and values into ``memory``, whose ``strides`` are those of
-    (B, 3·N·D, H, W); returns those of row and col.
+    (B, 3·N·D, H, W); returns those of row, col and table.
     """
-    grad_row, grad_col = (None if y is None else y.new_zeros(y.shape) for y in (row, col))
+    others = tuple(None if y is None else y.new_zeros(y.shape) for y in (row, col, table))
     outputs = projected.channels_of(x, weight)
     channels, size = outputs // num_heads, x.element_size()
     if window.skips_pixels:
@@ -231,13 +244,13 @@ def _attention(
             images, inputs, layer = (strides_of_one_head(x.stride()),), (x, weight, bias), (x.shape[1], weight.stride())
         kept = layout(
             (x.shape[0], num_heads, channels), channels, x.dtype, window, scale, pool, *machine(), images, layer,
-            layout_of(row, num_heads), layout_of(col, num_heads),
+            layout_of(row, num_heads), layout_of(col, num_heads), strides_of(table),
             (strides_of_heads(grad_output.stride(), channels), result, result, result),
         )  # fmt: skip
         first, step = memory.data_ptr(), outputs * strides[1] * size
-        grads = first, first + step, first + 2 * step, grad_row, grad_col
-        call(library().sasa_backward, kept, *inputs, row, col, lse, grad_output, *grads)
-    return grad_row, grad_col
+        grads = first, first + step, first + 2 * step, *others
+        call(library().sasa_backward, kept, *inputs, row, col, table, lse, grad_output, *grads)
+    return others
 
 
 def _projections(

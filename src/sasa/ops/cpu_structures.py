@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 
-INTERFACE_VERSION = 6  # SASA_INTERFACE_VERSION of the header
+INTERFACE_VERSION = 7  # SASA_INTERFACE_VERSION of the header
 UNSUPPORTED = 3  # of sasa_status
 
 
@@ -31,7 +31,9 @@ class CEmbedding(ctypes.Structure):
 class CAxis(ctypes.Structure):
     """sasa_axis: rows or columns of the window."""
 
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("size", "outputs", "kernel", "stride", "dilation", "before"))
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ("size", "outputs", "kernel", "stride", "dilation", "before", "shifted")
+    )
 
 
 class CProjection(ctypes.Structure):
@@ -56,7 +58,7 @@ class CProblem(ctypes.Structure):
         *((name, CAxis) for name in ("rows", "cols")),
         *((name, CTensor) for name in ("query", "key", "value")),
         ("projection", ctypes.POINTER(CProjection)),
-        *((name, CEmbedding) for name in ("row", "col")),
+        *((name, CEmbedding) for name in ("row", "col", "table")),
         ("lse", ctypes.c_void_p),
         ("pool", ctypes.c_int64),
     )
@@ -67,7 +69,7 @@ class CGradients(ctypes.Structure):
 
     _fields_ = (
         *((name, CTensor) for name in ("output", "query", "key", "value")),
-        *((name, CEmbedding) for name in ("row", "col")),
+        *((name, CEmbedding) for name in ("row", "col", "table")),
     )
 
 

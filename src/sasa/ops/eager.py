@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .window import Window
+from .equation import at_taps
+from .window import Axis, Window
 
 # Elements of one chunk's keys. The taps read a chunk kh·kw times over, so it should stay in the second-level cache:
 # on the notebook's input this is four times as fast as the whole batch at once.
@@ -24,15 +25,22 @@ CHUNK = 2**19
 
 @torch.no_grad()
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, row: Tensor | None, col: Tensor | None, window: Window, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    table: Tensor | None,
+    window: Window,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, N, Dv, h, w) and log-sum-exp of the logits (B, N, h, w)."""
     dtype = sum_dtype(query)
-    row, col = _cast(dtype, row, col)
+    row, col, table = _cast(dtype, row, col, table)
     outputs, lses = [], []
     for part in _chunks(query):
         q, k, v = _batch_last(dtype, query[part], key[part], value[part])
-        logits = _logits(q, k, row, col, window, scale)
+        logits = _logits(q, k, row, col, table, window, scale)
         outputs.append(_weighted_sum(logits.softmax(1), v, window))
         lses.append(logits.logsumexp(1))
     return _batch_first(query.dtype, outputs), _batch_first(dtype, lses)
@@ -46,60 +54,60 @@ def backward(
     value: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     lse: Tensor,
     window: Window,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, row and col. The weights are recomputed from the log-sum-exp.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, row, col and table. The weights are recomputed from the log-sum-exp.
 
     With p the weights, s the logits and g the gradient of the output:
 
         dv[p + t] += p_t · g          dp_t = g · v[p + t]          ds_t = p_t · (dp_t - sum_u p_u · dp_u)
         dq += scale · ds_t · (k[p + t] + r_t)      dk[p + t] += scale · ds_t · q      drow, dcol likewise, summed
+        dtable_t += ds_t
     """
     dtype = sum_dtype(query)
-    row, col = _cast(dtype, row, col)
-    grad_row = None if row is None else torch.zeros_like(row)
-    grad_col = None if col is None else torch.zeros_like(col)
+    row, col, table = _cast(dtype, row, col, table)
+    grad_row, grad_col, grad_table = (None if x is None else torch.zeros_like(x) for x in (row, col, table))
     grads_q, grads_k, grads_v = [], [], []
     for part in _chunks(query):
         g, q, k, v = _batch_last(dtype, grad_output[part], query[part], key[part], value[part])
         # An infinite sum comes from an infinite logit, whose softmax is NaN throughout.
         lse_N1hwB = lse[part].masked_fill(lse[part] == float("inf"), float("nan")).movedim(0, -1).unsqueeze(1)
-        p_NKhwB = _logits(q, k, row, col, window, scale).sub_(lse_N1hwB).exp_()
+        p_NKhwB = _logits(q, k, row, col, table, window, scale).sub_(lse_N1hwB).exp_()
 
-        padded_v = _pad(v, window)
-        dv = torch.zeros_like(padded_v)
-        for index, (ys, xs) in enumerate(window.taps):
-            dv[:, :, ys, xs].addcmul_(p_NKhwB[:, index, None], g)
-        dp_NKhwB = _dot_taps(g, padded_v, window)
-        ds_NKhwB = dp_NKhwB.sub_((p_NKhwB * dp_NKhwB).sum(1, keepdim=True)).mul_(p_NKhwB).mul_(scale)
-
-        padded_k = _pad(k, window)
-        dk = torch.zeros_like(padded_k)
-        q = _at_centres(q, window)
-        dq = torch.zeros_like(q)
-        for index, (ys, xs) in enumerate(window.taps):
-            dq.addcmul_(ds_NKhwB[:, index, None], padded_k[:, :, ys, xs])
-            dk[:, :, ys, xs].addcmul_(ds_NKhwB[:, index, None], q)
-
+        dv = _spread(p_NKhwB, g, window)
+        dp_NKhwB = _dot_taps(g, v, window)
+        ds_NKhwB = dp_NKhwB.sub_((p_NKhwB * dp_NKhwB).sum(1, keepdim=True)).mul_(p_NKhwB)
         ds_NyxhwB = ds_NKhwB.unflatten(1, (window.rows.kernel, window.cols.kernel))
+        if grad_table is not None:
+            by_col_NyxhB = _by_offset(ds_NyxhwB, 2, 4, window.cols).sum(4)
+            grad_table += _by_offset(by_col_NyxhB, 1, 3, window.rows).sum((3, 4))
+
+        ds_NKhwB.mul_(scale)
+        q = _at_centres(q, window)
+        dk = _spread(ds_NKhwB, q, window)
+        dq = _weighted_sum(ds_NKhwB, k, window)
         if row is not None and grad_row is not None:
-            _embedding_gradients(row, ds_NyxhwB.sum(2), _first(q, row), _first(dq, row), grad_row)
+            ds_NthwB = _by_offset(ds_NyxhwB.sum(2), 1, 2, window.rows)
+            _embedding_gradients(row, ds_NthwB, _first(q, row), _first(dq, row), grad_row)
         if col is not None and grad_col is not None:
-            _embedding_gradients(col, ds_NyxhwB.sum(1), _last(q, col), _last(dq, col), grad_col)
+            ds_NthwB = _by_offset(ds_NyxhwB.sum(1), 1, 3, window.cols)
+            _embedding_gradients(col, ds_NthwB, _last(q, col), _last(dq, col), grad_col)
 
         grad_q = q.new_zeros((*q.shape[:2], window.rows.size, window.cols.size, q.shape[-1]))
         _at_centres(grad_q, window).copy_(dq)
         grads_q.append(grad_q)
-        grads_k.append(_crop(dk, window))
-        grads_v.append(_crop(dv, window))
+        grads_k.append(dk)
+        grads_v.append(dv)
     return (
         _batch_first(query.dtype, grads_q),
         _batch_first(query.dtype, grads_k),
         _batch_first(query.dtype, grads_v),
         None if grad_row is None else grad_row.to(query.dtype),
         None if grad_col is None else grad_col.to(query.dtype),
+        None if grad_table is None else grad_table.to(query.dtype),
     )
 
 
@@ -109,15 +117,28 @@ def _embedding_gradients(embedding: Tensor, ds_NthwB: Tensor, q: Tensor, dq: Ten
     gradient += q.flatten(2) @ ds_NthwB.flatten(2).mT
 
 
-def _logits(q: Tensor, k: Tensor, row: Tensor | None, col: Tensor | None, window: Window, scale: float) -> Tensor:
+def _logits(
+    q: Tensor,
+    k: Tensor,
+    row: Tensor | None,
+    col: Tensor | None,
+    table: Tensor | None,
+    window: Window,
+    scale: float,
+) -> Tensor:
     """Logits of every tap: (N, K, h, w, B). Taps that a ``"mask"`` border hides are -inf."""
     q = _at_centres(q, window) * scale
-    logits_NKhwB = _dot_taps(q, _pad(k, window), window)
+    logits_NKhwB = _dot_taps(q, k, window)
     logits = logits_NKhwB.unflatten(1, (window.rows.kernel, window.cols.kernel))
-    for embedding, channels, at in ((row, _first, 2), (col, _last, 1)):
+    for embedding, channels, axis, pixel, at in (
+        (row, _first, window.rows, 2, 2),
+        (col, _last, window.cols, 3, 1),
+    ):
         if embedding is not None:
-            terms = embedding.mT @ channels(q, embedding).flatten(2)
-            logits += terms.unflatten(2, q.shape[2:]).unsqueeze(at)
+            terms_NthwB = (embedding.mT @ channels(q, embedding).flatten(2)).unflatten(2, q.shape[2:])
+            logits += _by_tap(terms_NthwB, 1, pixel, axis).unsqueeze(at)
+    if table is not None:
+        logits += at_taps(table, window).unsqueeze(-1)
     if window.border == "mask":
         inside_yh, inside_xw = window.rows.inside(q.device), window.cols.inside(q.device)
         inside_yxhwB = (inside_yh[:, None, :, None] & inside_xw[None, :, None, :]).unsqueeze(-1)
@@ -135,26 +156,83 @@ def _last(x_NDhwB: Tensor, embedding: Tensor) -> Tensor:
     return x_NDhwB[:, x_NDhwB.shape[1] - embedding.shape[1] :]
 
 
-def _dot_taps(x_NDhwB: Tensor, padded_NDHWB: Tensor, window: Window) -> Tensor:
-    """Product x · (padded image shifted by each tap), summed over the channels: (N, K, h, w, B).
+def _by_tap(x: Tensor, offset: int, pixel: int, axis: Axis) -> Tensor:
+    """Dimension ``offset``, entries of an embedding, by taps; ``pixel`` is the dimension of the axis' windows."""
+    if not axis.shifted:
+        return x
+    index, shape = _offsets(x, offset, pixel, axis)
+    return x.gather(offset, index.expand(shape))
+
+
+def _by_offset(x: Tensor, tap: int, pixel: int, axis: Axis) -> Tensor:
+    """Dimension ``tap`` by entries of an embedding, zeros where a window has no such tap."""
+    if not axis.shifted:
+        return x
+    index, shape = _offsets(x, tap, pixel, axis)
+    entries = x.new_zeros((*shape[:tap], axis.offsets, *shape[tap + 1 :]))
+    return entries.scatter_(tap, index.expand(shape), x)
+
+
+def _offsets(x: Tensor, tap: int, pixel: int, axis: Axis) -> tuple[Tensor, list[int]]:
+    """The entries of the taps along these dimensions of ``x``, and the shape of ``x`` by taps."""
+    index, shape, sizes = axis.offsets_of_taps(x.device), list(x.shape), [1] * x.dim()
+    shape[tap] = axis.kernel
+    sizes[tap], sizes[pixel] = index.shape
+    return index.view(sizes), shape
+
+
+def _dot_taps(x_NDhwB: Tensor, image_NDHWB: Tensor, window: Window) -> Tensor:
+    """Product x · (image shifted by each tap), summed over the channels: (N, K, h, w, B).
 
     The products share one buffer: fresh memory for each costs page faults, half of the time.
     """
-    dots = x_NDhwB.new_empty((x_NDhwB.shape[0], len(window.taps), *x_NDhwB.shape[2:]))
+    dots = x_NDhwB.new_empty((x_NDhwB.shape[0], window.rows.kernel * window.cols.kernel, *x_NDhwB.shape[2:]))
     product = torch.empty_like(x_NDhwB)
-    for index, (ys, xs) in enumerate(window.taps):
-        torch.mul(x_NDhwB, padded_NDHWB[:, :, ys, xs], out=product)
+    for index, shifted in enumerate(_under_taps(image_NDHWB, window)):
+        torch.mul(x_NDhwB, shifted, out=product)
         torch.sum(product, 1, out=dots[:, index])
     return dots
 
 
 def _weighted_sum(p_NKhwB: Tensor, v: Tensor, window: Window) -> Tensor:
     """Sum over the taps of p · (values shifted by the tap): (N, Dv, h, w, B)."""
-    padded = _pad(v, window)
-    output = padded.new_zeros((*v.shape[:2], *p_NKhwB.shape[2:]))
-    for index, (ys, xs) in enumerate(window.taps):
-        output.addcmul_(p_NKhwB[:, index, None], padded[:, :, ys, xs])
+    output = v.new_zeros((*v.shape[:2], *p_NKhwB.shape[2:]))
+    for index, shifted in enumerate(_under_taps(v, window)):
+        output.addcmul_(p_NKhwB[:, index, None], shifted)
     return output
+
+
+def _under_taps(x_NDHWB: Tensor, window: Window) -> Iterator[Tensor]:
+    """The pixels under each tap, (N, D, h, w, B)."""
+    if window.border == "shift":
+        columns = window.cols.under_taps(x_NDHWB.device)
+        for y in window.rows.under_taps(x_NDHWB.device):
+            rows = x_NDHWB.index_select(2, y)
+            yield from (rows.index_select(3, column) for column in columns)
+        return
+    padded = _pad(x_NDHWB, window)
+    yield from (padded[:, :, ys, xs] for ys, xs in window.taps)
+
+
+def _spread(p_NKhwB: Tensor, x_NDhwB: Tensor, window: Window) -> Tensor:
+    """Sum of p · x at the pixels under the taps: (N, D, H, W, B)."""
+    heads, channels, height, _, batch = x_NDhwB.shape
+    rows, cols = window.rows, window.cols
+    if window.border != "shift":
+        size = rows.before + rows.size + rows.after, cols.before + cols.size + cols.after
+        total = x_NDhwB.new_zeros((heads, channels, *size, batch))
+        for index, (ys, xs) in enumerate(window.taps):
+            total[:, :, ys, xs].addcmul_(p_NKhwB[:, index, None], x_NDhwB)
+        return _crop(total, window)
+    total = x_NDhwB.new_zeros((heads, channels, rows.size, cols.size, batch))
+    columns, index = cols.under_taps(total.device), 0
+    for y in rows.under_taps(total.device):
+        of_row = x_NDhwB.new_zeros((heads, channels, height, cols.size, batch))
+        for column in columns:
+            of_row.index_add_(3, column, p_NKhwB[:, index, None] * x_NDhwB)
+            index += 1
+        total.index_add_(2, y, of_row)
+    return total
 
 
 def _at_centres(x_NDHWB: Tensor, window: Window) -> Tensor:

@@ -1,4 +1,6 @@
-"""FLOPs of the operator, for :mod:`torch.utils.flop_counter`. A multiply-add is 2 FLOPs; the softmax is not counted."""
+"""FLOPs of the operator, for :mod:`torch.utils.flop_counter`. A multiply-add is 2 FLOPs; the softmax and
+additions to logits are not counted.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def _inside(axis: Axis) -> int:
 
 
 def forward_flops(
-    query, key, value, row, col, kernel_size, stride=(1,), dilation=(1,), border="zero", *args, **kwargs
+    query, key, value, row, col, table, kernel_size, stride=(1,), dilation=(1,), border="zero", *args, **kwargs
 ) -> int:
     """FLOPs of the forward: 2·D a query, head and tap for q·k, as many for q·(row + col), 2·Dv for the weighted sum.
 
@@ -43,7 +45,7 @@ def forward_flops(
 
 
 def backward_flops(
-    grad_output, query, key, value, row, col, lse, kernel_size, stride, dilation, border, *args, **kwargs
+    grad_output, query, key, value, row, col, table, lse, kernel_size, stride, dilation, border, *args, **kwargs
 ) -> int:
     """FLOPs of the backward: twice the forward's, for two gradients of each product, plus the logits once more."""
     batch, heads, width = query[:3]
@@ -52,16 +54,16 @@ def backward_flops(
     return 2 * pairs * (3 * terms * width + 2 * value[2])
 
 
-def projected_forward_flops(x, weight, bias, row, col, num_heads, *options, **kwargs) -> int:
+def projected_forward_flops(x, weight, bias, row, col, table, num_heads, *options, **kwargs) -> int:
     """FLOPs of the layer's forward: three projections, then as :func:`forward_flops`; pooled or not."""
     query = _query(x, weight, num_heads)
-    return _projection(x, weight) + forward_flops(query, query, query, row, col, *options)
+    return _projection(x, weight) + forward_flops(query, query, query, row, col, table, *options)
 
 
-def projected_backward_flops(grad_output, x, weight, bias, row, col, lse, num_heads, *options, **kwargs) -> int:
+def projected_backward_flops(grad_output, x, weight, bias, row, col, table, lse, num_heads, *options, **kwargs) -> int:
     """FLOPs of the layer's backward: the projections once more and their two gradients, then the attention's."""
     query = _query(x, weight, num_heads)
-    return 3 * _projection(x, weight) + backward_flops(None, query, query, query, row, col, lse, *options)
+    return 3 * _projection(x, weight) + backward_flops(None, query, query, query, row, col, table, lse, *options)
 
 
 def _query(x: Sequence[int], weight: Sequence[int] | None, num_heads: int) -> tuple[int, ...]:

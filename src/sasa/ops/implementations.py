@@ -15,7 +15,7 @@ from . import cpu, cpu_call, cpu_projected, eager, triton
 from .projected import LayerGradients
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]
 
 
 class Projected(NamedTuple):
@@ -27,10 +27,10 @@ class Projected(NamedTuple):
             than keeping queries, keys and values.
         prepare: all of forward that needs only be worked out once for inputs of one layout: see
             :func:`sasa.ops.cpu_projected.prepare`.
-        forward: of input, weight, bias, row, col, number of heads, window, scale and pool: the output
+        forward: of input, weight, bias, row, col, table, number of heads, window, scale and pool: the output
             (B, N·D, H', W') and the log-sum-exp (B, N, h, w).
-        backward: of the output's gradient, input, weight, bias, row, col, log-sum-exp, number of heads, window, scale
-            and pool: gradients of input, weight, bias, row and col.
+        backward: of the output's gradient, input, weight, bias, row, col, table, log-sum-exp, number of heads, window,
+            scale and pool: gradients of input, weight, bias, row, col and table.
     """
 
     supports: Callable[[Tensor, Tensor | None, int], bool]

@@ -2,7 +2,7 @@
 
 The equation, for a query at pixel p and one head::
 
-    logit_t = scale · q[p]·( k[p + t] + row[dy] + col[dx] )      for every tap t = (dy, dx) of the window around p
+    logit_t = scale · q[p]·( k[p + t] + row[dy] + col[dx] ) + bias[dy, dx]    for every tap t = (dy, dx) around p
     y[p]    = sum over t of  softmax_t(logit) · v[p + t]
 
 Source: Ramachandran et al., *Stand-Alone Self-Attention in Vision Models*, 2019, arXiv 1906.05909, section 3.
@@ -32,6 +32,7 @@ def local_attention(
     *,
     row_embedding: Tensor | None = None,
     col_embedding: Tensor | None = None,
+    bias: Tensor | None = None,
     stride: Pair = 1,
     dilation: Pair = 1,
     border: str = "zero",
@@ -50,6 +51,7 @@ def local_attention(
     *,
     row_embedding: Tensor | None = None,
     col_embedding: Tensor | None = None,
+    bias: Tensor | None = None,
     stride: Pair = 1,
     dilation: Pair = 1,
     border: str = "zero",
@@ -67,6 +69,7 @@ def local_attention(
     *,
     row_embedding: Tensor | None = None,
     col_embedding: Tensor | None = None,
+    bias: Tensor | None = None,
     stride: Pair = 1,
     dilation: Pair = 1,
     border: str = "zero",
@@ -77,8 +80,8 @@ def local_attention(
     r"""Local self-attention: every query attends to the kh x kw window of keys around it.
 
     .. math::
-        y_p = \sum_t \operatorname{softmax}_t\bigl(\text{scale}\; q_p \cdot (k_{p+t} + row_{dy} + col_{dx})\bigr)
-        \, v_{p+t}
+        y_p = \sum_t \operatorname{softmax}_t\bigl(
+        \text{scale}\; q_p \cdot (k_{p+t} + row_{dy} + col_{dx}) + bias_{dy, dx}\bigr) \, v_{p+t}
 
     N heads attend on their own. ``(B, C, H, W)`` tensors become ``(B, N, D, H, W)`` by ``x.unflatten(1, (N, D))``,
     a view for contiguous and channels_last tensors alike.
@@ -90,11 +93,15 @@ def local_attention(
         kernel_size: window size, int or (kh, kw). An even window reaches one further after its centre than before.
         row_embedding: (N, D, kh), added to the keys by row of the window.
         col_embedding: (N, D, kw), added to the keys by column of the window.
+        bias: (N, kh, kw), added to the logits by tap, after ``scale``: a table of relative position biases.
         stride: distance in pixels between window centres, int or (height, width).
         dilation: distance in pixels between taps, int or (height, width).
         border: what lies outside the image. ``"zero"``: zero keys and zero values that take part in the softmax,
             with their position term; ``"mask"``: nothing, those taps take no part; ``"valid"``: only windows that lie
-            inside are computed.
+            inside are computed; ``"shift"``: windows that reach out of the image are moved inside, along the pixels
+            that the dilation steps on, so that every query sees kh x kw pixels, as in neighborhood attention (Hassani
+            et al. 2023, arXiv 2204.07143). A tap is then at an offset of up to k - 1 from its query, on either side:
+            embeddings and bias are indexed by offset, -(k - 1) first, and have 2kh - 1 and 2kw - 1 entries.
         scale: factor on the logits; 1 in the paper.
         implementation: ``None`` takes the fastest that supports the call. One asked for by name (see ``sasa info``) is
             never replaced by another: if it can't compute the call, an error is raised. ``"reference"`` is the equation
@@ -104,11 +111,12 @@ def local_attention(
 
     Returns:
         (B, N, Dv, H', W') in the memory format of ``query``; with ``return_lse`` also (B, N, H', W') in float32, or
-        float64 for float64, differentiable as the output is. H' = floor((H - 1) / stride) + 1 for ``"zero"`` and
-        ``"mask"``; floor((H - (kh - 1)·dilation - 1) / stride) + 1 for ``"valid"``.
+        float64 for float64, differentiable as the output is. H' = floor((H - 1) / stride) + 1 for ``"zero"``,
+        ``"mask"`` and ``"shift"``; floor((H - (kh - 1)·dilation - 1) / stride) + 1 for ``"valid"``.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that don't fit, naming the argument.
+        ValueError: shapes, dtypes, devices or options that don't fit, naming the argument; with ``"shift"`` also an
+            image of fewer than kh · dilation rows or kw · dilation columns.
         TypeError: an argument of the wrong Python type.
 
     Note:
@@ -126,11 +134,11 @@ def local_attention(
     scale = checks.number("scale", scale)
     checks.choice("border", border, BORDERS)
     checks.implementation(implementation)
-    query, key, value, row_embedding, col_embedding = autocast(query, key, value, row_embedding, col_embedding)
-    checks.same_kind(query=query, key=key, value=value, row_embedding=row_embedding, col_embedding=col_embedding)
-    checks.shapes(query, key, value, row_embedding, col_embedding, sizes[0])
+    query, key, value, row, col, bias = autocast(query, key, value, row_embedding, col_embedding, bias)
+    checks.same_kind(query=query, key=key, value=value, row_embedding=row, col_embedding=col, bias=bias)
+    checks.shapes(query, key, value, row, col, bias, sizes[0], border)
     run = attend_heads_with_lse if checks.flag("return_lse", return_lse) else attend_heads
-    return run(query, key, value, row_embedding, col_embedding, *sizes, border, scale, implementation)
+    return run(query, key, value, row, col, bias, *sizes, border, scale, implementation)
 
 
 def local_attention_weights(
@@ -140,6 +148,7 @@ def local_attention_weights(
     *,
     row_embedding: Tensor | None = None,
     col_embedding: Tensor | None = None,
+    bias: Tensor | None = None,
     stride: Pair = 1,
     dilation: Pair = 1,
     border: str = "zero",
@@ -154,9 +163,10 @@ def local_attention_weights(
         kernel_size: window size.
         row_embedding: (N, D, kh).
         col_embedding: (N, D, kw).
+        bias: (N, kh, kw).
         stride: distance between window centres.
         dilation: distance between taps.
-        border: ``"zero"``, ``"mask"`` or ``"valid"``.
+        border: ``"zero"``, ``"mask"``, ``"valid"`` or ``"shift"``.
         scale: factor on the logits.
         implementation: None or ``"reference"``; no kernel stores the weights.
 
@@ -171,7 +181,7 @@ def local_attention_weights(
     scale = checks.number("scale", scale)
     checks.choice("border", border, BORDERS)
     checks.choice("implementation", implementation, (None, "reference"))
-    query, key, row_embedding, col_embedding = autocast(query, key, row_embedding, col_embedding)
-    checks.same_kind(query=query, key=key, row_embedding=row_embedding, col_embedding=col_embedding)
-    checks.shapes(query, key, None, row_embedding, col_embedding, sizes[0])
-    return attend_weights(query, key, row_embedding, col_embedding, *sizes, border, scale)
+    query, key, row, col, bias = autocast(query, key, row_embedding, col_embedding, bias)
+    checks.same_kind(query=query, key=key, row_embedding=row, col_embedding=col, bias=bias)
+    checks.shapes(query, key, None, row, col, bias, sizes[0], border)
+    return attend_weights(query, key, row, col, bias, *sizes, border, scale)

@@ -31,7 +31,7 @@ def attention_and_lse(options: tuple, query: Tensor, *rest: Tensor | None) -> tu
     Args:
         options: kernel_size, stride, dilation, border, scale, implementation.
         query: (B, N, D, H, W).
-        rest: key, value, row, col.
+        rest: key, value, row, col, table.
     """
     tensors = query, *rest
     # Compilers differentiate the registered operator, whose log-sum-exp has no gradient.
@@ -52,17 +52,16 @@ def _forward(*arguments):
     return _join(output, lse), lse
 
 
-def _equation(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation=None):
+def _equation(query, key, value, row, col, table, kernel_size, stride, dilation, border, scale, implementation=None):
     window = window_of(query, kernel_size, stride, dilation, border)
-    y = equation.attention(query, key, value, row, col, window, scale)
-    return _join(y, equation.logits(query, key, row, col, window, scale).logsumexp(2))
+    y = equation.attention(query, key, value, row, col, table, window, scale)
+    return _join(y, equation.logits(query, key, row, col, table, window, scale).logsumexp(2))
 
 
-def _backward(grad, query, key, value, row, col, lse, kernel_size, stride, dilation, border, scale, implementation):
+def _backward(grad, query, key, value, row, col, table, lse, *options):
+    kernel_size, stride, dilation, border, scale, implementation = options
     rest = scale, implementation
-    of_output = LOCAL.backward(
-        grad[:, :, :-1].to(query.dtype), query, key, value, row, col, lse, kernel_size, stride, dilation, border, *rest
-    )
+    of_output = LOCAL.backward(grad[:, :, :-1].to(query.dtype), query, key, value, row, col, table, lse, *options)
     window, padding = window_of(query, kernel_size, stride, dilation, border), (0, 0, 0, 0)
     if border == "zero":
         padding, border = (window.cols.before, window.cols.after, window.rows.before, window.rows.after), "valid"
@@ -74,6 +73,7 @@ def _backward(grad, query, key, value, row, col, lse, kernel_size, stride, dilat
         torch.ones_like(query[:, :, :1]),
         row,
         col,
+        table,
         lse + math.log(2),
         kernel_size,
         stride,

@@ -56,6 +56,11 @@ def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     return like.new_empty(size)
 
 
+def strides_of(table: Tensor | None) -> tuple[int, ...] | None:
+    """Strides of a table, (N, rows, columns); None for none."""
+    return None if table is None else table.stride()
+
+
 def layout_of(embedding: Tensor | None, num_heads: int) -> EmbeddingLayout | None:
     """Strides and channels of an embedding, (N, channels, taps) or (N·channels, taps); None for none."""
     if embedding is None:

@@ -5,7 +5,8 @@ Schemas and shapes for tracing (fake and meta tensors) are stated here once, FLO
 its backward recomputes the weights; the output is not saved.
 
 A layer's weight is (3·N·D, C, 1, 1); without it, the input is the projections. ``row`` (N, Dr, kh), or (N·Dr, kh),
-belongs to the first Dr channels of each head, ``col`` (N, Dc, kw) to the last Dc.
+belongs to the first Dr channels of each head, ``col`` (N, Dc, kw) to the last Dc; ``table`` is (N, kh, kw). With the
+border ``"shift"`` they have 2kh - 1 and 2kw - 1 entries.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from . import block_attention as block_attention  # registers its operators, which have formulas in flops.py
 from . import equation, flops, projected
-from .autograd import Operator, Registered, register
+from .autograd import TENSORS, Operator, Registered, register
 from .eager import sum_dtype
 from .implementations import Backward, Forward, Projected, choose
 from .memory_format import empty, empty_image, in_format_of
@@ -28,8 +29,8 @@ from .projected import channels_of, split_heads
 from .window import Window, window_of
 
 _SIZES = "int[2] kernel_size, int[2] stride, int[2] dilation, str border, float scale, str? implementation"
-_LOCAL = "Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col"
-_PROJECTED = "Tensor input, Tensor? weight, Tensor? bias, Tensor? row, Tensor? col"
+_LOCAL = "Tensor query, Tensor key, Tensor value, Tensor? row, Tensor? col, Tensor? table"
+_PROJECTED = "Tensor input, Tensor? weight, Tensor? bias, Tensor? row, Tensor? col, Tensor? table"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
@@ -48,13 +49,13 @@ def _implements(name: str) -> Callable[[Callable[..., tuple[Tensor, ...]]], Regi
 _define("local_attention", f"({_LOCAL}, {_SIZES}) -> (Tensor output, Tensor lse)")
 _define(
     "local_attention_backward",
-    f"(Tensor grad_output, {_LOCAL}, Tensor lse, {_SIZES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad_output, {_LOCAL}, Tensor lse, {_SIZES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _define("projected_attention", f"({_PROJECTED}, int num_heads, {_SIZES}, int pool) -> (Tensor output, Tensor lse)")
 _define(
     "projected_attention_backward",
     f"(Tensor grad_output, {_PROJECTED}, Tensor lse, int num_heads, {_SIZES}, int pool)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -67,17 +68,17 @@ def _kernels(name: str | None, images: Tensor, widest: int) -> tuple[Forward, Ba
 
 
 @_implements("local_attention")
-def _local(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation):
+def _local(query, key, value, row, col, table, kernel_size, stride, dilation, border, scale, implementation):
     window = window_of(query, kernel_size, stride, dilation, border)
     run, _, _ = _kernels(implementation, query, max(query.shape[2], value.shape[2]))
     with without_autocast(query):
-        output, lse = run(query, key, value, not_empty(row), not_empty(col), window, scale)
+        output, lse = run(query, key, value, not_empty(row), not_empty(col), table, window, scale)
     return in_format_of(query, output), lse
 
 
 @_implements("local_attention_backward")
 def _local_backward(
-    grad_output, query, key, value, row, col, lse, kernel_size, stride, dilation, border, scale, implementation
+    grad_output, query, key, value, row, col, table, lse, kernel_size, stride, dilation, border, scale, implementation
 ):
     window = window_of(query, kernel_size, stride, dilation, border)
     _, run, _ = _kernels(implementation, query, max(query.shape[2], value.shape[2]))
@@ -89,17 +90,18 @@ def _local_backward(
             value,
             by_head(row, query.shape[1]),
             by_head(col, query.shape[1]),
+            table,
             lse,
             window,
             scale,
         )
     dense = [in_format_of(x, grad) for x, grad in zip((query, key, value), grads[:3], strict=True)]
-    return (*dense, *not_none(query, (row, col), grads[3:]))
+    return (*dense, *not_none(query, (row, col, table), grads[3:]))
 
 
 @_implements("projected_attention")
 def _projected(
-    x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
+    x, weight, bias, row, col, table, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
 ):
     window = window_of(x, kernel_size, stride, dilation, border)
     forward, _, ours = _projecting(implementation, x, weight, num_heads)
@@ -107,24 +109,39 @@ def _projected(
     options = num_heads, window, scale, pool
     with without_autocast(x):
         if ours is not None:
-            return ours.forward(x, weight, bias, row, col, *options)
+            return ours.forward(x, weight, bias, row, col, table, *options)
         output, lse = _empty_results(x, weight, num_heads, window, pool)
-        return projected.forward(forward, output, lse, x, weight, bias, row, col, *options)
+        return projected.forward(forward, output, lse, x, weight, bias, row, col, table, *options)
 
 
 @_implements("projected_attention_backward")
 def _projected_backward(
-    grad, x, weight, bias, row, col, lse, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
+    grad,
+    x,
+    weight,
+    bias,
+    row,
+    col,
+    table,
+    lse,
+    num_heads,
+    kernel_size,
+    stride,
+    dilation,
+    border,
+    scale,
+    implementation,
+    pool,
 ):
     window = window_of(x, kernel_size, stride, dilation, border)
     _, backward, ours = _projecting(implementation, x, weight, num_heads)
-    tensors = grad, x, weight, bias, *_halves(row, col, num_heads), lse
+    tensors = grad, x, weight, bias, *_halves(row, col, num_heads), table, lse
     with without_autocast(x):
         if ours is not None:
             grads = ours.backward(*tensors, num_heads, window, scale, pool)
         else:
             grads = projected.backward(backward, *tensors, num_heads, window, scale, pool)
-    return (grads[0], *not_none(x, (weight, bias, row, col), grads[1:]))
+    return (grads[0], *not_none(x, (weight, bias, row, col, table), grads[1:]))
 
 
 def _projecting(
@@ -174,7 +191,7 @@ def _empty_results(
 
 
 @torch.library.register_fake("sasa::local_attention")
-def _local_shapes(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation):
+def _local_shapes(query, key, value, row, col, table, kernel_size, stride, dilation, border, scale, implementation):
     window = window_of(query, kernel_size, stride, dilation, border)
     size = window.rows.outputs, window.cols.outputs
     lse = query.new_empty((*query.shape[:2], *size), dtype=sum_dtype(query))
@@ -182,44 +199,60 @@ def _local_shapes(query, key, value, row, col, kernel_size, stride, dilation, bo
 
 
 @torch.library.register_fake("sasa::local_attention_backward")
-def _local_backward_shapes(grad_output, query, key, value, row, col, lse, *options):
+def _local_backward_shapes(grad_output, query, key, value, row, col, table, lse, *options):
     dense = [empty(x, *x.shape[2:]) for x in (query, key, value)]
-    return (*dense, *(query.new_empty(0 if x is None else x.shape) for x in (row, col)))
+    return (*dense, *(query.new_empty(0 if x is None else x.shape) for x in (row, col, table)))
 
 
 @torch.library.register_fake("sasa::projected_attention")
 def _projected_shapes(
-    x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
+    x, weight, bias, row, col, table, num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
 ):
     return _empty_results(x, weight, num_heads, window_of(x, kernel_size, stride, dilation, border), pool)
 
 
 @torch.library.register_fake("sasa::projected_attention_backward")
-def _projected_backward_shapes(grad_output, x, weight, bias, row, col, lse, *options):
-    others = [x.new_empty(0 if t is None else t.shape) for t in (weight, bias, row, col)]
+def _projected_backward_shapes(grad_output, x, weight, bias, row, col, table, lse, *options):
+    others = [x.new_empty(0 if t is None else t.shape) for t in (weight, bias, row, col, table)]
     return torch.empty_like(x), *others
 
 
-def _local_equation(query, key, value, row, col, kernel_size, stride, dilation, border, scale, implementation=None):
+def _local_equation(
+    query, key, value, row, col, table, kernel_size, stride, dilation, border, scale, implementation=None
+):
     window = window_of(query, kernel_size, stride, dilation, border)
-    return equation.attention(query, key, value, row, col, window, scale)
+    return equation.attention(query, key, value, row, col, table, window, scale)
 
 
 def _projected_equation(
-    x, weight, bias, row, col, num_heads, kernel_size, stride, dilation, border, scale, implementation=None, pool=1
+    x,
+    weight,
+    bias,
+    row,
+    col,
+    table,
+    num_heads,
+    kernel_size,
+    stride,
+    dilation,
+    border,
+    scale,
+    implementation=None,
+    pool=1,
 ):
     query, key, value = split_heads(x if weight is None else F.conv2d(x, weight, bias), num_heads)
     row, col = by_head(row, num_heads), by_head(col, num_heads)
-    y = _local_equation(query, key, value, row, col, kernel_size, stride, dilation, border, scale)
+    y = _local_equation(query, key, value, row, col, table, kernel_size, stride, dilation, border, scale)
     return average_pool(y.flatten(1, 2), pool)
 
 
 def fold_heads(function, samples, in_dims, operator, options, tensors):
-    """Samples become heads, which are independent of each other: dimension 1 of images, 0 of embeddings.
+    """Samples become heads, which are independent of each other: dimension 1 of images, 0 of embeddings and tables.
 
-    The tensors are those of the forward or of the backward; the embeddings are the two before the last or at the end.
+    The tensors are those of the forward or of the backward; embeddings and table are the three before the last or at
+    the end.
     """
-    embeddings = (3, 4) if len(tensors) == 5 else (4, 5)
+    embeddings = (3, 4, 5) if len(tensors) == TENSORS else (4, 5, 6)
 
     def fold(x: Tensor | None, dim: int | None, heads_at: int) -> Tensor | None:
         if x is None:
@@ -230,7 +263,7 @@ def fold_heads(function, samples, in_dims, operator, options, tensors):
     places = [0 if i in embeddings else 1 for i in range(len(tensors))]
     folded = [fold(*one) for one in zip(tensors, in_dims, places, strict=True)]
     results = function.apply(operator, options, *folded)
-    at = [0 if len(results) == 5 and i >= 3 else 1 for i in range(len(results))]
+    at = [0 if len(results) == TENSORS and i >= 3 else 1 for i in range(len(results))]
     # The gradient of a missing embedding is empty and has no heads.
     unfolded = [
         y.new_empty(samples, 0) if y.dim() == 1 else y.unflatten(dim, (samples, y.shape[dim] // samples))

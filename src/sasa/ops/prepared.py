@@ -17,13 +17,13 @@ from torch import Tensor
 from . import checks
 from .autograd import Operator, apply_here, is_observed, needs_gradient
 from .implementations import Forward, Projected, choose, is_the_equation, machine
-from .memory_format import EmbeddingLayout, layout_of, like_image
+from .memory_format import EmbeddingLayout, layout_of, like_image, strides_of
 from .operators import PROJECTED, not_empty, not_none
 from .precision import is_active, without_autocast
 from .projected import is_large
 from .window import Pair, window_of
 
-Call = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], Tensor]
+Call = Callable[..., Tensor]
 
 
 def prepared(
@@ -32,18 +32,19 @@ def prepared(
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     options: tuple[Any, ...],
     recompute: bool | None,
 ) -> Tensor | None:
     """The output, if the call is a plain one that an implementation prepares; else None. Arguments as of ``attend``;
-    ``options`` are those between ``col`` and ``recompute``.
+    ``options`` are those between ``table`` and ``recompute``.
     """
-    tensors = x, weight, bias, row, col
+    tensors = x, weight, bias, row, col, table
     if not isinstance(x, Tensor) or is_observed(tensors) or is_active(x.device.type):
         return None
     kinds = tuple([None if y is None else (y.dtype, y.device) for y in tensors])
     layouts = kinds, x.shape, x.stride(), weight.shape, weight.stride()
-    embeddings = layout_of(row, options[0]), layout_of(col, options[0])
+    embeddings = layout_of(row, options[0]), layout_of(col, options[0]), strides_of(table)
     tracked = needs_gradient(*tensors)
     call = _prepare(*layouts, *embeddings, *options, recompute if tracked else None, tracked, machine())
     return None if call is None else call(*tensors)
@@ -74,6 +75,7 @@ def _prepare(
     weight_strides: tuple[int, ...],
     row: EmbeddingLayout | None,
     col: EmbeddingLayout | None,
+    table: tuple[int, ...] | None,
     num_heads: int,
     kernel_size: Pair,
     stride: Pair,
@@ -104,13 +106,13 @@ def _prepare(
     computed = num_heads, window, scale, pool
     if inside:
         present = (half if half is not None and half[1] > 0 else None for half in (row, col))
-        layouts = shape, strides, dtype, weight_shape[0], weight_strides, *present
+        layouts = shape, strides, dtype, weight_shape[0], weight_strides, *present, table
         run = kernels.prepare(*layouts, *computed, *machine)
     else:
         run = functools.partial(_run, kernels, computed)
 
-    def forward(x, weight, bias, row, col):
-        return run(x, weight, bias, not_empty(row), not_empty(col))
+    def forward(x, weight, bias, row, col, table):
+        return run(x, weight, bias, not_empty(row), not_empty(col), table)
 
     if tracked:
         options = num_heads, kernel_size, stride, dilation, border, scale, implementation, pool
@@ -128,20 +130,18 @@ def _without_gradient(forward: Forward, *tensors: Tensor | None) -> Tensor:
     return forward(*tensors)[0]
 
 
-def _projected_first(
-    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor | None, col: Tensor | None
-) -> Tensor:
-    return call(project(x, weight, bias), None, None, row, col)
+def _projected_first(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | None) -> Tensor:
+    return call(project(x, weight, bias), None, None, *others)
 
 
 def _operator(kernels: Projected, forward: Forward, computed: tuple[Any, ...], options: tuple[Any, ...]) -> Operator:
     """The projected operator with its options."""
 
-    def backward(grad, x, weight, bias, row, col, lse):
+    def backward(grad, x, weight, bias, row, col, table, lse):
         if is_observed((grad,)) or is_active(grad.device.type):
-            return PROJECTED.backward(grad, x, weight, bias, row, col, lse, *options)
-        grads = kernels.backward(grad, x, weight, bias, not_empty(row), not_empty(col), lse, *computed)
-        return grads[0], *not_none(x, (weight, bias, row, col), grads[1:])
+            return PROJECTED.backward(grad, x, weight, bias, row, col, table, lse, *options)
+        grads = kernels.backward(grad, x, weight, bias, not_empty(row), not_empty(col), table, lse, *computed)
+        return grads[0], *not_none(x, (weight, bias, row, col, table), grads[1:])
 
     def equation(*tensors):
         return PROJECTED.equation(*tensors, *options)

@@ -21,7 +21,7 @@ from .window import Window
 if TYPE_CHECKING:
     from .implementations import Backward, Forward
 
-LayerGradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of input and parameters
+LayerGradients = tuple[Tensor, *tuple[Tensor | None, ...]]  # of input and parameters
 
 # Bytes of queries, keys and values that exist at once: enough for all cores, and few enough that the memory is used
 # again from one part to the next.
@@ -76,6 +76,7 @@ def forward(
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     num_heads: int,
     window: Window,
     scale: float,
@@ -83,12 +84,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Writes and returns the output (B, N·D, H', W') and the log-sum-exp (B, N, h, w)."""
     if weight is None:
-        y, lse = attention(*split_heads(x, num_heads), row, col, window, scale)
+        y, lse = attention(*split_heads(x, num_heads), row, col, table, window, scale)
         return output.copy_(average_pool(y.flatten(1, 2), pool)), lse
     weight = weight.flatten(1)
     for part in parts(x, weight):
         qkv = heads_of(F.linear(pixels_of(x[part]), weight, bias), x[part].shape, num_heads)
-        y, lse[part] = attention(*qkv, row, col, window, scale)
+        y, lse[part] = attention(*qkv, row, col, table, window, scale)
         output[part] = average_pool(y.flatten(1, 2), pool)
     return output, lse
 
@@ -101,25 +102,26 @@ def backward(
     bias: Tensor | None,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     lse: Tensor,
     num_heads: int,
     window: Window,
     scale: float,
     pool: int,
 ) -> LayerGradients:
-    """Gradients of input, weight, bias, row and col."""
+    """Gradients of input, weight, bias, row, col and table."""
     grad_input = torch.empty_like(x)
     grad_unpooled = before_pool(grad_output, window, pool).unflatten(1, (num_heads, -1))
     if weight is None:
-        grads = attention(grad_unpooled, *split_heads(x, num_heads), row, col, lse, window, scale)
+        grads = attention(grad_unpooled, *split_heads(x, num_heads), row, col, table, lse, window, scale)
         for to, grad in zip(split_heads(grad_input, num_heads), grads[:3], strict=True):
             to.copy_(grad)
         return grad_input, None, None, *grads[3:]
-    totals, weight = Totals(weight, bias, row, col), weight.flatten(1)
+    totals, weight = Totals(weight, bias, row, col, table), weight.flatten(1)
     for part in parts(x, weight):
         pixels = pixels_of(x[part])
         qkv = heads_of(F.linear(pixels, weight, bias), x[part].shape, num_heads)
-        grads = attention(grad_unpooled[part], *qkv, row, col, lse[part], window, scale)
+        grads = attention(grad_unpooled[part], *qkv, row, col, table, lse[part], window, scale)
         grad = pixels_of(torch.cat([g.flatten(1, 2) for g in grads[:3]], dim=1))
         totals.add(grad.mT @ pixels, None if bias is None else grad.sum(0), *grads[3:])
         grad_input[part] = (grad @ weight).view(*x[part].permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
@@ -141,12 +143,12 @@ def before_pool(grad: Tensor, window: Window, pool: int) -> Tensor:
 class Totals:
     """Gradients of a layer's parameters, summed over parts of the batch in float32 or better."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, row: Tensor | None, col: Tensor | None) -> None:
-        self.likes = weight, bias, row, col
-        self.sums: list[Tensor | None] = [None] * 4
+    def __init__(self, *parameters: Tensor | None) -> None:
+        self.likes = parameters
+        self.sums: list[Tensor | None] = [None] * len(parameters)
 
     def add(self, *grads: Tensor | None) -> None:
-        """Add gradients of weight, bias, row and col; None for what is missing."""
+        """Add gradients of the parameters; None for what is missing."""
         for i, grad in enumerate(grads):
             total = self.sums[i]
             if grad is None:
@@ -156,11 +158,10 @@ class Totals:
             else:
                 self.sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32))
 
-    def rounded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def rounded(self) -> tuple[Tensor | None, ...]:
         """The gradients in the shape and dtype of what they belong to; zeros for an empty batch."""
         pairs = zip(self.likes, self.sums, strict=True)
-        weight, bias, row, col = (
+        return tuple(
             None if x is None else x.new_zeros(x.shape) if total is None else total.to(x.dtype).view_as(x)
             for x, total in pairs
         )
-        return weight, bias, row, col

@@ -84,28 +84,29 @@ class Seen:
     key: Tensor
     row: Tensor | None
     col: Tensor | None
+    table: Tensor | None
     window: Window
     size: tuple[int, int]
     offset: tuple[int, int] = (0, 0)
 
     def content(self) -> Tensor:
         """The part of the logits that is q·k: (N, kh·kw, h, w). Taps that a ``"mask"`` border hides are -inf."""
-        return self._logits(self.key, None, None)
+        return self._logits(self.key, None, None, None)
 
     def position(self) -> Tensor:
-        """The part of the logits that is q·r, likewise; 0 without relative position."""
-        return self._logits(torch.zeros_like(self.key), self.row, self.col)
+        """The part of the logits that is q·r or a learned table, likewise; 0 without relative position."""
+        return self._logits(torch.zeros_like(self.key), self.row, self.col, self.table)
 
     def weights(self) -> Tensor:
         """The attention weights, summing to 1 over the taps: (N, kh·kw, h, w)."""
-        return self._logits(self.key, self.row, self.col).softmax(1)
+        return self._logits(self.key, self.row, self.col, self.table).softmax(1)
 
-    def _logits(self, key: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
+    def _logits(self, key: Tensor, row: Tensor | None, col: Tensor | None, table: Tensor | None) -> Tensor:
         # The equation samples the queries itself: it is given them where the centres are.
         rows, cols = self.window.rows, self.window.cols
         query = key.new_zeros(*self.query.shape[:2], *key.shape[2:])
         query[..., rows.centres, cols.centres] = self.query
-        return equation.logits(query[None], key[None], row, col, self.window, 1.0)[0]
+        return equation.logits(query[None], key[None], row, col, table, self.window, 1.0)[0]
 
     def centre(self, query: tuple[int, int]) -> tuple[int, int]:
         """Row and column of the map, without its padding, at the centre of a query's window."""
@@ -196,7 +197,9 @@ def _of_layer(name: str, layer: RelativeSelfAttention, x: Tensor) -> Seen:
         halves = embeddings_by_head(row, col, layer.num_heads, layer.position_split)
         row, col = (half if half.dim() == 3 else half.unflatten(0, (layer.num_heads, -1)) for half in halves)
     window = window_of(key, layer.kernel_size, layer.stride, layer.dilation, layer.border)
-    return _seen(name, query * layer.scale, key, row, col, window, (x.shape[2], x.shape[3]), (0, 0))
+    return _seen(
+        name, query * layer.scale, key, row, col, layer.position_bias, window, (x.shape[2], x.shape[3]), (0, 0)
+    )
 
 
 def _of_conv(name: str, layer: AttentionConv2d, x: Tensor) -> Seen:
@@ -207,7 +210,7 @@ def _of_conv(name: str, layer: AttentionConv2d, x: Tensor) -> Seen:
     query, key = (y.unflatten(1, (layer.num_heads, -1)) for y in (layer.query(x), layer.key(x)))
     window = window_of(key, layer.window, layer.stride, layer.dilation, layer.border)
     offset = pads[2] + layer._beyond[2], pads[0] + layer._beyond[0]
-    return _seen(name, query, key, layer.row_embedding, layer.col_embedding, window, size, offset)
+    return _seen(name, query, key, layer.row_embedding, layer.col_embedding, None, window, size, offset)
 
 
 def _seen(
@@ -216,12 +219,13 @@ def _seen(
     key: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     window: Window,
     size: tuple[int, int],
     offset: tuple[int, int],
 ) -> Seen:
     query = query[0][..., window.rows.centres, window.cols.centres]
-    tensors = [None if y is None else y.detach().float().cpu() for y in (query, key[0], row, col)]
+    tensors = [None if y is None else y.detach().float().cpu() for y in (query, key[0], row, col, table)]
     return Seen(name, *tensors, window, size, offset)  # type: ignore[arg-type]
 
 

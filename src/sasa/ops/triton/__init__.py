@@ -74,7 +74,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return launch.forward(*arguments)
 
 
-def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As :func:`sasa.ops.eager.backward`."""
     from . import launch
 

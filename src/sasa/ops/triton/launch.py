@@ -43,6 +43,7 @@ def problem_of(
     output: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     window: Window,
 ) -> Problem:
     """What the kernels for these tensors are compiled for; ``output`` is the output's gradient in the backward."""
@@ -51,7 +52,7 @@ def problem_of(
     tensor_cores = forced
     if tensor_cores is None:
         tensor_cores = query.dtype != torch.float32 or precision == "tf32"
-    if max(window.rows.kernel, window.cols.kernel) > MOST_TAPS:
+    if table is not None or max(window.rows.offsets, window.cols.offsets) > MOST_TAPS:
         tensor_cores = False
     least = 16 if tensor_cores else 1
     return Problem(
@@ -64,6 +65,7 @@ def problem_of(
         value_pad=max(least, power_of_two(value.shape[2])),
         row_channels=0 if row is None else row.shape[1],
         col_channels=0 if col is None else col.shape[1],
+        has_table=table is not None,
         query_layout=layout(query),
         key_layout=layout(key),
         value_layout=layout(value),
@@ -184,6 +186,7 @@ def forward(
     value: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     window: Window,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -194,9 +197,9 @@ def forward(
     lse = query.new_empty((batch, heads, height, width), dtype=torch.float32)
     if batch == 0:
         return output, lse
-    problem = problem_of(query, key, value, output, row, col, window)
-    arguments = [*_image(query), *_image(key), *_image(value), *_image(output), lse, _embedding(row, query)]
-    arguments += [_embedding(col, query), heads, *query.shape[3:], height, width, scale]
+    problem = problem_of(query, key, value, output, row, col, table, window)
+    arguments = [*_image(query), *_image(key), *_image(value), *_image(output), lse]
+    arguments += [*(_embedding(x, query) for x in (row, col, table)), heads, *query.shape[3:], height, width, scale]
     programs = functools.partial(_query_tiles, problem, window, batch * heads)
     _run(forward_kernels.forward, programs, problem, _is_small(window), arguments)
     return output, lse
@@ -209,18 +212,19 @@ def backward(
     value: Tensor,
     row: Tensor | None,
     col: Tensor | None,
+    table: Tensor | None,
     lse: Tensor,
     window: Window,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value in their memory formats, and of row and col."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key and value in their memory formats, and of row, col and table."""
     batch, heads = query.shape[:2]
     height, width = window.rows.outputs, window.cols.outputs
     grads = [memory_format.empty(x, *x.shape[2:]) for x in (query, key, value)]
     if batch == 0:
-        none = [None if x is None else torch.zeros_like(x) for x in (row, col)]
-        return grads[0], grads[1], grads[2], none[0], none[1]
-    problem = problem_of(query, key, value, grad_output, row, col, window)
+        none = [None if x is None else torch.zeros_like(x) for x in (row, col, table)]
+        return grads[0], grads[1], grads[2], none[0], none[1], none[2]
+    problem = problem_of(query, key, value, grad_output, row, col, table, window)
     # Gradients are written by the layouts of what they are gradients of.
     problem = problem._replace(
         query_layout=_common(query, grads[0]),
@@ -236,7 +240,7 @@ def backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     small = _is_small(window)
-    embeddings = [_embedding(row, query), _embedding(col, query)]
+    embeddings = [_embedding(x, query) for x in (row, col, table)]
     sizes = [heads, *query.shape[3:], height, width, scale]
     inputs = (grad_output, query, key, value, grads[0], lse, delta)
     totals = _query_gradients(inputs, embeddings, sizes, problem, window, small)
@@ -250,6 +254,7 @@ def backward(
         grads[2],
         None if row is None else totals[0].to(row.dtype).contiguous(),
         None if col is None else totals[1].to(col.dtype).contiguous(),
+        None if table is None else totals[2].to(table.dtype).contiguous(),
     )
 
 
@@ -260,9 +265,9 @@ def _query_gradients(
     problem: Problem,
     window: Window,
     small: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Write the gradients of the queries, and delta; return the gradients of the embeddings, (N, Dr, kh) and
-    (N, Dc, kw), in float32.
+    (N, Dc, kw), and of the table, (N, kh, kw), in float32.
 
     Every program leaves its share of the latter. A few images are taken at a time, so that the memory for the shares
     does not grow with the batch.
@@ -270,7 +275,8 @@ def _query_gradients(
     query = inputs[1]
     batch, heads = query.shape[:2]
     row_size, col_size = problem.y.kernel * problem.row_channels, problem.x.kernel * problem.col_channels
-    size = row_size + col_size
+    table_size = problem.y.kernel * problem.x.kernel if problem.has_table else 0
+    size = row_size + col_size + table_size
     tiles = tiles_of("query_gradients", problem, small)
     of_image = max(_query_tiles(problem, window, heads, tile.ROWS, tile.COLUMNS) for tile in tiles)
     images = min(batch, max(1, SHARE_BYTES // (of_image * size * 4))) if size else batch
@@ -285,10 +291,11 @@ def _query_gradients(
         if size:
             used = shares[: programs(tile.ROWS, tile.COLUMNS)].unflatten(0, (len(part[1]), heads, -1))
             total += used.sum((0, 2))
-    of_row, of_col = total.split((row_size, col_size), 1)
+    of_row, of_col, of_table = total.split((row_size, col_size, table_size), 1)
     return (
         of_row.reshape(heads, problem.y.kernel, problem.row_channels).mT,
         of_col.reshape(heads, problem.x.kernel, problem.col_channels).mT,
+        of_table.reshape(heads, problem.y.kernel, problem.x.kernel) if problem.has_table else of_table,
     )
 
 

@@ -24,6 +24,9 @@ class TiledAxis(NamedTuple):
     i = phase + phases · u falls on pixel phase · stride - before + dilation · (step · u + t). In units of ``dilation``
     that is a window without dilation and with stride ``step``.
 
+    A window of ``moved`` taps that is moved inside the image reaches moved - 1 taps to either side at most: it is that
+    many of a window of 2 · moved - 1 taps, whose other taps are hidden, as are those outside the image.
+
     Attributes:
         kernel: taps.
         stride: pixels between two queries.
@@ -32,6 +35,7 @@ class TiledAxis(NamedTuple):
         phases: dilation / gcd(stride, dilation).
         step: stride / gcd(stride, dilation).
         centre: pixels from the first tap to the centre.
+        moved: taps of a window that is moved inside the image, else 0.
     """
 
     kernel: int
@@ -41,6 +45,7 @@ class TiledAxis(NamedTuple):
     phases: int
     step: int
     centre: int
+    moved: int
 
     @classmethod
     def of(cls, axis: window.Axis) -> TiledAxis:
@@ -53,15 +58,17 @@ class TiledAxis(NamedTuple):
             ValueError: the window is so large that its pixels can't be numbered in 32 bits.
         """
         stride, dilation = min(axis.stride, axis.size), min(axis.dilation, axis.size)
-        if axis.kernel * dilation + axis.size >= 2**31:
+        kernel = axis.offsets
+        if kernel * dilation + axis.size >= 2**31:
             raise ValueError(
                 f"kernel_size: expected a window that spans fewer than 2**31 pixels, got {axis.kernel} taps with "
                 f"dilation {axis.dilation} on an image of {axis.size} pixels"
             )
         common = math.gcd(stride, dilation)
-        before = axis.before // axis.dilation * dilation
-        centre = (axis.kernel - 1) // 2 * dilation
-        return cls(axis.kernel, stride, dilation, before, dilation // common, stride // common, centre)
+        centre = (kernel - 1) // 2 * dilation
+        before = centre if axis.shifted else axis.before // axis.dilation * dilation
+        moved = axis.kernel if axis.shifted else 0
+        return cls(kernel, stride, dilation, before, dilation // common, stride // common, centre, moved)
 
 
 class Problem(NamedTuple):
@@ -77,6 +84,7 @@ class Problem(NamedTuple):
         value_pad: as channels_pad.
         row_channels: channels of the row embedding, the first of a head's; 0 where there is none.
         col_channels: channels of the column embedding, the last of a head's; 0 where there is none.
+        has_table: whether a table (kh, kw) is added to the logits.
         query_layout: what is known of the strides of the query and, in the backward, of its gradient.
         key_layout: likewise of the key.
         value_layout: likewise of the value.
@@ -98,6 +106,7 @@ class Problem(NamedTuple):
     value_pad: int
     row_channels: int
     col_channels: int
+    has_table: bool
     query_layout: int
     key_layout: int
     value_layout: int

@@ -24,7 +24,7 @@ def query_gradients(
     key, k_batch: tl.int64, k_head: tl.int64, k_channel: tl.int64, k_row: tl.int64, k_column: tl.int64,
     value, v_batch: tl.int64, v_head: tl.int64, v_channel: tl.int64, v_row: tl.int64, v_column: tl.int64,
     grad_query, dq_batch: tl.int64, dq_head: tl.int64, dq_channel: tl.int64, dq_row: tl.int64, dq_column: tl.int64,
-    lse, delta, row, col, partial, heads, height, width, out_height, out_width, scale: tl.float32,
+    lse, delta, row, col, table, partial, heads, height, width, out_height, out_width, scale: tl.float32,
     P: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
@@ -47,6 +47,7 @@ def query_gradients(
     )
     of_row = row + head * P.row_channels * P.y.kernel
     of_col = col + head * P.col_channels * P.x.kernel
+    of_table = table + head * P.y.kernel * P.x.kernel
 
     query_y, query_x, exists, y, x = queries(phase_y, phase_x, tile_y, tile_x, out_height, out_width, P, ROWS, COLUMNS)
     q = load_pixels(of_query, y + P.y.centre, x + P.x.centre, exists, P.channels, P.channels_pad, P.query_layout)
@@ -56,7 +57,10 @@ def query_gradients(
     lse_m = load_lse(lse + at, exists)
     tile = ((phase_y * P.x.phases + phase_x) * tiles_y + tile_y) * tiles_x + tile_x
     tiles = tiles_y * tiles_x * P.y.phases * P.x.phases
-    share = partial + (number * tiles + tile) * (P.y.kernel * P.row_channels + P.x.kernel * P.col_channels)
+    size = P.y.kernel * P.row_channels + P.x.kernel * P.col_channels
+    if P.has_table:
+        size += P.y.kernel * P.x.kernel
+    share = partial + (number * tiles + tile) * size
 
     if P.tensor_cores:
         grad_q, delta_m = halo.query_gradient(
@@ -67,13 +71,13 @@ def query_gradients(
         if any_not_finite(tl.where(exists[:, None], grad_q, 0.0)):
             tl.debug_barrier()  # the share is written again, perhaps by other threads
             grad_q, delta_m = taps.query_gradient(
-                q, grad, lse_m, exists, of_key, of_value, of_row, of_col, share, y, x, height, width, scale,
-                P, 1,
+                q, grad, lse_m, exists, of_key, of_value, of_row, of_col, of_table, share, y, x, height, width,
+                scale, P, 1,
             )  # fmt: skip
     else:
         grad_q, delta_m = taps.query_gradient(
-            q, grad, lse_m, exists, of_key, of_value, of_row, of_col, share, y, x, height, width, scale, P,
-            BLOCK_X,
+            q, grad, lse_m, exists, of_key, of_value, of_row, of_col, of_table, share, y, x, height, width, scale,
+            P, BLOCK_X,
         )  # fmt: skip
     tl.store(delta + at, delta_m, mask=exists)
     store_pixels(of_grad_q, y + P.y.centre, x + P.x.centre, exists, grad_q, P.channels, P.channels_pad, P.query_layout)
@@ -87,7 +91,7 @@ def key_gradients(
     value, v_batch: tl.int64, v_head: tl.int64, v_channel: tl.int64, v_row: tl.int64, v_column: tl.int64,
     grad_key, dk_batch: tl.int64, dk_head: tl.int64, dk_channel: tl.int64, dk_row: tl.int64, dk_column: tl.int64,
     grad_value, dv_batch: tl.int64, dv_head: tl.int64, dv_channel: tl.int64, dv_row: tl.int64, dv_column: tl.int64,
-    lse, delta, row, col, heads, height, width, out_height, out_width, scale: tl.float32,
+    lse, delta, row, col, table, heads, height, width, out_height, out_width, scale: tl.float32,
     P: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
@@ -107,6 +111,7 @@ def key_gradients(
     )
     of_row = row + head * P.row_channels * P.y.kernel
     of_col = col + head * P.col_channels * P.x.kernel
+    of_table = table + head * P.y.kernel * P.x.kernel
     number = (batch.to(tl.int64) * heads + head) * out_height * out_width
 
     # In units of the dilation, counted from the first tap of the phase's first query, the image's first row.
@@ -124,19 +129,19 @@ def key_gradients(
     if P.tensor_cores:
         grad_k, grad_v = halo.key_gradient(
             k, v, of_query, of_grad, lse + number, delta + number, of_row, of_col, lead_y, lead_x, phase_y, phase_x,
-            out_height, out_width, scale, P, ROWS, COLUMNS, BLOCK_Y, BLOCK_X, PAD_Y, PAD_X,
+            height, width, out_height, out_width, scale, P, ROWS, COLUMNS, BLOCK_Y, BLOCK_X, PAD_Y, PAD_X,
         )  # fmt: skip
         k_exists = tl.where(exists[:, None], grad_k, 0.0)
         v_exists = tl.where(exists[:, None], grad_v, 0.0)
         if any_not_finite(k_exists) | any_not_finite(v_exists):
             grad_k, grad_v = taps.key_gradient(
-                k, v, of_query, of_grad, lse + number, delta + number, of_row, of_col, y, x, out_height, out_width,
-                scale, P, 1,
+                k, v, of_query, of_grad, lse + number, delta + number, of_row, of_col, of_table, y, x, height,
+                width, out_height, out_width, scale, P, 1,
             )  # fmt: skip
     else:
         grad_k, grad_v = taps.key_gradient(
-            k, v, of_query, of_grad, lse + number, delta + number, of_row, of_col, y, x, out_height, out_width, scale,
-            P, BLOCK_X,
+            k, v, of_query, of_grad, lse + number, delta + number, of_row, of_col, of_table, y, x, height, width,
+            out_height, out_width, scale, P, BLOCK_X,
         )  # fmt: skip
     store_pixels(of_grad_k, y, x, exists, grad_k, P.channels, P.channels_pad, P.key_layout)
     store_pixels(of_grad_v, y, x, exists, grad_v, P.value_channels, P.value_pad, P.value_layout)

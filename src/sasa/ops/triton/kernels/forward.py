@@ -18,7 +18,7 @@ def forward(
     key, k_batch: tl.int64, k_head: tl.int64, k_channel: tl.int64, k_row: tl.int64, k_column: tl.int64,
     value, v_batch: tl.int64, v_head: tl.int64, v_channel: tl.int64, v_row: tl.int64, v_column: tl.int64,
     output, o_batch: tl.int64, o_head: tl.int64, o_channel: tl.int64, o_row: tl.int64, o_column: tl.int64,
-    lse, row, col, heads, height, width, out_height, out_width, scale: tl.float32,
+    lse, row, col, table, heads, height, width, out_height, out_width, scale: tl.float32,
     P: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
@@ -34,6 +34,7 @@ def forward(
     of_output = plane((output, o_batch, o_head, o_channel, o_row, o_column), batch, head, P.output_layout, P.wide)
     of_row = row + head * P.row_channels * P.y.kernel
     of_col = col + head * P.col_channels * P.x.kernel
+    of_table = table + head * P.y.kernel * P.x.kernel
 
     query_y, query_x, exists, y, x = queries(phase_y, phase_x, tile_y, tile_x, out_height, out_width, P, ROWS, COLUMNS)
     q = load_pixels(of_query, y + P.y.centre, x + P.x.centre, exists, P.channels, P.channels_pad, P.query_layout)
@@ -45,9 +46,11 @@ def forward(
             COLUMNS, BLOCK_Y, BLOCK_X, PAD_Y, PAD_X,
         )  # fmt: skip
         if any_not_finite(tl.where(exists[:, None], y_m, 0.0)):
-            y_m, lse_m = taps.attend(q, of_key, of_value, of_row, of_col, y, x, height, width, scale, P, 1)
+            y_m, lse_m = taps.attend(q, of_key, of_value, of_row, of_col, of_table, y, x, height, width, scale, P, 1)
     else:
-        y_m, lse_m = taps.attend(q, of_key, of_value, of_row, of_col, y, x, height, width, scale, P, BLOCK_X)
+        y_m, lse_m = taps.attend(
+            q, of_key, of_value, of_row, of_col, of_table, y, x, height, width, scale, P, BLOCK_X
+        )  # fmt: skip
     store_pixels(of_output, query_y, query_x, exists, y_m, P.value_channels, P.value_pad, P.output_layout)
     number = batch.to(tl.int64) * heads + head
     tl.store(lse + number * out_height * out_width + query_y * out_width + query_x, lse_m, mask=exists)

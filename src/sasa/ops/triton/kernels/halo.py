@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pixels import LN2, LOG2E, load_lse, load_pixels
+from .pixels import LN2, LOG2E, first_place, load_lse, load_pixels, sees
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers; float32 gives the same products.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -79,18 +79,35 @@ def _bias(terms, tap, exists, factor, HAS: tl.constexpr, KERNEL: tl.constexpr):
 
 
 @triton.jit
-def _range(lead, first, size, ROOM: tl.constexpr, DILATION: tl.constexpr, ZERO: tl.constexpr):
-    """First and last + 1 of a halo's rows (columns) that take part: all ROOM with a border of zeros, else those inside
-    the image. Row a lies on the image's row first + (lead + a) · dilation. Triton rounds quotients towards 0, which for
-    a negative ``begin`` doesn't matter.
+def _range(
+    lead, first, size, COUNT: tl.constexpr, STEP: tl.constexpr, KERNEL: tl.constexpr, MOVED: tl.constexpr,
+    DILATION: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """First and last + 1 of the rows (columns) that take part of the halo of COUNT queries: all with a border of zeros,
+    else those inside the image, and under windows that are moved. Row a lies on the image's row
+    first + (lead + a) · dilation. Triton rounds quotients towards 0, which for a negative ``begin`` doesn't matter.
     """
     begin = 0
-    end = ROOM
+    end = STEP * (COUNT - 1) + KERNEL
+    start = first + lead * DILATION
     if not ZERO:
-        start = first + lead * DILATION
         begin = tl.maximum(0, (DILATION - 1 - start) // DILATION)
-        end = tl.minimum(ROOM, (size - 1 - start) // DILATION + 1)
+        end = tl.minimum(end, (size - 1 - start) // DILATION + 1)
+    if MOVED > 0:
+        query = start + (MOVED - 1) * DILATION
+        to_row = MOVED - 1 - query // DILATION  # from steps of the dilation
+        last = query + (COUNT - 1) * STEP * DILATION
+        begin = tl.maximum(begin, first_place(query, size, MOVED, DILATION) + to_row)
+        end = tl.minimum(end, first_place(last, size, MOVED, DILATION) + MOVED + to_row)
     return begin, end
+
+
+@triton.jit
+def _in_window(
+    exists, own, halo, start, size, CENTRE: tl.constexpr, MOVED: tl.constexpr, DILATION: tl.constexpr
+):  # fmt: skip
+    """Whether a halo's rows (columns) exist and are in the windows of queries whose windows begin ``own`` rows in."""
+    return sees(exists, start + own * DILATION + CENTRE, start + halo * DILATION, size, MOVED, DILATION)
 
 
 @triton.jit
@@ -114,19 +131,23 @@ def attend(
     own_x = (m % COLUMNS * P.x.step)[:, None]
     terms_y = _row_terms(q, row, PAD_Y, P)
     terms_x = _col_terms(q, col, PAD_X, P)
-    begin_y, end_y = _range(lead_y, first_y, height, P.y.step * (ROWS - 1) + P.y.kernel, P.y.dilation, P.zero)
-    begin_x, end_x = _range(lead_x, first_x, width, P.x.step * (COLUMNS - 1) + P.x.kernel, P.x.dilation, P.zero)
+    begin_y, end_y = _range(lead_y, first_y, height, ROWS, P.y.step, P.y.kernel, P.y.moved, P.y.dilation, P.zero)
+    begin_x, end_x = _range(lead_x, first_x, width, COLUMNS, P.x.step, P.x.kernel, P.x.moved, P.x.dilation, P.zero)
+    start_y = first_y + lead_y * P.y.dilation
+    start_x = first_x + lead_x * P.x.dilation
 
     largest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     output = tl.full((M, P.value_pad), 0.0, tl.float32)
     for x0 in range(begin_x, end_x, BLOCK_X):
         halo_x = x0 + tl.arange(0, BLOCK_X)[None, :]
-        bias_x = _bias(terms_x, halo_x - own_x, halo_x < end_x, factor, P.col_channels > 0, P.x.kernel)
+        seen_x = _in_window(halo_x < end_x, own_x, halo_x, start_x, width, P.x.centre, P.x.moved, P.x.dilation)
+        bias_x = _bias(terms_x, halo_x - own_x, seen_x, factor, P.col_channels > 0, P.x.kernel)
         x = first_x + (lead_x + x0 + j % BLOCK_X) * P.x.dilation
         for y0 in range(begin_y, end_y, BLOCK_Y):
             halo_y = y0 + tl.arange(0, BLOCK_Y)[None, :]
-            bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.row_channels > 0, P.y.kernel)
+            seen_y = _in_window(halo_y < end_y, own_y, halo_y, start_y, height, P.y.centre, P.y.moved, P.y.dilation)
+            bias_y = _bias(terms_y, halo_y - own_y, seen_y, factor, P.row_channels > 0, P.y.kernel)
             y = first_y + (lead_y + y0 + j // BLOCK_X) * P.y.dilation
             inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
             k = load_pixels(key, y, x, inside, P.channels, P.channels_pad, P.key_layout)
@@ -165,17 +186,21 @@ def query_gradient(
     own_x = (m % COLUMNS * P.x.step)[:, None]
     terms_y = _row_terms(q, row, PAD_Y, P)
     terms_x = _col_terms(q, col, PAD_X, P)
-    begin_y, end_y = _range(lead_y, first_y, height, P.y.step * (ROWS - 1) + P.y.kernel, P.y.dilation, P.zero)
-    begin_x, end_x = _range(lead_x, first_x, width, P.x.step * (COLUMNS - 1) + P.x.kernel, P.x.dilation, P.zero)
+    begin_y, end_y = _range(lead_y, first_y, height, ROWS, P.y.step, P.y.kernel, P.y.moved, P.y.dilation, P.zero)
+    begin_x, end_x = _range(lead_x, first_x, width, COLUMNS, P.x.step, P.x.kernel, P.x.moved, P.x.dilation, P.zero)
+    start_y = first_y + lead_y * P.y.dilation
+    start_x = first_x + lead_x * P.x.dilation
 
     delta = tl.zeros((M,), tl.float32)
     for x0 in range(begin_x, end_x, BLOCK_X):
         halo_x = x0 + tl.arange(0, BLOCK_X)[None, :]
-        bias_x = _bias(terms_x, halo_x - own_x, halo_x < end_x, factor, P.col_channels > 0, P.x.kernel) - lse[:, None]
+        seen_x = _in_window(halo_x < end_x, own_x, halo_x, start_x, width, P.x.centre, P.x.moved, P.x.dilation)
+        bias_x = _bias(terms_x, halo_x - own_x, seen_x, factor, P.col_channels > 0, P.x.kernel) - lse[:, None]
         x = first_x + (lead_x + x0 + j % BLOCK_X) * P.x.dilation
         for y0 in range(begin_y, end_y, BLOCK_Y):
             halo_y = y0 + tl.arange(0, BLOCK_Y)[None, :]
-            bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.row_channels > 0, P.y.kernel)
+            seen_y = _in_window(halo_y < end_y, own_y, halo_y, start_y, height, P.y.centre, P.y.moved, P.y.dilation)
+            bias_y = _bias(terms_y, halo_y - own_y, seen_y, factor, P.row_channels > 0, P.y.kernel)
             y = first_y + (lead_y + y0 + j // BLOCK_X) * P.y.dilation
             _, weights, grad_weights = _weigh(
                 q, grad, key, value, y, x, height, width, bias_y, bias_x, factor, P, M, BLOCK_Y, BLOCK_X
@@ -187,12 +212,14 @@ def query_gradient(
     by_col = tl.zeros((M, PAD_X), tl.float32)
     for x0 in range(begin_x, end_x, BLOCK_X):
         halo_x = x0 + tl.arange(0, BLOCK_X)[None, :]
-        bias_x = _bias(terms_x, halo_x - own_x, halo_x < end_x, factor, P.col_channels > 0, P.x.kernel) - lse[:, None]
+        seen_x = _in_window(halo_x < end_x, own_x, halo_x, start_x, width, P.x.centre, P.x.moved, P.x.dilation)
+        bias_x = _bias(terms_x, halo_x - own_x, seen_x, factor, P.col_channels > 0, P.x.kernel) - lse[:, None]
         x = first_x + (lead_x + x0 + j % BLOCK_X) * P.x.dilation
         by_column = tl.zeros((M, BLOCK_X), tl.float32)
         for y0 in range(begin_y, end_y, BLOCK_Y):
             halo_y = y0 + tl.arange(0, BLOCK_Y)[None, :]
-            bias_y = _bias(terms_y, halo_y - own_y, halo_y < end_y, factor, P.row_channels > 0, P.y.kernel)
+            seen_y = _in_window(halo_y < end_y, own_y, halo_y, start_y, height, P.y.centre, P.y.moved, P.y.dilation)
+            bias_y = _bias(terms_y, halo_y - own_y, seen_y, factor, P.row_channels > 0, P.y.kernel)
             y = first_y + (lead_y + y0 + j // BLOCK_X) * P.y.dilation
             k, weights, grad_weights = _weigh(
                 q, grad, key, value, y, x, height, width, bias_y, bias_x, factor, P, M, BLOCK_Y, BLOCK_X
@@ -258,8 +285,8 @@ def _store_share(
 
 @triton.jit
 def key_gradient(
-    k, v, query, grad_output, lse_plane, delta_plane, row, col, lead_y, lead_x, phase_y, phase_x, out_height,
-    out_width, scale, P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Y: tl.constexpr,
+    k, v, query, grad_output, lse_plane, delta_plane, row, col, lead_y, lead_x, phase_y, phase_x, height, width,
+    out_height, out_width, scale, P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
 ):  # fmt: skip
     """Gradients (M, C) of a tile of keys and (M, VALUE_C) of its values, gathered from every query that sees them.
@@ -275,6 +302,8 @@ def key_gradient(
     end_y = tl.minimum((lead_y + ROWS - 1) // P.y.step + 1, (out_height - 1 - phase_y) // P.y.phases + 1)
     end_x = tl.minimum((lead_x + COLUMNS - 1) // P.x.step + 1, (out_width - 1 - phase_x) // P.x.phases + 1)
 
+    y = ((lead_y + tl.arange(0, ROWS)) * P.y.dilation - P.y.before + phase_y * P.y.stride)[None, :]
+    x = ((lead_x + tl.arange(0, COLUMNS)) * P.x.dilation - P.x.before + phase_x * P.x.stride)[None, :]
     grad_k = tl.full((M, P.channels_pad), 0.0, tl.float32)
     grad_v = tl.full((M, P.value_pad), 0.0, tl.float32)
     for x0 in range(begin_x, end_x, BLOCK_X):
@@ -296,8 +325,10 @@ def key_gradient(
             delta = tl.load(delta_plane + place, mask=inside, other=0.0)
             terms_y = _row_terms(q, row, PAD_Y, P)
             terms_x = _col_terms(q, col, PAD_X, P)
-            bias_y = _bias(terms_y, tap_y, inside[:, None], factor, P.row_channels > 0, P.y.kernel) - lse[:, None]
-            bias_x = _bias(terms_x, tap_x, inside[:, None], factor, P.col_channels > 0, P.x.kernel)
+            seen_y = sees(inside[:, None], centre_y[:, None], y, height, P.y.moved, P.y.dilation)
+            seen_x = sees(inside[:, None], centre_x[:, None], x, width, P.x.moved, P.x.dilation)
+            bias_y = _bias(terms_y, tap_y, seen_y, factor, P.row_channels > 0, P.y.kernel) - lse[:, None]
+            bias_x = _bias(terms_x, tap_x, seen_x, factor, P.col_channels > 0, P.x.kernel)
             logits = _dot(q, tl.trans(k), None, P) * factor
             logits = tl.reshape(logits, (J, ROWS, COLUMNS)) + bias_x[:, None, :] + bias_y[:, :, None]
             weights = tl.exp2(tl.reshape(logits, (J, M)))

@@ -56,6 +56,22 @@ def queries(
 
 
 @triton.jit
+def first_place(query, size, MOVED: tl.constexpr, DILATION: tl.constexpr):
+    """Where the window of the query at a pixel begins, in steps of the dilation, if windows are moved inside."""
+    last = (size - 1 - query % DILATION) // DILATION - (MOVED - 1)
+    return tl.maximum(tl.minimum(query // DILATION - (MOVED - 1) // 2, last), 0)
+
+
+@triton.jit
+def sees(inside, query, key, size, MOVED: tl.constexpr, DILATION: tl.constexpr):
+    """``inside``, and whether the window of the query at a pixel holds the key at another, if windows are moved."""
+    if MOVED > 0:
+        steps = key // DILATION - first_place(query, size, MOVED, DILATION)
+        inside = inside & (steps >= 0) & (steps < MOVED)
+    return inside
+
+
+@triton.jit
 def plane(images, batch, head, LAYOUT: tl.constexpr, WIDE: tl.constexpr):
     """One head of one image: (pointer to its first pixel's first channel, strides of channel, row, column)."""
     pointer = images[0]

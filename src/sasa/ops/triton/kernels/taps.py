@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pixels import LN2, LOG2E, load_lse, load_pixels
+from .pixels import LN2, LOG2E, load_lse, load_pixels, sees
 
 
 @triton.jit
@@ -38,7 +38,13 @@ def _col_embedding(col, dx, P: tl.constexpr):
 
 
 @triton.jit
-def attend(q, key, value, row, col, y, x, height, width, scale, P: tl.constexpr, TAPS: tl.constexpr):
+def _of_table(table, dy, dx, P: tl.constexpr):
+    """(TAPS, 1): what the table adds to the logits of the taps (dy, dx), in base 2."""
+    return (tl.load(table + dy * P.x.kernel + dx, mask=dx < P.x.kernel, other=0.0).to(tl.float32) * LOG2E)[:, None]
+
+
+@triton.jit
+def attend(q, key, value, row, col, table, y, x, height, width, scale, P: tl.constexpr, TAPS: tl.constexpr):
     """Outputs (M, VALUE_C) and log-sum-exp (M) of the queries ``q`` (M, C) whose windows begin at pixels (y, x)."""
     M: tl.constexpr = q.shape[0]
     q = q.to(tl.float32)[None, :, :]
@@ -49,11 +55,13 @@ def attend(q, key, value, row, col, y, x, height, width, scale, P: tl.constexpr,
         dx = first + tl.arange(0, TAPS)
         px = x[None, :] + dx[:, None] * P.x.dilation
         inside_x = (dx < P.x.kernel)[:, None] & (px >= 0) & (px < width)
+        inside_x = sees(inside_x, (x + P.x.centre)[None, :], px, width, P.x.moved, P.x.dilation)
         if P.col_channels > 0:
             of_col = tl.sum(q * _col_embedding(col, dx, P), 2)
         for dy in range(P.y.kernel):
             py = tl.broadcast_to((y + dy * P.y.dilation)[None, :], (TAPS, M))
             inside = inside_x & (py >= 0) & (py < height)
+            inside = sees(inside, (y + P.y.centre)[None, :], py, height, P.y.moved, P.y.dilation)
             k = load_pixels(key, py, px, inside, P.channels, P.channels_pad, P.key_layout).to(tl.float32)
             logits = tl.sum(q * k, 2)
             if P.col_channels > 0:
@@ -63,7 +71,10 @@ def attend(q, key, value, row, col, y, x, height, width, scale, P: tl.constexpr,
             taken = inside
             if P.zero:
                 taken = tl.broadcast_to((dx < P.x.kernel)[:, None], (TAPS, M))
-            logits = tl.where(taken, logits * (scale * LOG2E), float("-inf"))
+            logits *= scale * LOG2E
+            if P.has_table:
+                logits += _of_table(table, dy, dx, P)
+            logits = tl.where(taken, logits, float("-inf"))
             before = largest
             largest = tl.maximum(before, tl.max(logits, 0))
             base = tl.where(largest == float("-inf"), 0.0, largest)
@@ -78,7 +89,7 @@ def attend(q, key, value, row, col, y, x, height, width, scale, P: tl.constexpr,
 
 @triton.jit
 def _weigh(
-    q, grad, lse, seen, of_col, key, value, row, y, x, dy, dx, height, width, scale, P: tl.constexpr,
+    q, grad, lse, seen, of_col, key, value, row, table, y, x, dy, dx, height, width, scale, P: tl.constexpr,
     TAPS: tl.constexpr,
 ):  # fmt: skip
     """Of the taps (dy, dx) of the queries whose windows begin at pixels (y, x), those ``seen``: keys (TAPS, M, C), and
@@ -88,6 +99,8 @@ def _weigh(
     py = tl.broadcast_to((y + dy * P.y.dilation)[None, :], (TAPS, y.shape[0]))
     exists = (dx < P.x.kernel)[:, None] & seen[None, :]
     inside = exists & (px >= 0) & (px < width) & (py >= 0) & (py < height)
+    inside = sees(inside, (x + P.x.centre)[None, :], px, width, P.x.moved, P.x.dilation)
+    inside = sees(inside, (y + P.y.centre)[None, :], py, height, P.y.moved, P.y.dilation)
     k = load_pixels(key, py, px, inside, P.channels, P.channels_pad, P.key_layout).to(tl.float32)
     v = load_pixels(value, py, px, inside, P.value_channels, P.value_pad, P.value_layout).to(tl.float32)
     logits = tl.sum(q * k, 2) + of_col
@@ -96,18 +109,22 @@ def _weigh(
     taken = inside
     if P.zero:
         taken = exists
-    return k, taken, tl.exp2(logits * (scale * LOG2E) - lse[None, :]), tl.sum(grad * v, 2)
+    logits *= scale * LOG2E
+    if P.has_table:
+        logits += _of_table(table, dy, dx, P)
+    return k, taken, tl.exp2(logits - lse[None, :]), tl.sum(grad * v, 2)
 
 
 @triton.jit
 def query_gradient(
-    q, grad, lse, seen, key, value, row, col, partial, y, x, height, width, scale, P: tl.constexpr,
+    q, grad, lse, seen, key, value, row, col, table, partial, y, x, height, width, scale, P: tl.constexpr,
     TAPS: tl.constexpr,
 ):  # fmt: skip
     """Gradient (M, C) and delta (M) of the queries whose windows begin at pixels (y, x); those not ``seen`` don't
     exist.
 
-    Their share of the embeddings' gradients goes to ``partial``: a (kh, Dr) matrix, then a (kw, Dc) matrix.
+    Their share of the embeddings' gradients goes to ``partial``: a (kh, Dr) matrix, then a (kw, Dc) matrix, then
+    a (kh, kw) table.
     """
     M: tl.constexpr = q.shape[0]
     FIRST: tl.constexpr = P.channels - P.col_channels
@@ -122,7 +139,7 @@ def query_gradient(
             of_col = tl.sum(q * _col_embedding(col, dx, P), 2)
         for dy in range(P.y.kernel):
             _, taken, weights, grad_weights = _weigh(
-                q, grad, lse, seen, of_col, key, value, row, y, x, dy, dx, height, width, scale, P, TAPS
+                q, grad, lse, seen, of_col, key, value, row, table, y, x, dy, dx, height, width, scale, P, TAPS
             )
             delta += tl.sum(tl.where(taken, weights * grad_weights, 0.0), 0)
 
@@ -134,10 +151,13 @@ def query_gradient(
             of_col = tl.sum(q * _col_embedding(col, dx, P), 2)
         for dy in range(P.y.kernel):
             k, taken, weights, grad_weights = _weigh(
-                q, grad, lse, seen, of_col, key, value, row, y, x, dy, dx, height, width, scale, P, TAPS
+                q, grad, lse, seen, of_col, key, value, row, table, y, x, dy, dx, height, width, scale, P, TAPS
             )
             grad_logits = tl.where(taken, weights * (grad_weights - delta[None, :]), 0.0)
             grad_q += tl.sum(grad_logits[:, :, None] * k, 0)
+            if P.has_table:
+                pointers = partial + P.y.kernel * P.row_channels + P.x.kernel * P.col_channels + dy * P.x.kernel + dx
+                tl.store(pointers, tl.sum(grad_logits, 1), mask=dx < P.x.kernel)
             if P.col_channels > 0:
                 by_col += grad_logits
             if P.row_channels > 0:
@@ -161,8 +181,8 @@ def query_gradient(
 
 @triton.jit
 def key_gradient(
-    k, v, query, grad_output, lse_plane, delta_plane, row, col, y, x, out_height, out_width, scale, P: tl.constexpr,
-    TAPS: tl.constexpr,
+    k, v, query, grad_output, lse_plane, delta_plane, row, col, table, y, x, height, width, out_height, out_width,
+    scale, P: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Gradients (M, C) of the keys and (M, VALUE_C) of the values at pixels (y, x), gathered from every query that sees
     them: the query whose tap t lies on a pixel begins its window t taps before it.
@@ -183,6 +203,8 @@ def key_gradient(
             inside = inside_x & (from_y >= 0) & (from_y % P.y.stride == 0) & (query_y < out_height)
             centre_y = query_y * P.y.stride - P.y.before + P.y.centre
             centre_x = query_x * P.x.stride - P.x.before + P.x.centre
+            inside = sees(inside, centre_y, y[None, :], height, P.y.moved, P.y.dilation)
+            inside = sees(inside, centre_x, x[None, :], width, P.x.moved, P.x.dilation)
             q = load_pixels(query, centre_y, centre_x, inside, P.channels, P.channels_pad, P.query_layout).to(
                 tl.float32
             )
@@ -197,8 +219,10 @@ def key_gradient(
                 keys = keys + _col_embedding(col, dx, P)
             if P.row_channels > 0:
                 keys = keys + _row_embedding(row, dy, P)
-            logits = tl.sum(q * keys, 2)
-            weights = tl.where(inside, tl.exp2(logits * (scale * LOG2E) - lse), 0.0)
+            logits = tl.sum(q * keys, 2) * (scale * LOG2E)
+            if P.has_table:
+                logits += _of_table(table, dy, dx, P)
+            weights = tl.where(inside, tl.exp2(logits - lse), 0.0)
             grad_weights = tl.sum(grad * v, 2)
             grad_logits = tl.where(inside, weights * (grad_weights - delta), 0.0)
             grad_v += tl.sum(weights[:, :, None] * grad, 0)
