@@ -15,7 +15,10 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # another in every run
 STYLE = re.compile(r"<style>.*?</style>", re.DOTALL)
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "mystnb": {"execution_mode": "off"},  # a site shows what is committed
+}
 
 
 def main(names: list[str]) -> None:
@@ -24,7 +27,7 @@ def main(names: list[str]) -> None:
         notebook = nbformat.read(path, as_version=4)
         with tempfile.TemporaryDirectory() as empty:
             NotebookClient(notebook, timeout=900, resources={"metadata": {"path": empty}}).execute()
-        notebook.metadata = {"kernelspec": KERNEL}
+        notebook.metadata = METADATA
         for cell in notebook.cells:
             cell.metadata = {}
             if cell.cell_type == "code":
