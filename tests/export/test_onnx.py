@@ -194,10 +194,10 @@ class InBlocks(nn.Module):
         nn.init.normal_(self.stem.norm.running_mean)
         self.form = nn.Parameter(torch.randn(2, 3, 3))
         self.values = nn.Parameter(torch.randn(16, 6, 3))
-        self.register_buffer("sign", torch.tensor([1.0, 1, -1, 0, 1, -1]))
+        self.register_buffer("chosen", torch.tensor([1.0, 1, -1, 0, 1, -1]))
 
     def forward(self, x):
-        return self.stem(x), *torch.ops.sasa.block_attention(x, self.form, self.values, self.sign, 4)
+        return self.stem(x), *torch.ops.sasa.block_attention(x, self.form, self.values, self.chosen, 4)
 
 
 def test_program_of_attention_in_blocks(tmp_path):
