@@ -3,6 +3,7 @@
 # make test   the test suite, the C++ kernels under sanitizers first; of the slowest tests a sample (.ci/nightly: all)
 # make bench  measure and write benchmarks/results/; make bench-gpu: on a GPU
 # make zoo    convert other people's networks, 243 of them, and write docs/zoo.md
+# make notebooks   run the notebooks of docs/notebooks and write them with what they print
 # make lint   ruff, pyright and clang-format
 # make results   bench and demo, copied to where README and docs show them
 PYTHON ?= python3
@@ -12,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 KERNELS := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
 
-.PHONY: demo check test sanitize sanitize-gpu bench bench-gpu zoo results lint format clean
+.PHONY: demo check test sanitize sanitize-gpu bench bench-gpu zoo notebooks results lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
@@ -53,6 +54,9 @@ bench-gpu: $(INSTALLED)
 zoo: $(VENV)/.zoo
 	$(BIN)/python -m tests.zoo
 
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python docs/notebooks/execute.py
+
 # the figures and pictures of README and docs
 results: bench demo
 	mkdir -p docs/demo
@@ -78,6 +82,10 @@ $(INSTALLED): pyproject.toml constraints.txt $(KERNELS)
 
 $(VENV)/.zoo: $(INSTALLED)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[zoo]'
+	touch $@
+
+$(VENV)/.notebooks: $(INSTALLED)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[notebooks]'
 	touch $@
 
 clean:

@@ -5,6 +5,7 @@ Source: Ramachandran et al., *Stand-Alone Self-Attention in Vision Models*, Neur
 
 import importlib
 
+from ._compat import take_whole
 from ._when_imported import when_imported
 from .nn.attention_conv import AttentionConv2d
 from .nn.conversion_report import ConversionReport
@@ -30,3 +31,6 @@ __all__ = [
 
 # What PyTorch's exporter to ONNX imports when it collects its translations: sasa's join them then.
 when_imported("onnxscript.function_libs.torch_lib.ops", lambda _: importlib.import_module("sasa.export.operators"))
+when_imported(
+    "fastai.layers", lambda layers: take_whole(layers, (RelativeSelfAttention, AttentionStem, AttentionConv2d))
+)

@@ -5,6 +5,8 @@ Whoever moves to another version of PyTorch looks here first: see ``docs/dev/new
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -81,3 +83,21 @@ def size_is_bound() -> type[Exception]:
     from torch._dynamo.exc import UserError
 
     return UserError
+
+
+def take_whole(layers: ModuleType, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Have fastai (its module ``fastai.layers``) list modules of these kinds as one layer each.
+
+    ``learn.summary()`` and the callbacks that hook layers take a network apart down to modules without children. Of a
+    module with children and parameters of its own they list the children alone, and lose the parameters. fastai has no
+    public way to say where to stop.
+    """
+    has_children = getattr(layers, "has_children", None)
+    if has_children is None:  # another version of fastai
+        return
+
+    @functools.wraps(has_children)
+    def to_take_apart(m: nn.Module) -> bool:
+        return not isinstance(m, kinds) and has_children(m)
+
+    layers.has_children = to_take_apart  # type: ignore[attr-defined]

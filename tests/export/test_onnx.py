@@ -157,12 +157,65 @@ def test_fixed_sizes_and_metadata(tmp_path):
     layer = sasa.RelativeSelfAttention(4, 8, 3, 2).eval()
     path = str(tmp_path / "layer.onnx")
     sasa.export.to_onnx(
-        layer, torch.zeros(1, 4, 9, 8), path, dynamic=False, metadata={"classes": ["a", "b"], "by": "x"}
+        layer, torch.zeros(1, 4, 9, 8), path, dynamic=False, metadata={"classes": ["a", "b"], "by": "x"}, opset=23
     )
     model = onnx.load(path)
+    assert [(used.domain, used.version) for used in model.opset_import] == [("", 23)]
     onnx.checker.check_model(model, full_check=True)
     assert {p.key: p.value for p in model.metadata_props}.items() >= {"classes": '["a", "b"]', "by": "x"}.items()
     assert_same(path, layer, 4, sizes=((1, 9, 8),))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("opset", range(18, 24))
+def test_opsets(opset, tmp_path):
+    """Every one that can be asked for, with all that a network has."""
+    network = [
+        sasa.AttentionStem(3, 8, 2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        sasa.RelativeSelfAttention(8, 8, 3, 2, pool=2),
+    ]
+    network = nn.Sequential(*network, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    sasa.export.to_onnx(network, torch.zeros(2, 3, 18, 13), tmp_path / "network.onnx", opset=opset)
+    assert {(used.domain, used.version) for used in onnx.load(tmp_path / "network.onnx").opset_import} == {("", opset)}
+    assert_same(tmp_path / "network.onnx", network, 3)
+
+
+@pytest.mark.nightly
+def test_an_opset_that_the_exporter_does_not_reach(tmp_path, monkeypatch):
+    """It logs a line and writes another one."""
+    monkeypatch.setattr("sasa.export.onnx.OPSETS", (17, 23))
+    layer = sasa.RelativeSelfAttention(4, 8, 3, 2).eval()
+    with pytest.raises(ValueError, match="opset: this network can't be converted to version 17, only written in 18"):
+        sasa.export.to_onnx(layer, torch.zeros(2, 4, 9, 9), tmp_path / "layer.onnx", opset=17)
+    assert not list(tmp_path.iterdir())
+
+
+class InBlocks(nn.Module):
+    """A stem, and all that its operator returns; some extremes are the largest, some the smallest, one the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = sasa.AttentionStem(3, 6, 2)
+        nn.init.normal_(self.stem.norm.weight)
+        nn.init.normal_(self.stem.norm.running_mean)
+        self.form = nn.Parameter(torch.randn(2, 3, 3))
+        self.values = nn.Parameter(torch.randn(16, 6, 3))
+        self.register_buffer("chosen", torch.tensor([1.0, 1, -1, 0, 1, -1]))
+
+    def forward(self, x):
+        return self.stem(x), *torch.ops.sasa.block_attention(x, self.form, self.values, self.chosen, 4)
+
+
+def test_program_of_attention_in_blocks(tmp_path):
+    """``torch.export.export`` on the CPU keeps the operator, which ONNX then has to have."""
+    network, dims = InBlocks().eval(), dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    with torch.no_grad():
+        program = torch.export.export(network, (torch.zeros(2, 3, 18, 13),), dynamic_shapes=(dims,), strict=False)
+    assert sum(node.target is torch.ops.sasa.block_attention.default for node in program.graph.nodes) == 2
+    torch.onnx.export(program, dynamo=True, input_names=["images"], verbose=False).save(tmp_path / "network.onnx")
+    assert_same(tmp_path / "network.onnx", network, 3)
 
 
 DIRECTLY = """

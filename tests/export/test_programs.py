@@ -2,8 +2,12 @@
 
 import copy
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import onnxruntime
@@ -56,14 +60,41 @@ def test_a_program_of_the_equation_needs_no_sasa(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A network, and the package compiled of it."""
+    network, path = network_with_stem(), tmp_path_factory.mktemp("package") / "model.pt2"
+    sasa.export.to_aoti(network, torch.zeros(2, 3, 20, 24), path, metadata={"classes": ["a"]})
+    return network, path
+
+
 @pytest.mark.nightly
-def test_package(tmp_path):
-    layer = sasa.RelativeSelfAttention(4, 8, 3, 2).eval()
-    sasa.export.to_aoti(layer, torch.zeros(2, 4, 9, 8), tmp_path / "layer.pt2")
-    run = torch._inductor.aoti_load_package(str(tmp_path / "layer.pt2"))
-    for size in ((2, 4, 9, 8), (3, 4, 12, 5)):
+@pytest.mark.timeout(1800)
+def test_package(package):
+    network, path = package
+    run = torch._inductor.aoti_load_package(str(path))
+    assert run.get_metadata()["classes"] == '["a"]'
+    for size in ((2, 3, 20, 24), (3, 3, 33, 14)):
         x = torch.randn(size)
-        torch.testing.assert_close(run(x), layer(x).detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(run(x), network(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_package_in_cpp(package):
+    """The program of the page, built and run beside ``model.pt2``, as the page says."""
+    network, path = package
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    (program,) = re.findall(r"```cpp\n(.*?)```", page, re.DOTALL)
+    (build,) = re.findall(r"```bash\n(TORCH=.*?)```", page, re.DOTALL)
+    (path.parent / "main.cpp").write_text(program)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-ec", build], cwd=path.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = network(torch.ones(1, 3, 224, 224))
+    shape, mean = done.stdout.splitlines()
+    assert shape == str(list(expected.shape)) and float(mean) == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
 def test_errors_name_the_argument(tmp_path):
@@ -159,6 +190,19 @@ def test_command(weights, tmp_path, capsys):
     (y,) = onnxruntime.InferenceSession(str(out)).run(None, {"images": x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(y), network(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_command_compiles_packages(weights, tmp_path, capsys):
+    from sasa.train import load_model
+
+    out = tmp_path / "model.pt2"
+    assert main(["export", str(weights), "--to", "aoti", "--out", str(out)]) == 0, capsys.readouterr().err
+    run, network, x = torch._inductor.aoti_load_package(str(out)), load_model(weights)[0], torch.randn(3, 1, 28, 28)
+    assert json.loads(run.get_metadata()["classes"]) == ["a", "b", "c"]
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), network(x), rtol=1e-3, atol=1e-3)
 
 
 def test_command_reports_mistakes(weights, tmp_path, capsys):

@@ -83,6 +83,9 @@ def to_onnx(
         raise ValueError(f"model: can't be exported to ONNX: {cause}") from error
     if program is None:
         raise ValueError("model: can't be exported to ONNX")
+    written = program.model.graph.opset_imports.get("")
+    if written != opset:  # the exporter keeps the one it has where it can't convert
+        raise ValueError(f"opset: this network can't be converted to version {opset}, only written in {written}")
     outputs = program.model.graph.outputs
     for index, output in enumerate(outputs):
         output.name = "output" if len(outputs) == 1 else f"output_{index}"

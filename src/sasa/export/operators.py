@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from onnxscript.function_libs.torch_lib.registration import torch_op
 
+from .blocks import block_attention
 from .lowering import Heads, Value, attention, constant, op
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def _no_sums() -> Value:
 TRANSLATIONS: dict[Any, Callable] = {
     torch.ops.sasa.local_attention.default: local_attention,
     torch.ops.sasa.projected_attention.default: projected_attention,
+    torch.ops.sasa.block_attention.default: block_attention,
 }
 
 
