@@ -1,7 +1,7 @@
 """Memory of a training step of RetinaNet on one image of 1024x1024, of attention and of convolution.
 
-    python -m benchmarks.detection                    on the CPU, several minutes; writes benchmarks/results/detection.json
-    python -m benchmarks.detection --device cuda      on a GPU, into the same file
+    python -m benchmarks.detection                  on the CPU, minutes; writes benchmarks/results/detection.json
+    python -m benchmarks.detection --device cuda    on a GPU, into the same file
 
 A step is forward, losses, backward, and SGD with momentum, in float32, channels_last. The peak is above what the
 process held before the step: parameters, gradients and momentum of an earlier one. Each detector has a process of its

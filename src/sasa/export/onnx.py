@@ -54,8 +54,8 @@ def to_onnx(
         dynamic: whether batch, height and width may be others when the file is run.
         metadata: facts to keep in the file's ``metadata_props``: text as it is, all else as JSON.
         opset: version of ONNX's operators, 18 to 23.
-        optimize: whether PyTorch's exporter simplifies the graph. That takes minutes for networks of a hundred attention
-            layers, as detectors are; runtimes simplify it again when they load it.
+        optimize: whether PyTorch's exporter simplifies the graph. That takes minutes where many attention layers are
+            called, as in detectors; runtimes simplify it again when they load it.
 
     Raises:
         TypeError: an argument of the wrong type.
