@@ -17,7 +17,7 @@ from .machine import machine_line
 from .plan import LOWER_IS_BETTER, StudyError, StudyPlan, Training, as_text
 from .read import read_plan
 
-PERCENT = frozenset(("top1", "top5"))
+PERCENT = frozenset(("top1", "top5", "ap", "ap50", "ap75"))
 
 
 def gather(out: Path) -> dict[str, Any]:
