@@ -17,7 +17,11 @@ from .source import Target
 NO_IMAGE = -1
 """``image_id`` of what is in a batch but no image: padding, and images that can't be read."""
 
-to_bytes = v2.ToImage()
+BLANK = 32
+"""Side in pixels of what stands for an image that is not there."""
+
+to_bytes = v2.Compose([v2.ToImage(), v2.ToPureTensor()])
+"""An image as bytes (3, H, W)."""
 
 
 def no_boxes() -> Target:
@@ -39,7 +43,7 @@ class BoxedSet(LabelledImages):
             seed_everything(IMAGE, self.seed, *place)
             size: Any = pixels.shape[-2:]
             target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)  # type: ignore[call-overload]
-            pixels, target = self.vary(pixels, target)
+            pixels, target = self.vary(tv_tensors.Image(pixels), target)
             target["boxes"] = target["boxes"].as_subclass(Tensor)
         return pixels.as_subclass(Tensor), target
 
@@ -58,7 +62,7 @@ class BoxData(ImageData):
     def _open(self) -> None:
         source, recipe = self.source, self.recipe
         vary: Any = v2.RandomHorizontalFlip() if recipe.augment == "flip" else None
-        blank = torch.zeros(source.channels, 32, 32, dtype=torch.uint8)
+        blank = torch.zeros(source.channels, BLANK, BLANK, dtype=torch.uint8)
         options: dict[str, Any] = {"seed": recipe.seed, "training": True, "strict": recipe.strict}
         self.train_set = BoxedSet(source.train, None, vary, blank, **options)
         self.val_set = BoxedSet(source.val, None, None, blank, strict=recipe.strict)

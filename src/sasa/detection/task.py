@@ -11,10 +11,13 @@ from torch import nn
 from ..train.data import ImageData
 from ..train.errors import OptionError
 from ..train.module import Trained
+from ..train.predict import Rows
 from ..train.recipe import Recipe
 from ..train.task import Classification
-from .data import BoxData
+from ..train.transforms import Transform
+from .data import BLANK, BoxData, to_bytes
 from .module import SUMMARY, Detector
+from .predict import Detections, Finder
 from .source import BoxSource, open_boxes
 
 LONGER = 1333 / 800
@@ -111,6 +114,19 @@ class Detection(Classification):
         """COCO's twelve figures."""
         return {name: metrics[f"val_{name}"] for name in SUMMARY}
 
+    def prediction(
+        self,
+        network: nn.Module,
+        facts: dict[str, Any],
+        parts: Path,
+        top_k: int,
+        pictures: Path | None,
+        threshold: float,
+    ) -> tuple[Rows, Any, Transform, tuple[int, int, int]]:
+        """What ``sasa predict`` needs; images keep their sizes."""
+        table = Detections(parts, facts["classes"], facts["category_ids"], pictures, threshold)
+        return table, Finder(network), to_bytes, (3, BLANK, BLANK)
+
     def summary(self, figures: dict[str, Any]) -> str:
         """COCO's table, as its own tools print it."""
         rows = []
@@ -118,7 +134,7 @@ class Detection(Classification):
             title = "Average Precision" if kind == "AP" else "Average Recall   "
             of = f"IoU={overlap:<9} | area={area:>6} | maxDets={most:>3}"
             rows.append(f" {title}  ({kind}) @[ {of} ] = {figures[name]:.3f}")
-        return "\n".join(["", *rows, ""])
+        return "\n" + "\n".join(rows) + "\n"
 
 
 ALL = "0.50:0.95"

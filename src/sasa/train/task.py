@@ -13,8 +13,11 @@ from .data import ImageData
 from .errors import OptionError
 from .folder import Result
 from .module import Classifier, ShardedClassifier, Trained
+from .predict import Rows
+from .predictor import Predictor
 from .recipe import DETECTORS, Recipe
 from .sources import Source, open_source
+from .transforms import Transform, fit_transform, normalise
 
 
 class Classification:
@@ -52,6 +55,27 @@ class Classification:
     def figures(self, metrics: dict[str, float]) -> dict[str, float]:
         """What was measured on validation images, as results have it."""
         return {name.removeprefix("val_") if "top" in name else name: metrics[name] for name in METRICS}
+
+    def prediction(
+        self,
+        network: nn.Module,
+        facts: dict[str, Any],
+        parts: Path,
+        top_k: int,
+        pictures: Path | None,
+        threshold: float,
+    ) -> tuple[Rows, Any, Transform, tuple[int, int, int]]:
+        """The table of ``sasa predict``, what makes its rows, what brings an image to the network, and its shape.
+
+        Raises:
+            OptionError: pictures are asked for.
+        """
+        if pictures is not None:
+            raise OptionError(f"pictures: expected it with a detector, got it with {facts['model']}")
+        size = facts["image_size"]
+        predictor = Predictor(network, normalise(tuple(facts["mean"]), tuple(facts["std"])))
+        fit = fit_transform(size, facts["crop_pct"])
+        return Rows(parts, facts["classes"], top_k), predictor, fit, (facts["in_chans"], size, size)
 
     def summary(self, figures: dict[str, Any]) -> str:
         """The figures in words."""
