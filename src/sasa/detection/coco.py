@@ -68,9 +68,7 @@ class Annotations(NamedTuple):
     problems: Problems
 
 
-def read_coco(
-    file: Path, folder: Path, categories: dict[int, str] | None = None, strict: bool = False
-) -> Annotations:
+def read_coco(file: Path, folder: Path, categories: dict[int, str] | None = None, strict: bool = False) -> Annotations:
     """Read an instances file.
 
     Args:
@@ -137,9 +135,7 @@ def check_coco(
     return Annotations(images, categories, noted)
 
 
-def _checked_box(
-    entry: dict[str, Any], label: int, size: tuple[int, int], name: str, noted: Problems
-) -> Box | None:
+def _checked_box(entry: dict[str, Any], label: int, size: tuple[int, int], name: str, noted: Problems) -> Box | None:
     """The box clipped to its image, or None, and why is noted."""
     left, top, width, height = entry["bbox"]
     shown = f"{name}: bbox {entry['bbox']}"
@@ -156,7 +152,7 @@ def _checked_box(
             return None
         if max(width - (corners[2] - corners[0]), height - (corners[3] - corners[1])) > ROUNDING:
             noted.add(problems.CLIPPED, f"{shown} in {size[0]} x {size[1]} pixels")
-        area = entry.get("area")
+        area: Any = entry.get("area")
         if not _finite(area) or area <= 0:
             area = (corners[2] - corners[0]) * (corners[3] - corners[1])
         return Box(tuple(map(float, corners)), label, float(area), entry.get("iscrowd") == 1)  # type: ignore[arg-type]

@@ -38,14 +38,16 @@ class BoxedSet(LabelledImages):
 
     def transformed(self, image: Any, number: int, place: tuple[int, int]) -> tuple[Tensor, Target]:
         """Bytes (3, H, W) and the target."""
-        pixels, target = to_bytes(image), self.images.label(number)
+        pixels: Tensor = to_bytes(image)
+        target: Any = self.images.label(number)
         if self.vary is not None:
             seed_everything(IMAGE, self.seed, *place)
-            size: Any = pixels.shape[-2:]
-            target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)  # type: ignore[call-overload]
-            pixels, target = self.vary(tv_tensors.Image(pixels), target)
-            target["boxes"] = target["boxes"].as_subclass(Tensor)
-        return pixels.as_subclass(Tensor), target
+            size: Any = tuple(pixels.shape[-2:])
+            boxes: Any = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)  # type: ignore[call-overload]
+            transform: Any = self.vary
+            flipped, boxes = transform(tv_tensors.Image(pixels), boxes)
+            pixels, target["boxes"] = flipped.as_subclass(Tensor), boxes.as_subclass(Tensor)
+        return pixels, target
 
 
 def collate(samples: list[Taken]) -> Batch:

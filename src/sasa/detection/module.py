@@ -61,7 +61,7 @@ class Detector(Trained):
         found = self.network(batch.images)
         counted = [place for place, target in enumerate(targets) if target["image_id"] != NO_IMAGE]
         self.precision_metric.update(
-            [{name: value.float() if value.is_floating_point() else value for name, value in found[place].items()} for place in counted],
+            [found[place] for place in counted],
             [targets[place] for place in counted],
         )
 
@@ -70,4 +70,4 @@ class Detector(Trained):
         measured = self.precision_metric.compute()
         self.precision_metric.reset()
         for name, own in SUMMARY.items():
-            self.log(f"val_{name}", measured[own].float(), prog_bar=name == "ap", rank_zero_only=False)
+            self.log(f"val_{name}", measured[own].float(), prog_bar=name == "ap")

@@ -12,8 +12,7 @@ from typing import IO, Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torchvision.io import write_png
-from torchvision.transforms.v2.functional import to_dtype
+from torchvision.transforms.v2.functional import to_dtype, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from ..train.batch import Batch
@@ -87,8 +86,8 @@ class Detections(Rows):
         path = Path(f"{self.pictures}") / f"{name}.png"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_png(image.cpu(), str(path))
-        except (OSError, RuntimeError) as error:
+            to_pil_image(image.cpu()).save(path)
+        except OSError as error:
             raise OutputError(f"pictures: can't write {path}: {error}") from error
 
     def _is_whole(self, row: Any) -> bool:

@@ -115,9 +115,7 @@ def _coco(folder: Path, strict: bool) -> tuple[Annotations, Annotations]:
         files = sorted((folder / "annotations").glob(f"instances_{part}*.json"))
         if len(files) != 1:
             listed = ", ".join(file.name for file in files) or "none"
-            raise DataError(
-                f"data: expected one instances_{part}*.json in {folder / 'annotations'}, got {listed}"
-            )
+            raise DataError(f"data: expected one instances_{part}*.json in {folder / 'annotations'}, got {listed}")
         name = files[0].stem.removeprefix("instances_")
         places = [folder / name, folder / "images" / name]
         images = next((place for place in places if place.is_dir()), None)

@@ -1,5 +1,6 @@
 """What a network makes of a folder of images, however many, on however many processes, from wherever the last attempt
-stopped: their classes in a table, or with a detector their boxes."""
+stopped: their classes in a table, or with a detector their boxes.
+"""
 
 from __future__ import annotations
 
@@ -198,7 +199,7 @@ class Rows:
         ):
             if not reason and not all(map(math.isfinite, row)):
                 reason = "the network's output is not finite"
-            guesses = [g for n, p in zip(labels, row, strict=True) for g in (self.classes[n], f"{p:.6f}")]
+            guesses: list[str] = [g for n, p in zip(labels, row, strict=True) for g in (self.classes[n], f"{p:.6f}")]
             yield [name, *([""] * len(guesses) if reason else guesses), reason]
 
     def write(self, out: Path) -> int:

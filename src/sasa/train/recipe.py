@@ -279,7 +279,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     whole = get_origin(hint) in (dict, list)  # not one of several types
     kinds = (get_origin(hint),) if whole else tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,))
     right = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
-    if hint == list[int] and right:
+    if hint == list[int] and isinstance(value, list):
         right = all(type(number) is int for number in value)
     if not right or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(_IN_WORDS[kind] for kind in kinds)
