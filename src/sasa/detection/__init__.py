@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .._extras import check_installed
 
-check_installed(("pycocotools", "lightning", "torchmetrics", "torchvision"), "detection")
+check_installed(("pycocotools",), "detection")
 
 from .coco import Annotations, read_coco  # noqa: E402
 from .problems import Problems  # noqa: E402

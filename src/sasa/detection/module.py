@@ -59,11 +59,12 @@ class Detector(Trained):
         """Note what is found and what should be."""
         targets: Any = batch.labels
         found = self.network(batch.images)
-        counted = [place for place, target in enumerate(targets) if target["image_id"] != NO_IMAGE]
-        self.precision_metric.update(
-            [found[place] for place in counted],
-            [targets[place] for place in counted],
-        )
+        for place, target in enumerate(targets):
+            if target["image_id"] == NO_IMAGE:
+                # Nothing to find and nothing found, which counts for nothing. To leave it out would hang: torchmetrics
+                # gathers image by image, so that all processes must have equally many.
+                found[place] = {name: values[:0] for name, values in found[place].items()}
+        self.precision_metric.update(found, targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of all processes."""
