@@ -1,4 +1,4 @@
-"""Annotations of COCO and Pascal VOC: what is sound is read exactly; the rest is named, counted, left out or refused."""
+"""Annotations of COCO and Pascal VOC: the sound are read exactly; the rest is named, counted, left out or refused."""
 
 import copy
 import json
