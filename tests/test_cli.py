@@ -69,7 +69,7 @@ def test_help_lists_the_commands(capsys):
             f"sasa: error: expected one of {', '.join(COMMANDS)}, got 'trian'",
         ),
         (["info", "--all"], "takes no options, got --all"),
-        (["tables", "--all"], "takes no options, got --all"),
+        (["tables", "--all"], "sasa tables: error: unrecognized arguments: --all"),
         (["train", "--data", "nowhere"], "sasa train: error: data: expected a folder, got nowhere"),
         (["train", "--model=vgg"], "sasa train: error: model: expected one of sasa_resnet14"),
     ],

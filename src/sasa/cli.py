@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import sys
@@ -107,14 +108,23 @@ def _no_options(program: str, arguments: list[str]) -> int:
 
 
 def _tables(program: str, arguments: list[str]) -> int:
-    if arguments:
-        return _no_options(program, arguments)
+    parser = argparse.ArgumentParser(
+        program, description="The paper's tables of FLOPs and parameters, counted on this package's networks."
+    )
+    parser.add_argument("--detection", action="store_true", help="table 2, of detectors, instead of those of networks")
     try:
-        tables = require("sasa.models.tables", "models")
+        detection = parser.parse_args(arguments).detection
+    except SystemExit as done:
+        return int(done.code or 0)
+    try:
+        if detection:
+            print(require("sasa.models.detection_tables", "detection").text())
+        else:
+            tables = require("sasa.models.tables", "models")
+            print(tables.as_text(tables.paper_tables()))
     except ImportError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
-    print(tables.as_text(tables.paper_tables()))
     return 0
 
 

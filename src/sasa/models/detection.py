@@ -17,14 +17,16 @@ from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ..nn import RelativeSelfAttention, convert
 from ..ops import checks
 from .create import create_model
 from .presets import MODELS
+from .saved_in_folder import SavedInFolder
 from .small_resnet import SmallResNet
 
 KINDS = ("attention", "convolution")
@@ -40,12 +42,19 @@ OF_TORCHVISION = (
 """Further arguments that torchvision's ``RetinaNet`` and its transform take, and JSON can hold."""
 
 
-class SasaRetinaNet(RetinaNet):
+class SasaRetinaNet(
+    RetinaNet,
+    SavedInFolder,
+    library_name="sasa",
+    tags=["object-detection", "self-attention"],
+    paper_url="https://arxiv.org/abs/1906.05909",
+):
     """RetinaNet on one of this package's networks.
 
     ``backbone.body`` gives the maps of strides 8, 16 and 32 (of the small networks the last: stride 4),
     ``backbone.fpn`` makes them a pyramid and adds two coarser levels, ``head`` classifies and regresses
-    ``3·anchor_scales`` anchors a place of each level.
+    ``3·anchor_scales`` anchors a place of each level. ``save_pretrained(folder)`` and ``from_pretrained(folder)`` keep
+    it in files that run no code.
 
     Args:
         backbone: one of :data:`sasa.models.MODELS`.
@@ -77,6 +86,8 @@ class SasaRetinaNet(RetinaNet):
         ValueError: an argument out of range, naming it.
         TypeError: an argument that is unknown or of the wrong type.
     """
+
+    needs = "backbone"
 
     def __init__(
         self,
@@ -136,6 +147,40 @@ class SasaRetinaNet(RetinaNet):
             for module in self.backbone.body.modules():
                 if hasattr(module, "implementation"):
                     module.implementation = implementation  # type: ignore[assignment]
+
+    def dense(self) -> DenseDetector:
+        """This detector up to non-maximum suppression, as a module of one tensor: what exports, and what FLOPs count.
+
+        It shares its parameters with this detector, and is in evaluation mode if this is.
+        """
+        return DenseDetector(self).train(self.training)
+
+
+class DenseDetector(nn.Module):
+    """A detector up to non-maximum suppression: every anchor's box and scores, for a batch of images of one size.
+
+    Shape:
+        images (B, 3, H, W), values from 0 to 1, to boxes (B, A, 4) as x1, y1, x2, y2 in pixels, within the image, and
+        scores (B, A, num_classes) from 0 to 1. The detector itself resizes its images before this; then it leaves out
+        boxes below ``score_thresh``, keeps ``topk_candidates`` a level, and suppresses.
+    """
+
+    def __init__(self, detector: SasaRetinaNet) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes and scores."""
+        detector = self.detector
+        height, width = images.shape[-2:]
+        x = detector.transform.normalize(images)
+        levels = list(detector.backbone(x).values())
+        found = detector.head(levels)
+        anchors = detector.anchor_generator(ImageList(x, [(height, width)]), levels)[0]
+        offsets = found["bbox_regression"]
+        boxes = detector.box_coder.decode_single(offsets.flatten(0, 1), anchors.repeat(images.shape[0], 1))
+        boxes = clip_boxes_to_image(boxes, (height, width)).view_as(offsets)
+        return boxes, found["cls_logits"].sigmoid()
 
 
 def retinanet(

@@ -5,14 +5,10 @@ Source: the paper (arXiv 1906.05909), section 3.2 and table 1.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model, register_notrace_module
 from timm.models.resnet import Bottleneck
@@ -24,13 +20,11 @@ from ..nn import AttentionStem, RelativeSelfAttention, convert
 from ..nn.conversion_plan import put_stem
 from ..ops import checks
 from .presets import PAPER_MODELS
+from .saved_in_folder import SavedInFolder
 
 STAGES = (1, 2, 3, 4)
 STEM_WIDTH = 64
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _PLACE = ("device", "dtype")  # arguments that say where the parameters are, not what network it is
-_OF_TIMM = ("architecture", "pretrained_cfg", "model_args")  # what timm reads of a configuration
-_OF_THE_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 # torch.fx (timm's feature extraction with it) takes the layers as they are: what they compute depends on their input.
 register_notrace_module(RelativeSelfAttention)
@@ -39,7 +33,7 @@ register_notrace_module(AttentionStem)
 
 class SasaResNet(
     TimmResNet,
-    PyTorchModelHubMixin,
+    SavedInFolder,
     library_name="sasa",
     tags=["image-classification", "self-attention"],
     paper_url="https://arxiv.org/abs/1906.05909",
@@ -72,6 +66,8 @@ class SasaResNet(
         ValueError: an argument out of range, naming it.
         TypeError: an argument of the wrong type.
     """
+
+    needs = "layers"
 
     def __init__(
         self,
@@ -149,53 +145,6 @@ class SasaResNet(
         config |= {"num_classes": self.num_classes, "global_pool": self.global_pool.pool_type}
         config |= _for_timm(self, config)
         return super().save_pretrained(save_directory, config=config, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> SasaResNet:
-        """The network that :meth:`save_pretrained` wrote, in evaluation mode. Nothing is downloaded.
-
-        Args:
-            pretrained_model_name_or_path: the folder.
-            **kwargs: arguments of the network, to change what ``config.json`` says; ``map_location``: device to load
-                to; ``strict=False``: leave parameters that are missing in the file as they are, ignore those unknown.
-
-        Raises:
-            FileNotFoundError: no such folder, or one without ``config.json`` or ``model.safetensors``. Pickled weights,
-                which could run any code, are not read.
-            ValueError: a configuration that can't be read, or weights that don't fit the network, naming them.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        for file in (CONFIG, WEIGHTS):
-            if not (folder / file).is_file():
-                raise FileNotFoundError(
-                    f"pretrained_model_name_or_path: expected a folder with {CONFIG} and {WEIGHTS}, "
-                    f"found no {file} in {folder} (pickled weights are not read)"
-                )
-        try:
-            config = json.loads((folder / CONFIG).read_text())
-        except ValueError as error:
-            raise ValueError(f"{folder / CONFIG}: expected JSON, {error}") from error
-        if not isinstance(config, dict) or "layers" not in config:
-            raise ValueError(f"{folder / CONFIG}: expected the arguments of a SasaResNet, got {config!r}")
-        return super().from_pretrained(folder, **kwargs)
-
-    @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs: Any
-    ) -> SasaResNet:
-        """Called by the mixin, with the configuration and what it knows of the Hub."""
-        arguments = {name: value for name, value in kwargs.items() if name not in (*_OF_THE_HUB, *_OF_TIMM)}
-        model = cls(**arguments).to(map_location)
-        file = Path(model_id) / WEIGHTS
-        try:
-            weights = load_file(file, device=map_location)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: expected safetensors, {error}") from error
-        try:
-            model.load_state_dict(weights, strict=strict)
-        except RuntimeError as error:  # names all that is missing, unknown or of another shape
-            raise ValueError(f"{file}: weights of another network. {error}") from error
-        return model.eval()
 
 
 def _for_timm(network: SasaResNet, config: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     Attributes:
         name: as the table calls it.
-        flops: of one 224x224 image, in 10^9; a multiply-add is 2.
+        flops: of one image, in 10^9; a multiply-add is 2.
         parameters: in 10^6.
         paper_flops: the paper's figure, rounded to 0.1.
         paper_parameters: likewise; None where the paper has none.
@@ -119,8 +119,8 @@ def _cost(network: str, **arguments: Any) -> tuple[float, float]:
     return count_flops(model, IMAGE) / 1e9, sum(p.numel() for p in model.parameters()) / 1e6
 
 
-def as_text(tables: Sequence[Table]) -> str:
-    """The tables as aligned text: ours, the paper's, and the difference."""
+def as_text(tables: Sequence[Table], side: int = IMAGE[-1]) -> str:
+    """The tables, of square images of ``side`` pixels, as aligned text: ours, the paper's, and the difference."""
     header = ("", "GFLOPs", "paper", "diff.", "M params", "paper", "diff.")
     lines = []
     for table in tables:
@@ -131,7 +131,7 @@ def as_text(tables: Sequence[Table]) -> str:
             name, *figures = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             lines.append("  ".join([row[0].ljust(len(name)), *figures]).rstrip())
         lines.append("")
-    return "\n".join([*lines, "A multiply-add is 2 FLOPs; one image of 224x224."])
+    return "\n".join([*lines, f"A multiply-add is 2 FLOPs; one image of {side}x{side}."])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
