@@ -87,7 +87,10 @@ def test_names_of_runs_are_safe_and_differ():
         ({"grid": {"epochs.x": [1]}}, "grid.epochs.x: expected a whole number, got {'x': 1}"),
         ({"options": None, "grid": {"epochs": [1, "two"]}}, "grid.epochs: expected a whole number, got 'two'"),
         ({"options": None, "grid": {"epochs": [1, 0]}}, "grid.epochs: expected at least 1, got 0"),
-        ({"grid": {"augment": ["none", "nun"]}}, "grid.augment: expected one of none, shift, imagenet, got 'nun'"),
+        (
+            {"grid": {"augment": ["none", "nun"]}},
+            "grid.augment: expected one of none, shift, imagenet, flip, got 'nun'",
+        ),
         ({"grid": {"seed": [1]}}, "grid.seed: expected under seeds"),
         ({"seeds": None}, "seeds: expected, but missing"),
         ({"seeds": []}, "seeds: expected a list of whole numbers from 0 to 2^32 - 1, got []"),

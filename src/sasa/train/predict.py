@@ -15,15 +15,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from .._files import write_whole
 from .checkpoints import alone_in
 from .errors import DataError, OptionError, OutputError
 from .recipe import Precision, Recipe
-
-if TYPE_CHECKING:
-    from .batch import Batch
 
 ANY_NAME: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 PATIENCE = 5.0  # seconds to wait for another predict that is about to end
@@ -191,7 +188,7 @@ class Rows:
             return bool(path) and not any(guesses)
         return bool(path) and self._known.issuperset(guesses[::2]) and all(0 <= float(p) <= 1 for p in guesses[1::2])
 
-    def made(self, batch: Batch, prediction: Any) -> Iterator[list[str]]:
+    def made(self, batch: Any, prediction: Any) -> Iterator[list[str]]:
         """The rows of a batch, from (B, classes) probabilities."""
         probabilities, found = prediction.topk(self.top_k)
         for name, reason, row, labels in zip(
