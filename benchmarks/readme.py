@@ -13,7 +13,7 @@ from .machine import ROOT
 from .results import RESULTS, Results
 
 NOTHING = "Nothing has been measured on a GPU yet."
-STUDY = ROOT / "docs/studies/widths/table.md"
+STUDIES = ("widths", "bccd")
 
 
 def gpu_tables() -> str:
@@ -37,8 +37,9 @@ def table(mark: str) -> str:
     }
     if mark == "gpu":
         return gpu_tables()
-    if mark == "widths":
-        return STUDY.read_text().partition("\n\n")[2].strip()  # without its title
+    if mark in STUDIES:
+        study = ROOT / "docs/studies" / mark / "table.md"
+        return study.read_text().partition("\n\n")[2].strip()  # without its title
     if mark.startswith("fine_tuning_"):
         return fine_tuning.table(mark.removeprefix("fine_tuning_"))
     make = special.get(mark, lambda: tables.part_table(mark, Results(RESULTS, "cpu").found))

@@ -25,6 +25,7 @@ EXTRAS += (
     "webdataset",
     "datasets",
     "onnxscript",
+    "pycocotools",
 )
 
 WITH_TORCH_ALONE = f"""
@@ -68,6 +69,7 @@ NEED_EXTRAS = {
     "from sasa.cli import main; raise SystemExit(main(['tables']))": "models",
     "import sasa.train": "train",
     "import sasa.viz": "viz",
+    "import sasa.detection": "detection",
     "from sasa.cli import main; raise SystemExit(main(['train']))": "train",
     "from sasa.cli import main; raise SystemExit(main(['demo']))": "train",
     "from sasa.cli import main; raise SystemExit(main(['explore']))": "train",
@@ -103,7 +105,7 @@ def test_importing_sasa_imports_no_extra_and_nothing_slow():
     assert done.stdout.strip() == "set()"
 
 
-ORDER = ("ops", "nn", "models", "train", "viz", "study", "explore", "export")
+ORDER = ("ops", "nn", "models", "train", "viz", "detection", "study", "explore", "export")
 
 
 @pytest.mark.sampled(1)
@@ -128,6 +130,7 @@ ALLOWED = {
     "models": ("ops", "nn"),
     "viz": ("ops", "nn"),
     "train": ("ops", "nn", "models", "viz"),
+    "detection": ("ops", "nn", "models", "train"),
     "study": ("ops", "nn", "models", "viz", "train"),
     "explore": ("ops", "nn", "models", "viz", "train"),
     "export": ("ops", "nn", "models", "train"),

@@ -25,7 +25,7 @@ commands:
   tables  the paper's tables of FLOPs and parameters, counted on this package's networks
   train   train a network on images (the packaged ones, or --data DIR), on one machine or many
   eval    measure a trained network's accuracy
-  predict classify a folder of images into a table
+  predict classify a folder of images into a table, or find boxes in them
   export  write a trained network as ONNX, an exported program or a compiled package
   study   train a grid of networks, options and seeds, and gather what came out
   explore point at a pixel, and see what the network sees: a page, saved or served to this machine
@@ -34,7 +34,7 @@ commands:
 sasa COMMAND --help lists the options."""
 
 PACKAGES = ("triton", "torchvision", "timm", "lightning", "torchmetrics", "torchinfo", "safetensors", "matplotlib")
-PACKAGES += ("datasets", "scipy", "onnx", "onnxscript", "onnxruntime", "starlette", "uvicorn")
+PACKAGES += ("datasets", "scipy", "onnx", "onnxscript", "onnxruntime", "starlette", "uvicorn", "pycocotools")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from sasa.cli import main
 from sasa.study import StudyError
-from sasa.study.plan import changes, merged, run_key
+from sasa.study.plan import changes, labels, merged, run_key
 from sasa.study.read import check_trainings, find_plan, read_plan, shipped_plans
 
 TUNE = {"fixed": {"model": "resnet14"}, "grid": {"learning_rate": [0.005, 0.01]}, "seeds": [100]}
@@ -87,7 +87,10 @@ def test_names_of_runs_are_safe_and_differ():
         ({"grid": {"epochs.x": [1]}}, "grid.epochs.x: expected a whole number, got {'x': 1}"),
         ({"options": None, "grid": {"epochs": [1, "two"]}}, "grid.epochs: expected a whole number, got 'two'"),
         ({"options": None, "grid": {"epochs": [1, 0]}}, "grid.epochs: expected at least 1, got 0"),
-        ({"grid": {"augment": ["none", "nun"]}}, "grid.augment: expected one of none, shift, imagenet, got 'nun'"),
+        (
+            {"grid": {"augment": ["none", "nun"]}},
+            "grid.augment: expected one of none, shift, imagenet, flip, got 'nun'",
+        ),
         ({"grid": {"seed": [1]}}, "grid.seed: expected under seeds"),
         ({"seeds": None}, "seeds: expected, but missing"),
         ({"seeds": []}, "seeds: expected a list of whole numbers from 0 to 2^32 - 1, got []"),
@@ -186,6 +189,23 @@ def test_no_such_study_and_no_slots(tmp_path, write_plan, capsys):
     assert main(["study", str(write_plan()), "--parallel", "0", "--out", str(tmp_path / "out")]) == 2
     assert "parallel: expected at least 1 and at most 256, got 0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_mappings_are_called_by_what_they_do_not_share():
+    first, second = {"backbone": "a", "heads": "x", "channels": 3}, {"backbone": "b", "heads": "x", "channels": 3}
+    assert labels([first, second]) == ["backbone a", "backbone b"]
+    assert labels([first, first | {"border": "mask"}]) == ["{}", "border mask"]
+    assert labels([{"a": 1}]) == ["{}"] and labels([0.5, "x"]) == ["0.5", "x"]
+
+
+def test_a_study_of_detectors_compares_their_figures(tmp_path):
+    path = tmp_path / "plan.yaml"
+    text = "recipe: retinanet-bccd\ngrid: {model_options: [{heads: attention}, {heads: convolution}]}\nseeds: [0]\n"
+    path.write_text(text + "metric: ap50\n")
+    assert read_plan(path).metric == "ap50"
+    path.write_text(text + "metric: top1\n")
+    with pytest.raises(StudyError, match=r"metric: expected one of ap, ap50, .*got 'top1'"):
+        read_plan(path)
 
 
 @pytest.mark.parametrize("name", shipped_plans())

@@ -13,7 +13,7 @@ from torch import nn
 
 from sasa import RelativeSelfAttention
 from sasa.models import create_model
-from sasa.train import fit
+from sasa.train import fit, task
 from sasa.train.fit import train
 from sasa.train.module import blocks
 
@@ -30,7 +30,7 @@ def network(name, classes, channels, **options):
 
 
 def train_it(*arguments, **options):
-    fit.create_model = network
+    task.create_model = network
     fit.train(*arguments, **options)
 
 

@@ -143,7 +143,7 @@ IMAGENET = {"augment": "imagenet"}
         ({"crop_pct": 1e-300}, "crop_pct: expected more than 0 and at most 1, got 1e-300"),
         ({"strict": 1}, "strict: expected true or false, got 1"),
         ({"epochs": True}, "epochs: expected a whole number, got True"),
-        ({"augment": "shft"}, "augment: expected one of none, shift, imagenet, got 'shft'"),
+        ({"augment": "shft"}, "augment: expected one of none, shift, imagenet, flip, got 'shft'"),
         ({"model_options": {"layers": [1, {"a": math.inf}]}}, "model_options: expected finite numbers, got inf"),
         (
             IMAGENET | {"auto_augment": "rand-n99999999"},

@@ -14,10 +14,13 @@ from typing import Any
 
 from ..train import OutputError
 from .machine import machine_line
-from .plan import LOWER_IS_BETTER, StudyError, StudyPlan, Training, as_text
+from .plan import LOWER_IS_BETTER, StudyError, StudyPlan, Training, as_text, labels
 from .read import read_plan
 
-PERCENT = frozenset(("top1", "top5"))
+ALSO = {"ap": ("ap50",)}
+"""Further figures of the same trainings that are shown beside a metric."""
+
+PERCENT = frozenset(("top1", "top5", "ap", "ap50", "ap75"))
 
 
 def gather(out: Path) -> dict[str, Any]:
@@ -134,12 +137,22 @@ def _cell(plan: StudyPlan, out: Path, trainings: list[Training]) -> dict[str, An
         "mean": statistics.fmean(values.values()) if values else None,
         "standard_deviation": statistics.stdev(values.values()) if len(values) > 1 else None,
         "values": values,
+        "also": {
+            name: _spread([result.get(name) for result in results.values()]) for name in ALSO.get(plan.metric, ())
+        },
         "missing_seeds": [one.seed for one in trainings if one.seed not in results],
         "parameters": mean("parameters"),
         "flops": mean("flops"),
         "seconds_per_epoch": mean("seconds_per_epoch"),
         "x": options[x] if x in options else mean(x),
     }
+
+
+def _spread(values: list[Any]) -> dict[str, float | None]:
+    """Mean and deviation, where there are any."""
+    numbers = [value for value in values if _finite(value)]
+    mean = statistics.fmean(numbers) if numbers else None
+    return {"mean": mean, "standard_deviation": statistics.stdev(numbers) if len(numbers) > 1 else None}
 
 
 def _differences(plan: StudyPlan, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -184,16 +197,30 @@ def table(results: dict[str, Any]) -> str:
     def number(value: float | None, form: str, scale: float = 1) -> str:
         return "" if value is None else f"{value * scale:{form}}"
 
-    keys = list(plan["grid"])
+    keys, also = list(plan["grid"]), ALSO.get(metric, ())
+    names = {
+        (key, as_text(v)): name for key, of in plan["grid"].items() for v, name in zip(of, labels(of), strict=True)
+    }
+
+    def named(options: dict[str, Any]) -> list[str]:
+        return [names.get((key, as_text(value)), as_text(value)) for key, value in options.items()]
+
     parts = [
         f"# {results['title']}",
         _markdown(
             keys,
-            (f"{metric}, mean ± standard deviation (seeds)", "parameters", "MFLOPs an image", "seconds an epoch"),
+            (
+                f"{metric}, mean ± standard deviation (seeds)",
+                *also,
+                "parameters",
+                "MFLOPs an image",
+                "seconds an epoch",
+            ),
             [
                 (
-                    *cell["options"].values(),
+                    *named(cell["options"]),
                     _mean(metric, cell),
+                    *(_words(name, cell["also"][name]) for name in also),
                     number(cell["parameters"], ",.0f"),
                     number(cell["flops"], ".2f", 1e-6),
                     number(cell["seconds_per_epoch"], ".1f"),
@@ -209,7 +236,8 @@ def table(results: dict[str, Any]) -> str:
             error = number(one["standard_error"], f"{digits}", scale)
             difference = number(one["difference"], f"+{digits}", scale) + (f" ± {error}" if error else "")
             shown = (f"{text}{unit}" if text else "" for text in (difference, number(one["chance"], digits, scale)))
-            rows.append((*one["options"].values(), one["first"], one["second"], *shown))
+            pair = (named({line: one[which]})[0] for which in ("first", "second"))
+            rows.append((*named(one["options"]), *pair, *shown))
         left = (*(key for key in keys if key != line), f"{line}: first", "second")
         parts += [
             _markdown(left, (f"{metric}, difference ± standard error", "by chance, up to"), rows),
@@ -231,8 +259,11 @@ def table(results: dict[str, Any]) -> str:
 def _mean(metric: str, cell: dict[str, Any]) -> str:
     total = cell["n"] + len(cell["missing_seeds"])
     count = f"({cell['n']})" if cell["n"] == total else f"({cell['n']} of {total})"
-    words = [formatted(metric, cell[name]) for name in ("mean", "standard_deviation") if cell[name] is not None]
-    return " ".join([*([" ± ".join(words)] if words else []), count])
+    return f"{_words(metric, cell)} {count}".strip()
+
+
+def _words(metric: str, spread: dict[str, Any]) -> str:
+    return " ± ".join(formatted(metric, spread[n]) for n in ("mean", "standard_deviation") if spread[n] is not None)
 
 
 def _markdown(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

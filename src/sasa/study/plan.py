@@ -132,6 +132,14 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def labels(values: list[Any]) -> list[str]:
+    """The values as text; of mappings, only what they don't all have in common."""
+    if not values or not all(isinstance(value, dict) for value in values):
+        return [as_text(value) for value in values]
+    common = {key for key in values[0] if all(key in value and value[key] == values[0][key] for value in values)}
+    return [", ".join(f"{k} {as_text(v)}" for k, v in value.items() if k not in common) or "{}" for value in values]
+
+
 def changes(before: StudyPlan, now: StudyPlan) -> list[str]:
     """Why ``now`` can't continue ``before``. More values and seeds can, and a result shown in another way."""
     from ..train.recipe import FREE_TO_CHANGE

@@ -10,10 +10,12 @@ from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import offset_copy
 
 from .gather import PERCENT
-from .plan import as_text
+from .plan import as_text, labels
 
 AXES = {
     "top1": ("validation top-1 accuracy", 1),
+    "ap": ("validation AP", 1),
+    "ap50": ("validation AP50", 1),
     "top5": ("validation top-5 accuracy", 1),
     "val_loss": ("validation loss (nats)", 1),
     "flops": ("cost of an image's forward (MFLOPs)", 1e6),
@@ -33,7 +35,7 @@ def plot(results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     beside = offset_copy(axes.transData, figure, x=5, units="points")  # or the error bars would hide the seeds
-    for marker, (name, points) in enumerate(_lines(cells, x, line).items()):
+    for marker, (name, points) in enumerate(_lines(cells, x, line, plan["grid"][line]).items()):
         if numeric:
             points.sort(key=lambda cell: cell["x"])
         places = [cell["x"] / unit if numeric else as_text(cell["x"]) for cell in points]
@@ -55,11 +57,13 @@ def plot(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def _lines(cells: list[dict[str, Any]], x: str, line: str) -> dict[str, list[dict[str, Any]]]:
+def _lines(cells: list[dict[str, Any]], x: str, line: str, values: list[Any]) -> dict[str, list[dict[str, Any]]]:
     """The points of each line. Along an option of the grid, cells that differ in a third option are lines apart."""
     found: dict[str, list[dict[str, Any]]] = {}
+    names = dict(zip(map(as_text, values), labels(values), strict=True))
     for cell in cells:
         apart = [f"{key} {as_text(value)}" for key, value in cell["options"].items() if key not in (x, line)]
-        label = [as_text(cell["options"][line]), *(apart if x in cell["options"] else [])]
+        own = as_text(cell["options"][line])
+        label = [names.get(own, own), *(apart if x in cell["options"] else [])]
         found.setdefault(", ".join(label), []).append(cell)
     return found

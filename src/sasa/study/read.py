@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 from .._yaml import read_mapping
@@ -18,6 +19,9 @@ KEYS = ("title", "recipe", "options", "tune", "grid", "seeds", "metric", "plot")
 
 MOST = 10_000
 """Trainings of a study."""
+
+UNKNOWN: Any = SimpleNamespace(classes=["?"] * 10, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+"""What stands for images that are not looked at yet."""
 
 
 def shipped_plans() -> dict[str, Path]:
@@ -41,8 +45,6 @@ def read_plan(path: Path) -> StudyPlan:
     Raises:
         StudyError: a mistake in it.
     """
-    from ..train import Result
-
     found = _load(path)
     _known(f"{path}: ", found, KEYS)
     for key in ("grid", "seeds"):
@@ -76,7 +78,10 @@ def read_plan(path: Path) -> StudyPlan:
         count = math.prod(map(len, values.values())) * len(each)
         if count > MOST:
             raise StudyError(f"{path}: {name}: expected at most {MOST:,} trainings, got {count:,}")
-    numbers = [name for name, hint in get_type_hints(Result).items() if hint in (int, float)]
+    from ..train.task import task_of
+
+    result = task_of(recipe["model"]).result
+    numbers = [name for name, hint in get_type_hints(result).items() if hint in (int, float)]
     metric = _one_of(f"{path}: metric", found.get("metric", "top1"), numbers)
     plot = {"x": "flops", "line": "model" if "model" in grid else next(iter(grid))}
     plot |= _mapping(f"{path}: plot", found.get("plot"))
@@ -97,7 +102,7 @@ def check_trainings(plan: StudyPlan, path: Path) -> None:
     """
     import torch
 
-    from ..models import create_model
+    from ..train.task import Classification, task_of
 
     sought = combinations(plan.tune.grid) if plan.tune else [{}]
     each = [(plan.tune.fixed, one) for one in sought] if plan.tune else []
@@ -121,7 +126,7 @@ def check_trainings(plan: StudyPlan, path: Path) -> None:
             networks.add(network)
             try:
                 with torch.device("meta"):  # shapes without values
-                    create_model(recipe.model, **recipe.model_options)
+                    task_of(recipe.model).build(Classification().facts(recipe, UNKNOWN))
             except Exception as error:  # whatever a network raises for a wrong option
                 raise StudyError(f"{where}: model_options: {error}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Taken(NamedTuple):
     """One image of a batch: the same four."""
 
     image: Tensor
-    label: int
+    label: Any
     name: str
     unreadable: str = ""
 
@@ -65,6 +65,8 @@ class LabelledImages(Dataset):
         strict: raise for them instead.
     """
 
+    nothing: Any = IGNORED  # the label of what is no image
+
     def __init__(
         self,
         images: Images,
@@ -85,7 +87,7 @@ class LabelledImages(Dataset):
     def __getitem__(self, place: tuple[int, int] | int) -> Taken:
         epoch, index = (0, place) if isinstance(place, int) else place
         if index == PADDING:
-            return Taken(self.blank, IGNORED, "")
+            return Taken(self.blank, self.nothing, "")
         unreadable = ""
         for number in chain(range(index, len(self)), range(index)):
             name = self.images.name(number)
@@ -97,11 +99,15 @@ class LabelledImages(Dataset):
                 unreadable = unreadable or str(error)
                 if self.training:
                     continue
-                return Taken(self.blank, IGNORED, name, unreadable)
-            if self.fit is not None:
-                image = self.fit(image)
-            if self.vary is not None:
-                seed_everything(IMAGE, self.seed, epoch, index)
-                image = self.vary(image)
-            return Taken(image, self.images.label(number), name, unreadable)
+                return Taken(self.blank, self.nothing, name, unreadable)
+            return Taken(*self.transformed(image, number, (epoch, index)), name, unreadable)
         raise UnreadableImage("data", "not one of the images can be read")
+
+    def transformed(self, image: Any, number: int, place: tuple[int, int]) -> tuple[Tensor, Any]:
+        """An image that was read, as the network takes it, and its label; random draws follow from ``place``."""
+        if self.fit is not None:
+            image = self.fit(image)
+        if self.vary is not None:
+            seed_everything(IMAGE, self.seed, *place)
+            image = self.vary(image)
+        return image, self.images.label(number)

@@ -80,7 +80,7 @@ def train(program: str, arguments: list[str]) -> int:
 
         result = train(recipe, out, resume=resume, overwrite=overwrite)
         if _first():
-            print(f"{result.model}: top-1 {result.top1:.1%} on {result.val_images} validation images")
+            print(result)
 
     return _status(program, run)
 

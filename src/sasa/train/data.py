@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from timm.data.mixup import Mixup
 from torch.utils.data import DataLoader
 
-from .batch import Batch, LabelledImages, collate
+from .batch import Batch, LabelledImages, Taken, collate
 from .errors import OptionError
 from .launch import SIGNALS
 from .order import MIXUP, BatchOrder, seed_everything
@@ -34,6 +35,8 @@ class ImageData(lightning.LightningDataModule):
         OptionError: batches that can't be shared out evenly, or an augmentation that these images can't have.
     """
 
+    collate: Callable[[list[Taken]], Any] = staticmethod(collate)
+
     def __init__(self, source: Source, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
         super().__init__()
         self.source, self.recipe, self.rank, self.world_size = source, recipe, rank, world_size
@@ -49,6 +52,11 @@ class ImageData(lightning.LightningDataModule):
                 raise OptionError(
                     f"batch_size: expected an even share of it with mixup or cutmix, got {step // shares} ({parts})"
                 )
+        self._open()
+
+    def _open(self) -> None:
+        """Make the two data sets, and what is done to whole batches."""
+        source, recipe = self.source, self.recipe
         size, train, val = recipe.image_size, source.train, source.val
         fit, train_fit, vary = fit_transform(size, recipe.crop_pct), None, None
         if recipe.augment == "imagenet":
@@ -118,7 +126,7 @@ class ImageData(lightning.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=collate,
+            collate_fn=self.collate,
             worker_init_fn=_outlive_signals,
         )
 

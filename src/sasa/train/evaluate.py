@@ -30,6 +30,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a trained network's accuracy on validation images, each counted once over all processes.
 
+    Of a detector, COCO's table of average precisions.
+
     Args:
         weights: model.safetensors of a run.
         data: folder of images, as for sasa train; its validation part is taken. Left out: the packaged images.
@@ -43,7 +45,8 @@ def evaluate(
         num_nodes: machines; likewise.
 
     Returns:
-        ``top1``, ``top5`` and ``val_loss``, the number of ``images`` that were counted, and of those ``skipped``.
+        ``top1``, ``top5`` and ``val_loss``, or of a detector ``ap``, ``ap50`` and the rest of COCO's twelve (-1 where
+        there are no boxes of that size); the number of ``images`` that were counted, and of those ``skipped``.
 
     Raises:
         DataError: data can't be read, or has other classes or channels than the network, whose loss is not finite.
@@ -54,18 +57,17 @@ def evaluate(
     from rich.console import Console
 
     from .callbacks import Watch
-    from .data import ImageData
     from .fit import everyones, quiet
     from .launch import find_processes, make_trainer
-    from .module import Classifier
-    from .sources import open_source
+    from .task import task_of
 
     if out is not None:
         if out.is_dir():
             raise OutputError(f"out: expected a file, got the folder {out}")
         check_folder(out.parent, overwrite=True)
     network, facts = trained(weights)
-    source = open_source(data, strict)
+    task = task_of(facts["model"])
+    source = task.open(data, strict)
     if list(facts["classes"]) != source.classes or facts["in_chans"] != source.channels:
         raise DataError(
             f"data: expected the {len(facts['classes'])} classes that the network was trained on "
@@ -77,6 +79,7 @@ def evaluate(
     recipe = Recipe(
         **{name: facts[name] for name in ("model", "model_options", "image_size", "crop_pct") if name in facts},
         data=data,
+        augment="none",
         batch_size=batch_size,
         workers=workers,
         strict=strict,
@@ -87,18 +90,17 @@ def evaluate(
     )
     recipe.check()
     processes = find_processes(recipe)
-    batches = ImageData(source, recipe, processes.rank, processes.world_size)
+    batches = task.data(source, recipe, processes.rank, processes.world_size)
     watch = Watch(1, batch_size)
     with quiet():
         trainer = make_trainer(
             recipe, processes, logger=False, callbacks=[RichProgressBar(), watch], enable_checkpointing=False
         )
-        classifier = Classifier(network, len(source.classes), recipe, steps=1)
-        (metrics,) = trainer.validate(classifier, batches, verbose=False)
-    if not math.isfinite(metrics["val_loss"]):
-        raise DataError(f"weights: expected a finite loss of the network in {weights}, got {metrics['val_loss']}")
+        (metrics,) = trainer.validate(task.module(network, source, recipe, steps=1), batches, verbose=False)
+    figures: dict[str, Any] = dict(task.figures(dict(metrics)))
+    if not math.isfinite(figures.get("val_loss", 0.0)):
+        raise DataError(f"weights: expected a finite loss of the network in {weights}, got {figures['val_loss']}")
     skipped = len(everyones(watch.unreadable_val))
-    figures = {name.removeprefix("val_") if "top" in name else name: value for name, value in metrics.items()}
     figures |= {"images": len(source.val) - skipped, "skipped": source.skipped + skipped}
     if processes.first:
         if out is not None:
@@ -107,8 +109,8 @@ def evaluate(
                 write_whole(out, (json.dumps(figures, indent=2) + "\n").encode())
             except OSError as error:
                 raise OutputError(f"out: can't write {out}: {error.strerror}; got {figures}") from error
-        line = f"top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}, loss {figures['val_loss']:.4f}"
-        Console().print(f"{facts['model']}: {line}, on {figures['images']:,} images", highlight=False)
+        line = f"{facts['model']}, on {figures['images']:,} images: {task.summary(figures)}"
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
     return figures
 
 
@@ -121,7 +123,7 @@ def trained(weights: Path) -> tuple[nn.Module, dict[str, Any]]:
     from .weights import load_model
 
     try:
-        return load_model(weights)
+        return load_model(weights, detectors=True)
     except (ValueError, OSError) as error:
         raise DataError(
             f"weights: expected model.safetensors of a run of sasa train, got {weights}: {error}"

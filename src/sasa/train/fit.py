@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from .._files import write_whole
-from ..models import count_flops, create_model
+from ..models import count_flops
 from .callbacks import CheckpointFiles, FiniteLoss, SaveAndStop, Watch
 from .checkpoints import alone_in, checkpoints, step_of
 from .data import ImageData
@@ -43,10 +43,9 @@ from .folder import (
 )
 from .launch import Processes, find_processes, make_trainer, restarts
 from .logs import RunLog
-from .module import Classifier, ShardedClassifier
 from .order import seed_everything
 from .recipe import Recipe, Resume
-from .sources import Source, open_source
+from .task import build_network, task_of
 from .weights import save_weights
 
 
@@ -84,15 +83,16 @@ def train(
     if processes.first:
         check_folder(out, overwrite, resume == "auto")
     tell: Callable[[str], None] = _tell if processes.first else lambda line: None
-    finished = finished_run(out, tell) if resume == "auto" else None
+    finished = finished_run(out, tell, task_of(recipe.model).result) if resume == "auto" else None
     if finished is not None:
         check_same_recipe(out, recipe)
         return finished
     # Everything that can be wrong with the options and images is found before the folder is touched.
-    source = open_source(recipe.data, recipe.strict)
+    task = task_of(recipe.model)
+    source = task.open(recipe.data, recipe.strict)
     seed_everything(recipe.seed)
-    network = _network(recipe, source)
-    batches = ImageData(source, recipe, processes.rank, processes.world_size)
+    network = build_network(recipe, source)
+    batches = task.data(source, recipe, processes.rank, processes.world_size)
     if processes.first:
         prepare_folder(out, overwrite, resume == "auto")
     with alone_in(out) if processes.first else contextlib.nullcontext():
@@ -101,19 +101,10 @@ def train(
         return fit(recipe, network, source, out, checkpoint, processes, batches, overwrite=overwrite)
 
 
-def _network(recipe: Recipe, source: Source) -> nn.Module:
-    try:
-        return create_model(recipe.model, len(source.classes), source.channels, **recipe.model_options)
-    except Exception as error:
-        if not recipe.model_options:
-            raise
-        raise OptionError(f"model_options: {error}") from error
-
-
 def fit(
     recipe: Recipe,
     network: nn.Module,
-    source: Source,
+    source: Any,
     out: Path,
     checkpoint: Path | None = None,
     processes: Processes | None = None,
@@ -126,7 +117,8 @@ def fit(
     ``overwrite`` removes those of an earlier run.
     """
     processes = processes or find_processes(recipe)
-    batches = batches or ImageData(source, recipe, processes.rank, processes.world_size)
+    task = task_of(recipe.model)
+    batches = batches or task.data(source, recipe, processes.rank, processes.world_size)
     log = RunLog(out, 0 if checkpoint is None else step_of(checkpoint), recipe.tensorboard)
     if processes.first:
         try:
@@ -144,14 +136,13 @@ def fit(
         network = _synchronised(network, processes)
     if recipe.compile:
         network.compile()
-    build = ShardedClassifier if recipe.strategy == "fsdp" else Classifier
-    classifier = build(network, len(source.classes), recipe, batches.steps_per_epoch * recipe.epochs)
+    module = task.module(network, source, recipe, batches.steps_per_epoch * recipe.epochs)
     timer, watch = Timer(), Watch(recipe.log_steps, recipe.batch_size)
     with quiet():
         callbacks = [timer, watch, SaveAndStop(out, recipe.checkpoint_steps, checkpoint)]
         trainer = _trainer(recipe, processes, log, [FiniteLoss(out, recipe.log_steps), *callbacks])
         resumed = None if checkpoint is None else str(checkpoint)
-        trainer.fit(classifier, batches, ckpt_path=resumed, weights_only=True)
+        trainer.fit(module, batches, ckpt_path=resumed, weights_only=True)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     seconds = timer.time_elapsed("train") - timer.time_elapsed("validate")
     weights = trainer.strategy.lightning_module_state_dict()  # of all processes, where they are split
@@ -159,9 +150,8 @@ def fit(
     if processes.first:
         own = {name.removeprefix("network."): weight.cpu() for name, weight in weights.items()}
         trained.load_state_dict({name: own[name] for name in trained.state_dict()}, assign=True)
-    result = Result(
+    result = task.result(
         model=recipe.model,
-        top1=metrics["val_top1"],
         parameters=sum(parameter.numel() for parameter in trained.parameters()),
         flops=count_flops(trained.eval(), (1, source.channels, recipe.image_size, recipe.image_size)),
         seconds_per_epoch=seconds / recipe.epochs,
@@ -169,8 +159,7 @@ def fit(
         train_images=len(source.train),
         val_images=len(source.val) - len(unreadable_val),
         skipped_images=source.skipped + len(unreadable | unreadable_val),
-        top5=metrics["val_top5"],
-        val_loss=metrics["val_loss"],
+        **task.figures(metrics),
     )
     if processes.first:
         _write(recipe, trained, source, result, out)
@@ -186,7 +175,7 @@ def _synchronised(network: nn.Module, processes: Processes) -> nn.Module:
     return network
 
 
-def _described(source: Source) -> dict[str, Any]:
+def _described(source: Any) -> dict[str, Any]:
     """What has to be the same when a run is resumed."""
     return {"classes": list(source.classes), "channels": source.channels}
 
@@ -222,17 +211,15 @@ def everyones(found: set[str]) -> set[str]:
     return set().union(*gathered)
 
 
-def _write(recipe: Recipe, network: nn.Module, source: Source, result: Result, out: Path) -> None:
+def _write(recipe: Recipe, network: nn.Module, source: Any, result: Result, out: Path) -> None:
     """The weights, the picture, and last the result: a run that has it is finished."""
-    facts = {"model": recipe.model, "model_options": recipe.model_options, "classes": source.classes}
-    facts |= {"in_chans": source.channels, "image_size": recipe.image_size, "crop_pct": recipe.crop_pct}
-    facts |= {"mean": source.mean, "std": source.std}
+    task = task_of(recipe.model)
     try:
-        save_weights(network, out / WEIGHTS, facts)
+        save_weights(network, out / WEIGHTS, task.facts(recipe, source))
         with (out / WEIGHTS).open("rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
         write_whole(out / CHECKSUM, f"{checksum}  {WEIGHTS}\n".encode())
-        _draw(recipe.model, result, out)
+        _draw(recipe.model, result, out, task.curve)
         write_json(out / RESULT, asdict(result))
     except OSError as error:
         saved = checkpoints(out)
@@ -242,7 +229,7 @@ def _write(recipe: Recipe, network: nn.Module, source: Source, result: Result, o
         ) from error
 
 
-def _draw(model: str, result: Result, out: Path) -> None:
+def _draw(model: str, result: Result, out: Path, curve: tuple[str, str]) -> None:
     try:
         from ..viz import plot_curves
     except ImportError as error:
@@ -250,7 +237,7 @@ def _draw(model: str, result: Result, out: Path) -> None:
         return
     title = f"{result.train_images:,} training and {result.val_images:,} validation images"
     picture = io.BytesIO()
-    plot_curves({model: out / "metrics.csv"}, title).savefig(picture, dpi=130)
+    plot_curves({model: out / "metrics.csv"}, title, *curve).savefig(picture, dpi=130)
     write_whole(out / "curves.png", picture.getvalue())
 
 

@@ -55,6 +55,9 @@ class Result:
     top5: float = math.nan
     val_loss: float = math.nan
 
+    def __str__(self) -> str:
+        return f"{self.model}: top-1 {self.top1:.1%} on {self.val_images} validation images"
+
 
 def check_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
     """Make sure, without changing anything, that the output folder can be made or written, and used.
@@ -106,16 +109,16 @@ def remove_run(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def finished_run(out: Path, tell: Callable[[str], None]) -> Result | None:
-    """The result of the run in a folder, if it is there and the weights are those it was written with.
+def finished_run(out: Path, tell: Callable[[str], None], kind: Any = Result) -> Any:
+    """The result of the run in a folder, of that kind, if it is there and the weights are those it was written with.
 
     ``tell`` is called with the reason if a result is there that can't be used.
     """
     if not (out / RESULT).is_file():
         return None
     try:
-        result = Result(**json.loads((out / RESULT).read_bytes()))
-        if any(isinstance(getattr(result, field.name), str) != (field.type == "str") for field in fields(Result)):
+        result = kind(**json.loads((out / RESULT).read_bytes()))
+        if any(isinstance(getattr(result, field.name), str) != (field.type == "str") for field in fields(kind)):
             raise ValueError("a value of a wrong type")
         expected = (out / CHECKSUM).read_text().split()[0]
         with (out / WEIGHTS).open("rb") as file:

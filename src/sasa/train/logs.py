@@ -22,6 +22,8 @@ COLUMNS = (
     "val_loss",
     "val_top1",
     "val_top5",
+    "val_ap",
+    "val_ap50",
     "learning_rate",
     "images_per_second",
     "data_wait",

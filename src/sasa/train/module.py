@@ -1,4 +1,4 @@
-"""What Lightning trains: a network, its loss, its accuracy, its optimizer and schedule."""
+"""What Lightning trains: a network, its optimizer and schedule; with a classifier, its loss and accuracy."""
 
 from __future__ import annotations
 
@@ -20,60 +20,23 @@ from .order import STEP, seed_everything
 from .recipe import Recipe
 
 
-class Classifier(lightning.LightningModule):
-    """Cross-entropy with label smoothing; an optimizer and a schedule of timm, stepped every batch.
-
-    Logs ``train_loss``; ``val_loss``, ``val_top1`` and ``val_top5``, the shares of validation images whose class is the
-    first guess, or among the first five: exact over any number of processes, for padding isn't counted.
+class Trained(lightning.LightningModule):
+    """A network with an optimizer and a schedule of timm, stepped every batch, and random draws that can be repeated.
 
     Args:
-        network: (B, C, H, W) to (B, num_classes) logits.
-        num_classes: classes.
+        network: what is trained.
         recipe: how to train.
         steps: of the whole training, for the schedule.
     """
 
-    def __init__(self, network: nn.Module, num_classes: int, recipe: Recipe, steps: int) -> None:
+    def __init__(self, network: nn.Module, recipe: Recipe, steps: int) -> None:
         super().__init__()
         self.network, self.recipe, self.steps = network, recipe, steps
-        self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing, ignore_index=IGNORED)
-        self.soft_loss = SoftTargetCrossEntropy()
-        options: dict[str, Any] = {"average": "micro", "ignore_index": IGNORED}
-        self.top1 = MulticlassAccuracy(num_classes, **options)
-        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), **options)
-        # Keeps a loss that is NaN. The strategy "disable", meant for it, forgets the weights (torchmetrics 1.9).
-        self.val_loss = MeanMetric(nan_strategy=math.nan)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of the classes."""
-        return self.network(images)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Random draws that follow from the step: a resumed run draws what it would have drawn."""
         step = self.global_step * self.recipe.accumulate + batch_idx % self.recipe.accumulate
         seed_everything(STEP, self.recipe.seed, step, self.global_rank, gpu=self.device.type != "cpu")
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a batch."""
-        logits = self(batch.images)
-        soft = batch.labels.is_floating_point()
-        loss = self.soft_loss(logits, batch.labels) if soft else self.loss(logits, batch.labels)
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch.images), **options)
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the loss and accuracies."""
-        images, labels = batch.images, batch.labels
-        logits = self(images).float()
-        self.top1.update(logits, labels)
-        self.top5.update(logits, labels)
-        counted = (labels != IGNORED).sum()
-        total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        self.val_loss.update(total / counted.clamp(min=1), weight=counted)
-        names = {"val_loss": self.val_loss, "val_top1": self.top1, "val_top5": self.top5}
-        for name, metric in names.items():
-            self.log(name, metric, prog_bar=name == "val_top1", batch_size=len(images))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer; biases, norms and embeddings have no weight decay."""
@@ -104,8 +67,58 @@ class Classifier(lightning.LightningModule):
         scheduler.step_update(num_updates=self.global_step)
 
 
-class ShardedClassifier(Classifier):
-    """The same, its parameters split over the processes block by block (FSDP2)."""
+class Classifier(Trained):
+    """Cross-entropy with label smoothing.
+
+    Logs ``train_loss``; ``val_loss``, ``val_top1`` and ``val_top5``, the shares of validation images whose class is the
+    first guess, or among the first five: exact over any number of processes, for padding isn't counted.
+
+    Args:
+        network: (B, C, H, W) to (B, num_classes) logits.
+        num_classes: classes.
+        recipe: how to train.
+        steps: of the whole training, for the schedule.
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int, recipe: Recipe, steps: int) -> None:
+        super().__init__(network, recipe, steps)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing, ignore_index=IGNORED)
+        self.soft_loss = SoftTargetCrossEntropy()
+        options: dict[str, Any] = {"average": "micro", "ignore_index": IGNORED}
+        self.top1 = MulticlassAccuracy(num_classes, **options)
+        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), **options)
+        # Keeps a loss that is NaN. The strategy "disable", meant for it, forgets the weights (torchmetrics 1.9).
+        self.val_loss = MeanMetric(nan_strategy=math.nan)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of the classes."""
+        return self.network(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        logits = self(batch.images)
+        soft = batch.labels.is_floating_point()
+        loss = self.soft_loss(logits, batch.labels) if soft else self.loss(logits, batch.labels)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch.images), **options)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the loss and accuracies."""
+        images, labels = batch.images, batch.labels
+        logits = self(images).float()
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
+        counted = (labels != IGNORED).sum()
+        total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        self.val_loss.update(total / counted.clamp(min=1), weight=counted)
+        names = {"val_loss": self.val_loss, "val_top1": self.top1, "val_top5": self.top5}
+        for name, metric in names.items():
+            self.log(name, metric, prog_bar=name == "val_top1", batch_size=len(images))
+
+
+class Sharded(Trained):
+    """Its parameters are split over the processes block by block (FSDP2)."""
 
     def configure_model(self) -> None:
         """Split the network: each block of its stages by itself, inner ones first, then what is left."""
@@ -119,6 +132,10 @@ class ShardedClassifier(Classifier):
         for block in blocks(self.network):
             fully_shard(block, **options)
         fully_shard(self.network, **options)
+
+
+class ShardedClassifier(Sharded, Classifier):
+    """A classifier whose parameters are split."""
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,6 @@
-"""Classifying a folder of images, however many, on however many processes, from wherever the last attempt stopped."""
+"""What a network makes of a folder of images, however many, on however many processes, from wherever the last attempt
+stopped: their classes in a table, or with a detector their boxes.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,13 @@ import csv
 import hashlib
 import heapq
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .._files import write_whole
 from .checkpoints import alone_in
@@ -28,6 +31,8 @@ def predict(
     out: Path,
     weights: Path = Path("runs/train/model.safetensors"),
     top_k: int = 5,
+    pictures: Path | None = None,
+    threshold: float = 0.5,
     batch_size: int = 256,
     workers: int = 0,
     precision: Precision = "32-true",
@@ -37,6 +42,10 @@ def predict(
 ) -> int:
     """Classify the images below a folder into a table: path, the most likely classes and their probabilities.
 
+    A detector writes COCO's results instead, a JSON list of ``{"image_id", "category_id", "bbox", "score"}`` with the
+    ``file_name`` besides. ``image_id`` is the number in the file's name where all names are different numbers, as
+    COCO's are; else the place in order of the paths, from 1.
+
     The images are neither listed nor held in memory all at once. While it runs, rows gather in ``OUT.parts``; if it is
     cut off, the same command resumes with what is missing, on any number of processes. An image that can't be read has
     its reason in the last column.
@@ -44,9 +53,11 @@ def predict(
     Args:
         images: folder; images anywhere below it are taken, in order of their paths. Hidden and system folders are
             skipped; links are followed, and every real folder is read once.
-        out: CSV file to write.
+        out: CSV file to write, or JSON with a detector.
         weights: model.safetensors of a run.
-        top_k: classes an image; all, where there are fewer.
+        top_k: classes an image; all, where there are fewer. A detector has no use for it.
+        pictures: folder to write the images to with a detector's boxes drawn, each as PATH.png.
+        threshold: score of the boxes that are drawn, at least; all are in the results.
         batch_size: images a batch, for each process.
         workers: processes that load images, for each process; 0 loads in it.
         precision: of the arithmetic.
@@ -67,19 +78,22 @@ def predict(
     from rich.console import Console
     from torch.utils.data import DataLoader
 
-    from .batch import collate
     from .evaluate import trained
     from .fit import quiet
     from .launch import find_processes, make_trainer
-    from .predictor import Predictor, RowWriter, UnreadImages
-    from .transforms import fit_transform, normalise
+    from .predictor import RowWriter, UnreadImages
+    from .task import task_of
     from .walk import IMG_EXTENSIONS, walk
 
     network, facts = trained(weights)
-    classes = facts["classes"]
     if top_k < 1:
         raise OptionError(f"top_k: expected at least 1, got {top_k}")
-    top_k = min(top_k, len(classes))
+    top_k = min(top_k, len(facts["classes"]))
+    if not 0 <= threshold <= 1:
+        raise OptionError(f"threshold: expected from 0 to 1, got {threshold}")
+    parts = out.with_name(f"{out.name}.parts")
+    task = task_of(facts["model"])
+    table, predictor, fit, shape = task.prediction(network, facts, parts, top_k, pictures, threshold)
     recipe = Recipe(
         batch_size=batch_size,
         workers=workers,
@@ -96,28 +110,23 @@ def predict(
     if out.exists():
         raise OutputError(f"out: {out} exists already; remove it, or choose another name")
     processes = find_processes(recipe)
-    parts = out.with_name(f"{out.name}.parts")
     with _alone(parts, out) if processes.first else contextlib.nullcontext():
         _check_same_rows(parts, weights, top_k, images, processes.first)
-        table = Rows(parts, classes, top_k)
         done = {row[0] for row in table}
         if done and processes.first:
             Console(stderr=True).print(f"resuming: {len(done):,} images are done already", highlight=False)
-        size = facts["image_size"]
-        fit, shape = fit_transform(size, facts["crop_pct"]), (facts["in_chans"], size, size)
         unread = UnreadImages(images, done, fit, shape, batch_size, processes)
-        loader = DataLoader(unread, batch_size, num_workers=workers, collate_fn=collate)
+        loader = DataLoader(unread, batch_size, num_workers=workers, collate_fn=task.data.collate)
         with quiet():
             callbacks = [RichProgressBar(), RowWriter(table)]
             trainer = make_trainer(recipe, processes, logger=False, callbacks=callbacks, enable_checkpointing=False)
-            predictor = Predictor(network, normalise(tuple(facts["mean"]), tuple(facts["std"])))
             trainer.predict(predictor, loader, return_predictions=False)
         trainer.strategy.barrier()
         rows = 0
         if processes.first:
             rows = table.write(out)
             shutil.rmtree(parts)
-            Console().print(f"{rows:,} images classified into {out}", highlight=False, soft_wrap=True)
+            Console().print(f"{rows:,} images {table.verb} into {out}", highlight=False, soft_wrap=True)
     return rows
 
 
@@ -142,6 +151,8 @@ class Rows:
 
     A line that is cut off or damaged is no row: its image is classified again.
     """
+
+    verb = "classified"
 
     def __init__(self, parts: Path, classes: Sequence[str], top_k: int) -> None:
         self.parts, self.classes, self.top_k = parts, classes, top_k
@@ -177,21 +188,36 @@ class Rows:
             return bool(path) and not any(guesses)
         return bool(path) and self._known.issuperset(guesses[::2]) and all(0 <= float(p) <= 1 for p in guesses[1::2])
 
+    def made(self, batch: Any, prediction: Any) -> Iterator[list[str]]:
+        """The rows of a batch, from (B, classes) probabilities."""
+        probabilities, found = prediction.topk(self.top_k)
+        for name, reason, row, labels in zip(
+            batch.names, batch.unreadable, probabilities.tolist(), found.tolist(), strict=True
+        ):
+            if not reason and not all(map(math.isfinite, row)):
+                reason = "the network's output is not finite"
+            guesses: list[str] = [g for n, p in zip(labels, row, strict=True) for g in (self.classes[n], f"{p:.6f}")]
+            yield [name, *([""] * len(guesses) if reason else guesses), reason]
+
     def write(self, out: Path) -> int:
-        """The table as CSV; returns its rows."""
-        beside, count = out.with_name(f".{out.name}.part"), 0
+        """The whole file; returns its rows."""
+        beside = out.with_name(f".{out.name}.part")
         try:
             with beside.open("w", newline="", **ANY_NAME) as file:
-                writer = csv.writer(file)
-                writer.writerow(self.header)
-                for row in self:
-                    writer.writerow(row)
-                    count += 1
+                count = self.write_to(file)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(out)
         except OSError as error:
             raise OutputError(f"out: can't write {out}: {error.strerror}; the rows are in {self.parts}") from error
+        return count
+
+    def write_to(self, file: IO[str]) -> int:
+        """The table as CSV; returns its rows."""
+        writer, count = csv.writer(file), 0
+        writer.writerow(self.header)
+        for count, row in enumerate(self, 1):  # noqa: B007
+            writer.writerow(row)
         return count
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,15 +103,7 @@ class RowWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """A row an image, then to the disk."""
-        lines = []
-        probabilities, found = prediction.topk(self.table.top_k)
-        for name, reason, row, labels in zip(
-            batch.names, batch.unreadable, probabilities.tolist(), found.tolist(), strict=True
-        ):
-            if not reason and not all(map(math.isfinite, row)):
-                reason = "the network's output is not finite"
-            guesses = [g for n, p in zip(labels, row, strict=True) for g in (self.table.classes[n], f"{p:.6f}")]
-            lines.append(json.dumps([name, *([""] * len(guesses) if reason else guesses), reason]) + "\n")
+        lines = [json.dumps(row) + "\n" for row in self.table.made(batch, prediction)]
         try:
             with self.file.open("a") as file:
                 file.writelines(lines)

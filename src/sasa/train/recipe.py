@@ -15,9 +15,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .._extras import require
 from .errors import OptionError
 
-Augmentation = Literal["none", "shift", "imagenet"]
+Augmentation = Literal["none", "shift", "imagenet", "flip"]
 Resume = Literal["never", "auto"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
@@ -28,14 +29,18 @@ class Recipe:
     """A network, its images, and how it is trained.
 
     Args:
-        model: name of a network: sasa_resnet14 (attention), resnet14 (its convolutional twin), or the paper's.
-        model_options: arguments of the network, as kernel_size or width.
+        model: name of a network: sasa_resnet14 (attention), resnet14 (its convolutional twin), the paper's, or the
+            detector retinanet.
+        model_options: arguments of the network, as kernel_size or width; of the detector, backbone and heads.
         data: folder of images: IDX files; train and val folders, or one folder, with one folder of images a class;
             a Hugging Face dataset saved to disk; WebDataset shards. Left out: 2,000 + 500 Fashion-MNIST images from
-            the package.
-        image_size: side in pixels that images are brought to.
+            the package. For a detector: a folder in the layout of COCO or Pascal VOC.
+        image_size: side in pixels that images are brought to; for a detector, their shorter side.
+        train_sizes: for a detector, further shorter sides: every training image is brought to one of them or
+            image_size, at random.
         crop_pct: share of an image's shorter side that the central crop for validation keeps.
-        augment: none; shift (shifts and flips, for small images); imagenet (random resized crops and flips).
+        augment: none; shift (shifts and flips, for small images); imagenet (random resized crops and flips); flip (for
+            a detector, left to right, with the boxes).
         auto_augment: with imagenet, a policy of timm, as rand-m9-mstd0.5.
         mixup: alpha of mixup; 0 is none.
         cutmix: alpha of CutMix; 0 is none.
@@ -73,6 +78,7 @@ class Recipe:
 
     data: Path | None = None
     image_size: int = 28
+    train_sizes: list[int] = field(default_factory=list)
     crop_pct: float = 1.0
     augment: Augmentation = "shift"
     auto_augment: str | None = None
@@ -137,6 +143,21 @@ class Recipe:
         if self.strategy == "fsdp" and self.precision not in ("32-true", "bf16-mixed"):
             raise OptionError(f"precision: expected 32-true or bf16-mixed with strategy fsdp, got {self.precision}")
         self._check_names()
+        if self.model in DETECTORS:
+            self._check_detector()
+        elif self.train_sizes or self.augment == "flip":
+            raise OptionError("train_sizes, augment flip: expected with a detector, got them with a classifier")
+
+    def _check_detector(self) -> None:
+        """What detection has no use for is refused."""
+        if self.augment not in ("none", "flip"):
+            raise OptionError(f"augment: expected none or flip for a detector, got {self.augment}")
+        for name in ("mixup", "cutmix", "compile"):
+            if getattr(self, name):
+                raise OptionError(f"{name}: expected {type(getattr(self, name))()} for a detector, got it on")
+        if self.strategy == "fsdp":
+            raise OptionError("strategy: expected auto or ddp for a detector, got fsdp")
+        require("sasa.detection", "detection")
 
     def _check_names(self) -> None:
         """What only timm knows."""
@@ -144,8 +165,8 @@ class Recipe:
 
         from ..models import MODELS
 
-        if self.model not in MODELS:
-            raise OptionError(f"model: expected one of {', '.join(MODELS)}, got {self.model!r}")
+        if self.model not in (*MODELS, *DETECTORS):
+            raise OptionError(f"model: expected one of {', '.join((*MODELS, *DETECTORS))}, got {self.model!r}")
         if self.optimizer not in list_optimizers():
             raise OptionError(f"optimizer: expected one of timm's, as sgd or adamw, got {self.optimizer!r}")
         if self.auto_augment:
@@ -167,6 +188,9 @@ class Recipe:
         return values | {"data": None if self.data is None else str(self.data)}
 
 
+DETECTORS = ("retinanet",)
+"""Networks that find boxes."""
+
 LARGEST = 2**31 - 1
 """Of numbers that have no bound of their own below."""
 
@@ -178,6 +202,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (2, LARGEST),
     "accumulate": (1, LARGEST),
     "image_size": (1, 16_384),
+    "train_sizes": (1, 16_384),
     "workers": (0, PROCESSES),
     "base_batch_size": (0, LARGEST),
     "warmup_epochs": (0, LARGEST),
@@ -201,6 +226,7 @@ _IN_WORDS = {
     bool: "true or false",
     str: "text",
     dict: "options with values",
+    list: "a list of whole numbers",
     Path: "a folder",
     type(None): "null",
 }
@@ -250,8 +276,11 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         if value not in get_args(hint):
             raise OptionError(f"{name}: expected one of {', '.join(get_args(hint))}, got {value!r}")
         return
-    kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,)) if hint != dict[str, Any] else (dict,)
+    whole = get_origin(hint) in (dict, list)  # not one of several types
+    kinds = (get_origin(hint),) if whole else tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,))
     right = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+    if hint == list[int] and isinstance(value, list):
+        right = all(type(number) is int for number in value)
     if not right or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(_IN_WORDS[kind] for kind in kinds)
         raise OptionError(f"{name}: expected {expected}, got {value!r}")

@@ -14,6 +14,7 @@ from torch import nn
 
 from .._files import write_whole
 from ..models import MODELS, create_model
+from .recipe import DETECTORS
 
 LARGEST = 10_000
 """Side in pixels of images that a weights file may ask for."""
@@ -25,12 +26,16 @@ def save_weights(network: nn.Module, path: Path, facts: dict[str, Any]) -> None:
     write_whole(path, save(tensors, metadata={name: json.dumps(fact) for name, fact in facts.items()}))
 
 
-def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(path: Path | str, *, detectors: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network in ``model.safetensors``, in evaluation mode, and its facts. Nothing else is read.
+
+    Args:
+        path: of the file.
+        detectors: whether a detector is taken too.
 
     Returns:
         The network, and a dict of ``model``, ``model_options``, ``classes``, ``in_chans``, ``image_size``,
-        ``crop_pct``, ``mean`` and ``std``.
+        ``crop_pct``, ``mean`` and ``std``; of a detector, ``category_ids`` and ``train_sizes`` too.
 
     Raises:
         ValueError: not a safetensors file that ``sasa train`` wrote, facts of the wrong type, weights that don't fit
@@ -40,8 +45,10 @@ def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             facts = {name: json.loads(fact) for name, fact in (file.metadata() or {}).items() if name != "format"}
+        if facts.get("model") in DETECTORS and not detectors:
+            raise ValueError("expected a classifier, got a detector, which sasa eval and sasa predict take")
         _check_facts(facts)
-        network = create_model(facts["model"], len(facts["classes"]), facts["in_chans"], **facts["model_options"])
+        network = _build(facts)
         weights = load_file(path)
         network.load_state_dict(weights)
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -50,6 +57,14 @@ def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         if not tensor.isfinite().all():
             raise ValueError(f"path: expected finite weights in {path}, got NaN or infinity in {name}")
     return network.eval(), facts
+
+
+def _build(facts: dict[str, Any]) -> nn.Module:
+    if facts["model"] in DETECTORS:
+        from .task import task_of  # which imports Lightning
+
+        return task_of(facts["model"]).build(facts)
+    return create_model(facts["model"], len(facts["classes"]), facts["in_chans"], **facts["model_options"])
 
 
 def _check_facts(facts: dict[str, Any]) -> None:
@@ -64,7 +79,7 @@ def _check_facts(facts: dict[str, Any]) -> None:
         return isinstance(values, list) and bool(values) and all(isinstance(name, str) for name in values)
 
     expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "model": ("the name of a network", lambda value: value in MODELS),
+        "model": ("the name of a network", lambda value: value in (*MODELS, *DETECTORS)),
         "model_options": ("a dict of the network's arguments", lambda value: isinstance(value, dict)),
         "classes": ("a list of names", names),
         "in_chans": ("1 or 3", lambda value: type(value) is int and value in (1, 3)),
@@ -73,11 +88,20 @@ def _check_facts(facts: dict[str, Any]) -> None:
         "mean": ("a finite number for each channel", channels),
         "std": ("a number above 0 for each channel", lambda value: channels(value) and min(value) > 0),
     }
+    if facts.get("model") in DETECTORS:
+        facts.setdefault("train_sizes", [])
+        expected["category_ids"] = ("a whole number for each class", lambda value: _ids(value, facts["classes"]))
+        expected["train_sizes"] = ("a list of sides", lambda value: all(map(expected["image_size"][1], value)))
+        expected["in_chans"] = ("3", lambda value: value == 3)
     for name, (what, right) in expected.items():
         if name not in facts:
             raise ValueError(f"{name!r} is missing, expected {what}")
         if not right(facts[name]):
             raise ValueError(f"{name}: expected {what}, got {str(facts[name])[:200]}")
+
+
+def _ids(values: Any, classes: list[str]) -> bool:
+    return isinstance(values, list) and len(set(values)) == len(classes) and all(type(one) is int for one in values)
 
 
 def _finite(value: Any) -> bool:

@@ -25,21 +25,28 @@ def read_metric(log: Path, name: str) -> tuple[list[int], list[float]]:
     return list(epochs), list(values)
 
 
-def plot_curves(logs: Mapping[str, Path], title: str = "") -> Figure:
-    """Training loss and validation top-1 accuracy of several runs, side by side.
+def plot_curves(
+    logs: Mapping[str, Path],
+    title: str = "",
+    column: str = "val_top1",
+    label: str = "validation top-1 accuracy",
+) -> Figure:
+    """Training loss and a figure of the validation images of several runs, side by side.
 
     Args:
         logs: ``metrics.csv`` of each run, by the name to show.
         title: over the figure.
+        column: of the logs: a share of 1.
+        label: what to call it.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    for label, log in logs.items():
-        loss.plot(*read_metric(log, "train_loss"), marker=".", label=label)
-        epochs, top1 = read_metric(log, "val_top1")
-        accuracy.plot(epochs, top1, marker=".", label=f"{label}: {top1[-1]:.1%} at the end")
+    for name, log in logs.items():
+        loss.plot(*read_metric(log, "train_loss"), marker=".", label=name)
+        epochs, shares = read_metric(log, column)
+        accuracy.plot(epochs, shares, marker=".", label=f"{name}: {shares[-1]:.1%} at the end")
     loss.set(xlabel="epoch", ylabel="training loss", title="loss")
-    accuracy.set(xlabel="epoch", ylabel="validation top-1 accuracy", title="accuracy")
+    accuracy.set(xlabel="epoch", ylabel=label, title="accuracy" if column == "val_top1" else label)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for panel in (loss, accuracy):
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,107 @@
+"""What the engine has to know of a task: its images, what is trained on them, and what comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .._extras import require
+from ..models import create_model
+from .data import ImageData
+from .errors import OptionError
+from .folder import Result
+from .module import Classifier, ShardedClassifier, Trained
+from .predict import Rows
+from .predictor import Predictor
+from .recipe import DETECTORS, Recipe
+from .sources import Source, open_source
+from .transforms import Transform, fit_transform, normalise
+
+
+class Classification:
+    """Images into classes. Other tasks derive from it what they share.
+
+    Attributes:
+        data: batches of the images, a Lightning data module.
+        result: what a run comes to.
+        curve: the column of ``metrics.csv`` that is drawn, and what to call it.
+    """
+
+    data: type[ImageData] = ImageData
+    result: Any = Result
+    curve = ("val_top1", "validation top-1 accuracy")
+
+    def open(self, folder: Path | None, strict: bool) -> Any:
+        """The images in a folder."""
+        return open_source(folder, strict)
+
+    def build(self, facts: dict[str, Any]) -> nn.Module:
+        """The network of a run's :meth:`facts`, with fresh parameters."""
+        return create_model(facts["model"], len(facts["classes"]), facts["in_chans"], **facts["model_options"])
+
+    def facts(self, recipe: Recipe, source: Source) -> dict[str, Any]:
+        """What is needed to use a trained network."""
+        facts = {"model": recipe.model, "model_options": recipe.model_options, "classes": source.classes}
+        facts |= {"in_chans": source.channels, "image_size": recipe.image_size, "crop_pct": recipe.crop_pct}
+        return facts | {"mean": source.mean, "std": source.std}
+
+    def module(self, network: nn.Module, source: Source, recipe: Recipe, steps: int) -> Trained:
+        """What Lightning trains and validates."""
+        build = ShardedClassifier if recipe.strategy == "fsdp" else Classifier
+        return build(network, len(source.classes), recipe, steps)
+
+    def figures(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What was measured on validation images, as results have it."""
+        return {name.removeprefix("val_") if "top" in name else name: metrics[name] for name in METRICS}
+
+    def prediction(
+        self,
+        network: nn.Module,
+        facts: dict[str, Any],
+        parts: Path,
+        top_k: int,
+        pictures: Path | None,
+        threshold: float,
+    ) -> tuple[Rows, Any, Transform, tuple[int, int, int]]:
+        """The table of ``sasa predict``, what makes its rows, what brings an image to the network, and its shape.
+
+        Raises:
+            OptionError: pictures are asked for.
+        """
+        if pictures is not None:
+            raise OptionError(f"pictures: expected it with a detector, got it with {facts['model']}")
+        size = facts["image_size"]
+        predictor = Predictor(network, normalise(tuple(facts["mean"]), tuple(facts["std"])))
+        fit = fit_transform(size, facts["crop_pct"])
+        return Rows(parts, facts["classes"], top_k), predictor, fit, (facts["in_chans"], size, size)
+
+    def summary(self, figures: dict[str, Any]) -> str:
+        """The figures in words."""
+        return f"top-1 {figures['top1']:.2%}, top-5 {figures['top5']:.2%}, loss {figures['val_loss']:.4f}"
+
+
+METRICS = ("val_loss", "val_top1", "val_top5")
+
+
+def build_network(recipe: Recipe, source: Any) -> nn.Module:
+    """The network that a recipe names, for the classes of a source.
+
+    Raises:
+        OptionError: options that the network refuses.
+    """
+    task = task_of(recipe.model)
+    try:
+        return task.build(task.facts(recipe, source))
+    except Exception as error:
+        if not recipe.model_options:
+            raise
+        raise OptionError(f"model_options: {error}") from error
+
+
+def task_of(model: str) -> Classification:
+    """What a network of that name is for."""
+    if model in DETECTORS:
+        return require("sasa.detection.task", "detection").Detection()
+    return Classification()
