@@ -1,6 +1,6 @@
-"""Train what the page of evidence needs, in order of worth; it may be stopped and started again at any time.
+r"""Train what the page of evidence needs, in order of worth; it may be stopped and started again at any time.
 
-    python -m benchmarks.evidence --work runs/evidence \\
+    python -m benchmarks.evidence --work runs/evidence \
         --fashion-mnist /usr/share/datasets/fashion-mnist --cifar10 cifar10
 
 The folders are made once, below ``--work``; results are gathered after each plan, and by ``--gather`` at any time.
@@ -9,8 +9,8 @@ The folders are made once, below ``--work``; results are gathered after each pla
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import shutil
 from pathlib import Path
 
 from . import data
@@ -65,7 +65,9 @@ def main() -> None:
             gather(out)
         if (out / "results.json").is_file():
             (HERE / "results").mkdir(exist_ok=True)
-            shutil.copyfile(out / "results.json", HERE / "results" / f"{name}.json")
+            text = (out / "results.json").read_text(encoding="utf-8")
+            here = json.dumps(f"{Path.cwd()}{os.sep}")[1:-1]  # where the images are is not part of the result
+            (HERE / "results" / f"{name}.json").write_text(text.replace(here, ""), encoding="utf-8")
 
 
 if __name__ == "__main__":
