@@ -18,7 +18,6 @@ from . import data
 HERE = Path(__file__).parent
 ORDER = (
     "tune-fashion",
-    "tune-cifar",
     "fashion",
     "cifar",
     "position-fashion",
