@@ -18,20 +18,20 @@ from . import data
 HERE = Path(__file__).parent
 ORDER = (
     "tune-fashion",
+    "weights-fashion",
+    "weights-clothing",
     "fashion",
     "cifar",
-    "position-fashion",
+    "ablations-fashion",
     "widths-fashion",
     "data-2000",
     "data-10000",
-    "data-40000",
-    "recipe-fashion",
-    "window-fashion",
-    "position-cifar",
-    "length-fashion",
-    "window-cifar",
-    "widths-cifar",
     "data-20000",
+    "ablations-cifar",
+    "embeddings-fashion",
+    "smoothing-fashion",
+    "length-fashion",
+    "widths-cifar",
 )
 """The plans, those that answer most first."""
 

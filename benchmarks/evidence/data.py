@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 SIZES = {"fashion": (2_000, 5_000, 10_000, 20_000, 40_000, 60_000), "cifar": (2_000, 5_000, 10_000, 20_000)}
-TUNED_ON = {"fashion": (5_000, 5_000), "cifar": (10_000, 2_500)}
+TUNED_ON = {"fashion": (5_000, 5_000), "cifar": (5_000, 2_500)}
 """Training and validation images of the folder for learning rates."""
 
 
