@@ -66,7 +66,7 @@ def test_the_strength_is_how_much_less_a_head_looks_at_the_next_tap(strength):
     attention = at_the_start(layer).log()
     for head, (row, col) in zip(attention, own_taps(8, (5, 5), "per_head"), strict=True):
         distance = ((torch.arange(5) - row).abs()[:, None] + (torch.arange(5) - col).abs()).double()
-        torch.testing.assert_close(head, head[row, col] - strength * distance)
+        torch.testing.assert_close(head, head[row, col] - strength * distance, rtol=1e-5, atol=1e-5)
 
 
 def test_a_strength_is_a_finite_number():
