@@ -59,7 +59,7 @@ def main() -> None:
     for name in options.plans or ORDER:
         plan, out = HERE / "plans" / f"{name}.yaml", Path("studies") / name
         if not options.gather:
-            study(plan, out, parallel=os.cpu_count() or 1)  # one thread each
+            study(plan, out, parallel=len(os.sched_getaffinity(0)))  # one thread each
         elif (out / "plan.json").is_file():
             gather(out)
         if (out / "results.json").is_file():
