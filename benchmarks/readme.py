@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import detection, limits, scale, tables
+from .evidence import report as evidence
 from .fine_tune import report as fine_tuning
 from .machine import ROOT
 from .results import RESULTS, Results
@@ -40,6 +41,8 @@ def table(mark: str) -> str:
     if mark in STUDIES:
         study = ROOT / "docs/studies" / mark / "table.md"
         return study.read_text().partition("\n\n")[2].strip()  # without its title
+    if mark.startswith("evidence_"):
+        return evidence.table(mark.removeprefix("evidence_"))
     if mark.startswith("fine_tuning_"):
         return fine_tuning.table(mark.removeprefix("fine_tuning_"))
     make = special.get(mark, lambda: tables.part_table(mark, Results(RESULTS, "cpu").found))

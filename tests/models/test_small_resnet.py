@@ -87,6 +87,60 @@ def test_bad_arguments(arguments, message):
         create_model(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("options", "attending"),
+    [
+        ({}, "stem stage1 stage2"),
+        ({"attention_stem": False}, "stage1 stage2"),
+        ({"attention_stem": False, "attention_stages": [2]}, "stage2"),
+        ({"attention_stages": [1]}, "stem stage1"),
+        ({"attention_stem": False, "attention_stages": []}, ""),
+    ],
+)
+def test_the_parts_that_attend_are_chosen_and_the_others_convolve(options, attending):
+    network = create_model("sasa_resnet14", **options)
+    parts = {"stem": network.stem, **dict(network.stages.named_children())}
+    with_attention = [
+        name for name, part in parts.items() if any(isinstance(m, RelativeSelfAttention) for m in part.modules())
+    ]
+    assert with_attention == attending.split()
+    assert not any(
+        isinstance(m, RelativeSelfAttention) for m in create_model("resnet14", position="none", kernel_size=7).modules()
+    )
+
+
+def test_the_options_of_the_attention_reach_every_layer():
+    options = {"kernel_size": 3, "position": "only", "position_split": "across_heads", "border": "mask"}
+    network = create_model("sasa_resnet14", **options)
+    layers = [m for m in network.modules() if isinstance(m, RelativeSelfAttention)]
+    for layer in layers:
+        assert (layer.position, layer.position_split, layer.border) == ("only", "across_heads", "mask")
+        assert layer.kernel_size == (3, 3)
+
+
+@pytest.mark.parametrize(("start", "bias"), [(2.5, True), (0.5, True), (None, False)])
+def test_heads_start_with_the_given_strength(start, bias):
+    torch.manual_seed(0)
+    layer = create_model("sasa_resnet14", start=start).stages[0][0].spatial
+    queries = layer.qkv.bias[: layer.out_channels].unflatten(0, (layer.num_heads, -1))
+    pulls = torch.einsum("nd,ndk->nk", queries[:, :4], layer.row_embedding.unflatten(0, (layer.num_heads, -1)))
+    steps = pulls.diff(dim=1).abs()
+    assert torch.allclose(steps, torch.full_like(steps, start if bias else 0), atol=1e-5) is bias
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_stages": [0]}, r"attention_stages: expected numbers from 1 to 2, got \[0\]"),
+        ({"border": "valid"}, "border: expected"),
+        ({"position": "some"}, "position: expected"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("sasa_resnet14", **options)
+
+
 @pytest.mark.parametrize("name", ["resnet14", "sasa_resnet26"])
 @pytest.mark.parametrize(
     "option",

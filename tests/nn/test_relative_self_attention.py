@@ -8,7 +8,7 @@ from torch import nn
 
 import sasa
 from sasa import RelativeSelfAttention
-from sasa.nn.position import POSITION_SPLITS, POSITIONS
+from sasa.nn.position import POSITION_SPLITS, POSITIONS, sinusoidal_encoding
 from sasa.ops.operators import split_heads
 
 
@@ -24,10 +24,12 @@ def naive_layer(layer, x):
         r[channel] += next(row)[:, None] if is_row else next(col)[None, :]
     if layer.position_split == "last_head":
         r = r[-width:].repeat(heads, 1, 1)
-    q, k, v = (
+    parts = 2 if layer.position == "only" else 3
+    q, *k, v = (
         torch.einsum("oi,bihw->bohw", weight, x) + bias[:, None, None]
-        for weight, bias in zip(layer.qkv.weight[..., 0, 0].chunk(3), layer.qkv.bias.chunk(3), strict=True)
+        for weight, bias in zip(layer.qkv.weight[..., 0, 0].chunk(parts), layer.qkv.bias.chunk(parts), strict=True)
     )
+    k = k[0] if k else torch.zeros_like(q)
     y = torch.zeros_like(q)
     batch, _, height, wide = x.shape
     for b, i, j, n in torch.cartesian_prod(*map(torch.arange, (batch, height, wide, heads))).tolist():
@@ -51,6 +53,22 @@ def test_layer_is_the_papers_equation(position_split, channels, heads):
     nn.init.normal_(layer.qkv.bias)
     x = torch.randn(2, 4, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(layer(x), naive_layer(layer, x))
+
+
+@pytest.mark.parametrize("position_split", POSITION_SPLITS)
+@pytest.mark.parametrize("asked", [None, "cpu", "eager", "reference"])
+def test_position_only_is_the_equation_without_keys(position_split, asked):
+    options = {"position": "only", "position_split": position_split, "implementation": asked}
+    layer = RelativeSelfAttention(4, 8, (3, 2), 2, **options).double()
+    assert layer.qkv.weight.shape == (16, 4, 1, 1)
+    x = torch.randn(2, 4, 4, 5, dtype=torch.float64, requires_grad=True)
+    inputs = x, *layer.parameters()
+    y, expected = layer(x), naive_layer(layer, x)
+    torch.testing.assert_close(y, expected)
+    direction = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, inputs, direction), torch.autograd.grad(expected, inputs, direction)
+    )
 
 
 def test_parameters_of_the_notebooks_layer():
@@ -109,12 +127,14 @@ def test_absolute_position_is_not_shift_equivariant_and_relative_is():
         assert same is equal, position
 
 
-def test_attention_weights_are_those_of_the_forward():
-    layer = RelativeSelfAttention(4, 8, 3, 2, border="mask").double()
+@pytest.mark.parametrize("position", POSITIONS)
+def test_attention_weights_are_those_of_the_forward(position):
+    layer = RelativeSelfAttention(4, 8, 3, 2, border="mask", position=position).double()
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     weights = layer.attention_weights(x)
     assert weights.shape == (2, 2, 9, 5, 6)
-    _, _, value = split_heads(layer.qkv(x), layer.num_heads)
+    seen = x + sinusoidal_encoding(x) if position == "absolute" else x
+    _, _, value = split_heads(layer.projected(seen), layer.num_heads)
     columns = nn.functional.unfold(value.flatten(1, 2), 3, padding=1).view(2, 2, 4, 9, 5, 6)
     torch.testing.assert_close((weights[:, :, None] * columns).sum(3).flatten(1, 2), layer(x))
 

@@ -36,6 +36,7 @@ def highest(attention):
         (5, 4, {"border": "mask"}),
         (5, 4, {"border": "valid"}),
         (5, 4, {"pool": 2}),
+        (5, 4, {"position": "only"}),
         (4, 8, {}),
         (2, 4, {}),
         ((1, 7), 4, {}),
@@ -54,6 +55,25 @@ def test_each_head_starts_at_a_tap_of_its_own(seed, window, heads, options):
     assert len(set(taps)) == min(heads, min(height, 3) * min(width, 3))
     centre = torch.tensor(layer.kernel_size).sub(1) // 2
     assert (torch.tensor(taps) - centre).abs().max() <= 1
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 3.0])
+def test_the_strength_is_how_much_less_a_head_looks_at_the_next_tap(strength):
+    torch.manual_seed(0)
+    layer = RelativeSelfAttention(16, 64, 5, 8, dtype=torch.float64)
+    layer.reset_parameters(strength)
+    nn.init.zeros_(layer.qkv.weight[: 2 * 64].detach())
+    attention = at_the_start(layer).log()
+    for head, (row, col) in zip(attention, own_taps(8, (5, 5), "per_head"), strict=True):
+        distance = ((torch.arange(5) - row).abs()[:, None] + (torch.arange(5) - col).abs()).double()
+        torch.testing.assert_close(head, head[row, col] - strength * distance, rtol=1e-5, atol=1e-5)
+
+
+def test_a_strength_is_a_finite_number():
+    layer = RelativeSelfAttention(4, 8, 3, 2)
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="strength: expected a finite number"):
+            layer.reset_parameters(wrong)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -103,7 +123,7 @@ def test_sixteen_layers_keep_the_spread_of_convolutions(seed):
 
 
 @pytest.mark.parametrize("position_split", ["per_head", "across_heads", "last_head"])
-@pytest.mark.parametrize("position", ["relative", "absolute", "none"])
+@pytest.mark.parametrize("position", ["relative", "absolute", "none", "only"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("channels", "heads", "window", "options"),

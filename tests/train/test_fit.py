@@ -88,6 +88,16 @@ def test_other_ways_to_train(images, tmp_path, changes):
     assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
 
 
+def test_validation_after_the_last_epoch_alone_gives_the_same_result(images, tmp_path):
+    every, last = (
+        train(options(images, model="resnet14", epochs=2, validate=when), tmp_path / when)
+        for when in ("every_epoch", "last_epoch")
+    )
+    assert (every.top1, every.val_loss) == (last.top1, last.val_loss)
+    networks = [load_model(tmp_path / when / "model.safetensors")[0] for when in ("every_epoch", "last_epoch")]
+    torch.testing.assert_close(*(network.state_dict() for network in networks), rtol=0, atol=0)
+
+
 def test_flops_are_counted_from_the_equation():
     network = create_model("sasa_resnet14", in_chans=1).eval()
     counted = count_flops(network, (1, 1, 28, 28))

@@ -12,6 +12,7 @@ from processes import small_images
 from torch import nn
 
 from sasa.cli import main
+from sasa.models import create_model
 from sasa.train import OptionError, Recipe, train
 from sasa.train.module import Classifier
 from sasa.train.recipe import shipped_recipes
@@ -56,6 +57,24 @@ def test_the_learning_rate_rises_linearly_then_falls_as_a_cosine(epochs, steps, 
     rise = [0.5 * (step + 1) / (warmup + 1) for step in range(warmup)]
     fall = [0.25 * (1 + math.cos(math.pi * step / (steps - warmup))) for step in range(steps - warmup + 1)]
     assert rates == pytest.approx(rise + fall)
+
+
+def test_embeddings_have_a_rate_and_a_decay_of_their_own():
+    network = create_model("sasa_resnet14", in_chans=1)
+    recipe = Recipe(learning_rate=0.5, warmup_epochs=0, embedding_learning_rate=0.25, embedding_weight_decay=0.125)
+    options: Any = Classifier(network, 10, recipe, 10).configure_optimizers()
+    options["lr_scheduler"]["scheduler"].step_update(num_updates=0)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    seen = []
+    for group in options["optimizer"].param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            seen.append(name)
+            own = name.endswith(("row_embedding", "col_embedding"))
+            assert group["lr"] == pytest.approx(0.125 if own else 0.5), name
+            decay = 0.05 if name.endswith("weight") and parameter.dim() > 1 else 0.0
+            assert group["weight_decay"] == (0.125 if own else decay), name
+    assert sorted(seen) == sorted(names.values())
 
 
 def test_the_imagenet_recipe_trains_on_its_layout(tmp_path, capsys):

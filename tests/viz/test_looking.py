@@ -15,6 +15,7 @@ OPTIONS = [
     {},
     {"position": "none", "bias": False},
     {"position": "absolute"},
+    {"position": "only"},
     {"position_split": "across_heads", "border": "mask", "scale": 0.5},
     {"position_split": "last_head", "dilation": 2},
     {"kernel_size": (4, 3), "stride": (2, 1), "border": "valid", "pool": 2},

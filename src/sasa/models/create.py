@@ -15,7 +15,7 @@ from .presets import MODELS, SMALL_MODELS, scaled
 from .sasa_resnet import SasaResNet
 from .small_resnet import SmallResNet
 
-_NOT_OPTIONS = {"self", "block", "num_classes", "in_chans", "kwargs", "device", "dtype"}
+_NOT_OPTIONS = {"self", "block", "size", "spatial", "num_classes", "in_chans", "kwargs", "device", "dtype"}
 OPTIONS = tuple(
     dict.fromkeys(
         name
@@ -26,6 +26,7 @@ OPTIONS = tuple(
 )
 """Arguments of the paper's networks themselves. What timm's factory takes besides, such as ``checkpoint_path`` and
 ``pretrained_cfg``, reads files and URLs: options come from recipes and weights files of others, and must not."""
+SMALL_OPTIONS = ("width", *(p for p in inspect.signature(SmallResNet.__init__).parameters if p not in _NOT_OPTIONS))
 
 
 def create_model(name: str, num_classes: int = 10, in_chans: int = 3, **kwargs: Any) -> nn.Module:
@@ -37,14 +38,15 @@ def create_model(name: str, num_classes: int = 10, in_chans: int = 3, **kwargs: 
         in_chans: channels of the images.
         **kwargs: of the paper's networks: arguments of :class:`sasa.models.SasaResNet` and timm's ``ResNet`` (for those
             of timm's factory, such as ``features_only``, call ``timm.create_model``). Of the small ones: ``width``, a
-            factor of all widths inside and between the blocks (to whole channels a head), 1 by default.
+            factor of all widths inside and between the blocks (to whole channels a head), 1 by default, and the options
+            of :class:`sasa.models.SmallResNet`.
 
     Raises:
         ValueError: no network of that name, or an argument out of range.
         TypeError: an argument that the network doesn't have.
     """
     checks.choice("name", name, MODELS)
-    options = ("width",) if name in SMALL_MODELS else OPTIONS
+    options = SMALL_OPTIONS if name in SMALL_MODELS else OPTIONS
     unknown = sorted(set(kwargs) - set(options))
     if unknown:
         raise TypeError(f"expected arguments of {name} ({', '.join(options)}), got {', '.join(unknown)}")
@@ -54,4 +56,4 @@ def create_model(name: str, num_classes: int = 10, in_chans: int = 3, **kwargs: 
     if name not in SMALL_MODELS:
         return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
     size, spatial = SMALL_MODELS[name]
-    return SmallResNet(scaled(size, **kwargs), spatial, num_classes, in_chans)
+    return SmallResNet(scaled(size, kwargs.pop("width", 1.0)), spatial, num_classes, in_chans, **kwargs)

@@ -7,12 +7,13 @@ where it had stride 2, attention runs at stride 1 and a 2x2 average pool of stri
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
 
 from ..nn import RelativeSelfAttention
+from ..nn.start import STRENGTH
 from ..ops import checks
 from .presets import SmallResNetSize
 
@@ -20,9 +21,21 @@ SpatialLayer = Callable[[int, int, int], nn.Module]
 """(in_channels, out_channels, stride) -> module: what looks at a pixel's neighbours."""
 
 
-def attention_layer(in_channels: int, out_channels: int, stride: int, *, kernel_size: int, num_heads: int) -> nn.Module:
+def attention_layer(
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    *,
+    kernel_size: int,
+    num_heads: int,
+    strength: float | None = STRENGTH,
+    **options: str,
+) -> nn.Module:
     """Local self-attention; in the place of a stride, of every pixel and then averaged."""
-    return RelativeSelfAttention(in_channels, out_channels, kernel_size, num_heads, pool=stride)
+    layer = RelativeSelfAttention(in_channels, out_channels, kernel_size, num_heads, pool=stride, **options)
+    if strength != STRENGTH:
+        layer.reset_parameters(strength)
+    return layer
 
 
 def convolution_layer(in_channels: int, out_channels: int, stride: int, *, kernel_size: int) -> nn.Module:
@@ -66,35 +79,63 @@ class Bottleneck(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A residual network whose spatial layers are all of one kind.
+    """A residual network whose spatial layers are attention or convolutions.
 
     Args:
         size: the sizes.
-        spatial: ``"attention"`` or ``"convolution"``.
+        spatial: ``"attention"`` or ``"convolution"``: of every layer that the next two don't make another.
         num_classes: outputs of the classifier.
         in_chans: channels of the images.
+        attention_stages: numbers of the stages, from 1, that attend; the others convolve. None: by ``spatial``.
+        attention_stem: whether the stem attends. None: by ``spatial``.
+        kernel_size: window of the attention behind the stem; None: the size's.
+        position: of the attention; this and the next two as in :class:`sasa.RelativeSelfAttention`.
+        position_split: likewise.
+        border: likewise.
+        start: how heads start: the strength of :meth:`sasa.RelativeSelfAttention.reset_parameters`; None for its None.
 
     Shape:
         (B, in_chans, H, W) to (B, num_classes), for any H and W.
 
     Raises:
-        ValueError: an unknown ``spatial``, or a number below 1.
+        ValueError: an unknown ``spatial``, a stage that is not there, or an argument out of range.
     """
 
     def __init__(
-        self, size: SmallResNetSize, spatial: str = "attention", num_classes: int = 10, in_chans: int = 3
+        self,
+        size: SmallResNetSize,
+        spatial: str = "attention",
+        num_classes: int = 10,
+        in_chans: int = 3,
+        *,
+        attention_stages: Sequence[int] | None = None,
+        attention_stem: bool | None = None,
+        kernel_size: int | None = None,
+        position: str = "relative",
+        position_split: str = "per_head",
+        border: str = "zero",
+        start: float | None = STRENGTH,
     ) -> None:
         super().__init__()
         checks.choice("spatial", spatial, ("attention", "convolution"))
         checks.positive("num_classes", num_classes)
         checks.positive("in_chans", in_chans)
-        stem: SpatialLayer
-        layer: SpatialLayer
-        if spatial == "attention":
-            stem = partial(attention_layer, kernel_size=size.stem_kernel, num_heads=size.stem_heads)
-            layer = partial(attention_layer, kernel_size=size.attention_kernel, num_heads=size.attention_heads)
-        else:
-            stem = layer = partial(convolution_layer, kernel_size=size.convolution_kernel)
+        checks.choice("border", border, ("zero", "mask"))
+        everywhere = tuple(range(1, len(size.blocks) + 1)) if spatial == "attention" else ()
+        attending = everywhere if attention_stages is None else attention_stages
+        if any(type(stage) is not int or not 1 <= stage <= len(size.blocks) for stage in attending):
+            raise ValueError(f"attention_stages: expected numbers from 1 to {len(size.blocks)}, got {attending!r}")
+        stem_attends = (
+            spatial == "attention" if attention_stem is None else checks.flag("attention_stem", attention_stem)
+        )
+        options = {"position": position, "position_split": position_split, "border": border}
+        attention = partial(attention_layer, strength=start, **options)
+        convolution = partial(convolution_layer, kernel_size=size.convolution_kernel)
+        stem: SpatialLayer = convolution
+        if stem_attends:
+            stem = partial(attention, kernel_size=size.stem_kernel, num_heads=size.stem_heads)
+        window = size.attention_kernel if kernel_size is None else kernel_size
+        attention = partial(attention, kernel_size=window, num_heads=size.attention_heads)
         self.stem = nn.Sequential(
             OrderedDict(
                 spatial=stem(in_chans, size.stem_width, 1),
@@ -108,6 +149,7 @@ class SmallResNet(nn.Module):
         channels = size.stem_width
         stages: list[tuple[str, nn.Module]] = []
         for index, (blocks, width) in enumerate(zip(size.blocks, size.widths, strict=True), start=1):
+            layer: SpatialLayer = attention if index in attending else convolution
             stage = []
             for block in range(blocks):
                 stride = 2 if index > 1 and block == 0 else 1

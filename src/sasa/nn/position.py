@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-POSITIONS = ("relative", "bias", "absolute", "none")
+POSITIONS = ("relative", "bias", "absolute", "none", "only")
+WITH_EMBEDDINGS = ("relative", "only")
 POSITION_SPLITS = ("per_head", "across_heads", "last_head")
 
 

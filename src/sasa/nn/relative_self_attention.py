@@ -17,8 +17,15 @@ from ..ops.projected import split_heads
 from ..ops.window import BORDERS
 from .convolution_like import ConvolutionLike, is_plain, runs_alone
 from .notebook import read_notebook_weights
-from .position import POSITION_SPLITS, POSITIONS, embedding_rows, embeddings_by_head, sinusoidal_encoding
-from .start import CONTENT, soft_table, soft_taps
+from .position import (
+    POSITION_SPLITS,
+    POSITIONS,
+    WITH_EMBEDDINGS,
+    embedding_rows,
+    embeddings_by_head,
+    sinusoidal_encoding,
+)
+from .start import CONTENT, STRENGTH, soft_table, soft_taps
 
 if TYPE_CHECKING:
     from torchinfo import ModelStatistics
@@ -34,6 +41,13 @@ def prepare(x: Tensor, in_channels: int, weight: Tensor | None, position: str) -
     """The input with what ``position`` adds to it; raises if it doesn't fit the layer."""
     checks.layer_input(x, in_channels, weight)
     return x + sinusoidal_encoding(x) if position == "absolute" else x
+
+
+@fx.wrap
+def with_zero_keys(x: Tensor) -> Tensor:
+    """(B, 2·C, H, W) of queries and values with zero keys between them, (B, 3·C, H, W), in the same memory format."""
+    query, value = x.chunk(2, -3)
+    return like_image(torch.cat((query, torch.zeros_like(query), value), -3), x)
 
 
 class RelativeSelfAttention(ConvolutionLike):
@@ -58,7 +72,8 @@ class RelativeSelfAttention(ConvolutionLike):
         border: ``"zero"``, ``"mask"``, ``"valid"`` or ``"shift"``: see :func:`sasa.local_attention`.
         position: ``"relative"``: r as above; ``"bias"``: r = 0, and a learned table is added to each head's logits, as
             in Swin (arXiv 2103.14030) and the first neighborhood attention (arXiv 2204.07143); ``"absolute"``: r = 0,
-            and a fixed sinusoidal encoding of row and column is added to the input; ``"none"``: r = 0.
+            and a fixed sinusoidal encoding of row and column is added to the input; ``"none"``: r = 0; ``"only"``: the
+            logits are q·r alone, the ablation of table 6. There are no keys then: the projections are 2·out channels.
         position_split: where the row and column halves of r fall: in every head (``"per_head"``), or row halves in
             the first heads and column halves in the last (``"across_heads"``). ``"last_head"`` gives all heads the
             last head's r, a slip of a well-known notebook kept so that its weights can be used.
@@ -80,9 +95,10 @@ class RelativeSelfAttention(ConvolutionLike):
           (``nn.AvgPool2d(pool, ceil_mode=True)``).
 
     Attributes:
-        qkv: the three projections as one 1x1 convolution of 3·out_channels outputs: queries, keys, values.
+        qkv: the three projections as one 1x1 convolution of 3·out_channels outputs: queries, keys, values; with
+            position ``"only"`` 2·out_channels, queries and values.
         row_embedding: row half of r, (channels of the half, kh), with the border ``"shift"`` of 2kh - 1 offsets; None
-            unless position is ``"relative"``.
+            unless position is ``"relative"`` or ``"only"``.
         col_embedding: column half of r, (channels of the half, kw); likewise.
         position_bias: what is added to the logits, (num_heads, kh, kw), with the border ``"shift"``
             (num_heads, 2kh - 1, 2kw - 1); None unless position is ``"bias"``.
@@ -146,13 +162,13 @@ class RelativeSelfAttention(ConvolutionLike):
         self.recompute = recompute
         checks.parameters(
             3 * in_channels * out_channels
-            + out_channels * max(self.offsets) * (position == "relative")
+            + out_channels * max(self.offsets) * (position in WITH_EMBEDDINGS)
             + num_heads * self.offsets[0] * self.offsets[1] * (position == "bias"),
             in_channels=in_channels,
             out_channels=out_channels,
             kernel_size=self.kernel_size,
         )
-        halves = position == "relative" and position_split == "per_head" and self.kernel_size[0] > 1
+        halves = position in WITH_EMBEDDINGS and position_split == "per_head" and self.kernel_size[0] > 1
         if halves and out_channels == num_heads > 1:
             warnings.warn(
                 f"num_heads: {num_heads} heads of {out_channels} channels are one channel wide, which leaves no "
@@ -162,8 +178,9 @@ class RelativeSelfAttention(ConvolutionLike):
             )
 
         bias = checks.flag("bias", bias)
-        self.qkv = nn.Conv2d(in_channels, 3 * out_channels, 1, bias=bias, device=device, dtype=dtype)
-        if position == "relative":
+        projections = 2 if position == "only" else 3
+        self.qkv = nn.Conv2d(in_channels, projections * out_channels, 1, bias=bias, device=device, dtype=dtype)
+        if position in WITH_EMBEDDINGS:
             rows = embedding_rows(out_channels, num_heads, position_split)
             self.row_embedding = nn.Parameter(torch.empty(rows, self.offsets[0], device=device, dtype=dtype))
             self.col_embedding = nn.Parameter(
@@ -179,15 +196,18 @@ class RelativeSelfAttention(ConvolutionLike):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, strength: float | None = STRENGTH) -> None:
         r"""Draw new parameters: each head starts softly on a tap of its own, and activations keep their spread.
+
+        Args:
+            strength: s below, 2.5 unless given; 0: no head prefers a tap; None: as described last.
 
         With b the queries' bias and :math:`t_h` the tap of head h, one of the central 3x3 of the window,
 
         .. math::
             b \cdot r_t = -s \, |t - t_h|_1, \qquad P_{ht} \approx \prod_{y, x} e^{-s |t - t_h|} / Z
 
-        with s = 2.5: a head gives 0.85 of its weight to its own row, and as much to its own column, whatever the
+        At s = 2.5 a head gives 0.85 of its weight to its own row, and as much to its own column, whatever the
         window. So the heads together are what a 3x3 convolution is (Cordonnier et al. 2020, arXiv 1911.03584). A flat
         softmax is a blur: over k x k pixels that don't correlate it divides the variance by k², which vanishes with
         depth, or is made up for by batch norm, whose gradients then explode; and beyond the border of a small map the
@@ -199,8 +219,8 @@ class RelativeSelfAttention(ConvolutionLike):
 
         q·k starts small: it grows with the square of the input, which residual branches let grow.
 
-        With ``position="bias"`` the table itself holds -s |t - t_h|. Otherwise, without a bias, without relative
-        position or with ``position_split="last_head"``, no head can look at a tap of its own in every pixel. Then q·k
+        With ``position="bias"`` the table itself holds -s |t - t_h|. Otherwise, without a strength, a bias or embeddings,
+        or with ``position_split="last_head"``, no head can look at a tap of its own in every pixel. Then q·k
         and q·r start with variance 1 each for an input of variance 1, where the usual initialisation would give D: the
         factor that scaled dot-product attention puts on the logits lies in W_Q (as in T5, arXiv 1910.10683). Half of
         the queries' variance is their bias, if they have one.
@@ -208,16 +228,16 @@ class RelativeSelfAttention(ConvolutionLike):
         scale = self.scale if abs(self.scale) >= _LEAST_SCALE else 1.0
         width = self.out_channels // self.num_heads
         weight, bias, row, col = self.qkv.weight, self.qkv.bias, self.row_embedding, self.col_embedding
-        queries, values = slice(self.out_channels), slice(2 * self.out_channels, None)
+        queries, values = slice(self.out_channels), slice(-self.out_channels, None)
         nn.init.normal_(weight, std=self.in_channels**-0.5)
         weight[values] *= 2**0.5
-        if self.position_bias is not None:
+        if self.position_bias is not None and strength is not None:
             weight[queries] *= CONTENT * width**-0.5 / scale
             if bias is not None:
                 nn.init.zeros_(bias)
-            self.position_bias.copy_(soft_table(self.num_heads, self.offsets))
+            self.position_bias.copy_(soft_table(self.num_heads, self.offsets, checks.number("strength", strength)))
             return
-        if bias is None or row is None or col is None or self.position_split == "last_head":
+        if strength is None or bias is None or row is None or col is None or self.position_split == "last_head":
             share = 1.0 if bias is None else 0.5**0.5
             weight[queries] *= share * width**-0.5 / scale
             if bias is not None:
@@ -226,10 +246,12 @@ class RelativeSelfAttention(ConvolutionLike):
             for embedding in (row, col):
                 if embedding is not None and embedding.numel():
                     nn.init.normal_(embedding)
+            if self.position_bias is not None:
+                nn.init.zeros_(self.position_bias)
             return
         weight[queries] *= CONTENT * width**-0.5 / scale
         sizes = self.out_channels, self.num_heads, self.offsets, self.position_split
-        pull, rows, cols = soft_taps(*sizes, weight.device)
+        pull, rows, cols = soft_taps(*sizes, weight.device, checks.number("strength", strength))
         nn.init.zeros_(bias)
         bias[queries] = pull.to(bias.dtype) / scale
         row.copy_(rows)
@@ -243,10 +265,10 @@ class RelativeSelfAttention(ConvolutionLike):
             if isinstance(x, Tensor) and x.dim() == 3:
                 return self.forward(x.unsqueeze(0)).squeeze(0)
             x = prepare(x, self.in_channels, qkv.weight if is_plain(qkv) else None, self.position)
-        if alone:
+        if alone and self.position != "only":
             weight, bias = qkv.weight, qkv.bias
         else:  # hooks, and whatever took the convolution's place, are honoured
-            x, weight, bias = like_image(qkv(x), x), None, None
+            x, weight, bias = like_image(self.projected(x), x), None, None
         sizes = self.kernel_size, self.stride, self.dilation, self.border
         options = self.scale, self.pool, self.implementation, self.recompute
         return attend(x, weight, bias, *self._embeddings(), self.position_bias, self.num_heads, *sizes, *options)
@@ -256,11 +278,18 @@ class RelativeSelfAttention(ConvolutionLike):
         over the taps.
         """
         weight = self.qkv.weight if is_plain(self.qkv) else None
-        qkv = self.qkv(prepare(x, self.in_channels, weight, self.position))
+        qkv = self.projected(prepare(x, self.in_channels, weight, self.position))
         sizes = self.kernel_size, self.stride, self.dilation, self.border
         query, key, _ = split_heads(qkv if x.dim() == 4 else qkv.unsqueeze(0), self.num_heads)
         weights = attend_weights(query, key, *self._embeddings(), self.position_bias, *sizes, self.scale)
         return weights if x.dim() == 4 else weights.squeeze(0)
+
+    def projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and values, (B, 3·out_channels, H, W), of an input with what position adds to it; keys that the
+        layer doesn't have are zero.
+        """
+        qkv = self.qkv(x)
+        return with_zero_keys(qkv) if self.position == "only" else qkv
 
     def _embeddings(self) -> tuple[Tensor | None, Tensor | None]:
         """The halves of r by head."""

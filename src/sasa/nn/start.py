@@ -29,17 +29,22 @@ def own_taps(num_heads: int, kernel_size: tuple[int, int], position_split: str) 
     return [taps[head % len(taps)] for head in range(num_heads)]
 
 
-def soft_table(num_heads: int, kernel_size: tuple[int, int]) -> Tensor:
-    """(N, kh, kw): -STRENGTH · distance of each tap from the head's own."""
+def soft_table(num_heads: int, kernel_size: tuple[int, int], strength: float = STRENGTH) -> Tensor:
+    """(N, kh, kw): -strength · distance of each tap from the head's own."""
     own = torch.tensor(own_taps(num_heads, kernel_size, "per_head"))
     rows, cols = ((torch.arange(size) - own[:, axis, None]).abs() for axis, size in enumerate(kernel_size))
-    return -STRENGTH * (rows[:, :, None] + cols[:, None, :])
+    return -strength * (rows[:, :, None] + cols[:, None, :])
 
 
 def soft_taps(
-    channels: int, num_heads: int, kernel_size: tuple[int, int], position_split: str, device: torch.device
+    channels: int,
+    num_heads: int,
+    kernel_size: tuple[int, int],
+    position_split: str,
+    device: torch.device,
+    strength: float = STRENGTH,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries' biases b, (channels), and the row and column halves of r with ``b·r_t = -STRENGTH · distance``.
+    """Queries' biases b, (channels), and the row and column halves of r with ``b·r_t = -strength · distance``.
 
     The distance is that of tap t from the head's own, along rows for the row half and along columns for the other.
     What is left of r is small noise at right angles to b. b has length 1 in each half of a head, a random direction.
@@ -59,7 +64,7 @@ def soft_taps(
         taps = torch.tensor([tap[axis] for tap in own], **options)
         distance = (torch.arange(size, **options) - taps[:, None]).abs()
         noise = _NOISE * torch.randn(num_heads, width, size, **options)
-        along = (b[..., None] * noise).sum(1) + STRENGTH * distance
+        along = (b[..., None] * noise).sum(1) + strength * distance
         biases += b.flatten()
         halves.append((noise - b[..., None] * along[:, None]).flatten(0, 1)[index])
     return biases, halves[0], halves[1]

@@ -165,13 +165,13 @@ def _differences(plan: StudyPlan, cells: list[dict[str, Any]]) -> list[dict[str,
     return [
         {"options": json.loads(others)}
         | {"first": first["options"][line], "second": second["options"][line]}
-        | _welch(first, second)
+        | welch(first, second)
         for others, group in groups.items()
         for first, second in itertools.combinations(group, 2)
     ]
 
 
-def _welch(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def welch(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Two means of unequal deviations, as Welch (1947) compares them; chance: half of the 95 % confidence interval."""
     from scipy import stats
 

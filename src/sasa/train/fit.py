@@ -192,6 +192,7 @@ def _trainer(recipe: Recipe, processes: Processes, log: RunLog, callbacks: list[
         recipe,
         processes,
         max_epochs=recipe.epochs,
+        check_val_every_n_epoch=recipe.epochs if recipe.validate == "last_epoch" else 1,
         accumulate_grad_batches=recipe.accumulate,
         gradient_clip_val=recipe.clip_grad_norm or None,
         logger=log,

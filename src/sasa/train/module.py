@@ -39,12 +39,18 @@ class Trained(lightning.LightningModule):
         seed_everything(STEP, self.recipe.seed, step, self.global_rank, gpu=self.device.type != "cpu")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer; biases, norms and embeddings have no weight decay."""
+        """The optimizer; biases and norms have no weight decay, embeddings a rate and a decay of their own."""
         recipe = self.recipe
         matrices = {id(m.weight) for m in self.network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
         decayed = [p for p in self.network.parameters() if id(p) in matrices]
-        rest = [p for p in self.network.parameters() if id(p) not in matrices]
-        groups: Any = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+        rest = {name: p for name, p in self.network.named_parameters() if id(p) not in matrices}
+        groups: Any = [{"params": decayed}]
+        # Timm's schedules multiply the learning rate by lr_scale.
+        own = {"weight_decay": recipe.embedding_weight_decay, "lr_scale": recipe.embedding_learning_rate}
+        if own != {"weight_decay": 0.0, "lr_scale": 1.0}:
+            embeddings = [rest.pop(name) for name in list(rest) if name.endswith("_embedding")]
+            groups += [{"params": embeddings, **own}] if embeddings else []
+        groups += [{"params": list(rest.values()), "weight_decay": 0.0}]
         rate, steps = recipe.scaled_learning_rate, self.steps
         optimizer = create_optimizer_v2(
             groups, recipe.optimizer, lr=rate, weight_decay=recipe.weight_decay, momentum=recipe.momentum

@@ -21,6 +21,7 @@ from .errors import OptionError
 Augmentation = Literal["none", "shift", "imagenet", "flip"]
 Resume = Literal["never", "auto"]
 Strategy = Literal["auto", "ddp", "fsdp"]
+Validate = Literal["every_epoch", "last_epoch"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 
@@ -58,6 +59,8 @@ class Recipe:
         weight_decay: on the weights of convolutions, projections and the classifier.
         label_smoothing: of the training loss.
         clip_grad_norm: the largest norm of the gradient; 0 doesn't clip.
+        embedding_learning_rate: factor on the learning rate of the attention's embeddings.
+        embedding_weight_decay: on the embeddings.
         ema_decay: of an exponential moving average of the weights, which is validated and kept; 0 is none.
         precision: of the arithmetic.
         compile: put the network through torch.compile.
@@ -69,6 +72,7 @@ class Recipe:
         sync_batchnorm: normalise over the whole batch when there are several processes; on GPUs only.
         seed: of the parameters, the order and the augmentation.
         checkpoint_steps: steps between checkpoints; there is one at the end of every epoch in any case.
+        validate: every_epoch, or last_epoch alone, which saves its time.
         log_steps: steps between lines of the log.
         tensorboard: write TensorBoard's event files too.
     """
@@ -98,6 +102,8 @@ class Recipe:
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     clip_grad_norm: float = 0.0
+    embedding_learning_rate: float = 1.0
+    embedding_weight_decay: float = 0.0
     ema_decay: float = 0.0
 
     precision: Precision = "32-true"
@@ -111,6 +117,7 @@ class Recipe:
 
     seed: int = 0
     checkpoint_steps: int = 500
+    validate: Validate = "every_epoch"
     log_steps: int = 10
     tensorboard: bool = True
 
@@ -207,6 +214,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "base_batch_size": (0, LARGEST),
     "warmup_epochs": (0, LARGEST),
     "weight_decay": (0, LARGEST),
+    "embedding_learning_rate": (0, LARGEST),
+    "embedding_weight_decay": (0, LARGEST),
     "clip_grad_norm": (0, LARGEST),
     "mixup": (0, LARGEST),
     "cutmix": (0, LARGEST),

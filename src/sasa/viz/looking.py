@@ -190,7 +190,8 @@ def look(network: nn.Module, image: Tensor) -> tuple[list[Seen], Any]:
 
 
 def _of_layer(name: str, layer: RelativeSelfAttention, x: Tensor) -> Seen:
-    qkv = layer.qkv(prepare(x, layer.in_channels, layer.qkv.weight if is_plain(layer.qkv) else None, layer.position))
+    weight = layer.qkv.weight if is_plain(layer.qkv) else None
+    qkv = layer.projected(prepare(x, layer.in_channels, weight, layer.position))
     query, key, _ = split_heads(qkv, layer.num_heads)
     row, col = layer.row_embedding, layer.col_embedding
     if row is not None and col is not None:

@@ -65,7 +65,7 @@ def module_tensors(network: nn.Module, image: Tensor, layer: str, pixel: tuple[i
     finally:
         handle.remove()
     if seen.row is None or seen.col is None:
-        raise ValueError(f"layer: expected one with position='relative', got {module.position!r} in {layer}")
+        raise ValueError(f"layer: expected one with embeddings, got position {module.position!r} in {layer}")
     size = image.shape[1], image.shape[2]
     query, window = seen.query_of(pixel, size), seen.window
     values = _values(module, inputs[0])[head]
@@ -87,7 +87,7 @@ def module_tensors(network: nn.Module, image: Tensor, layer: str, pixel: tuple[i
 
 def _values(module: RelativeSelfAttention, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return split_heads(module.qkv(x), module.num_heads)[2][0].float().cpu()
+        return split_heads(module.projected(x), module.num_heads)[2][0].float().cpu()
 
 
 def plot_module(

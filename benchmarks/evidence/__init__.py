@@ -1,0 +1,1 @@
+"""What attention is worth on real images: plans for ``sasa study``, their results, and the page that shows them."""

@@ -1,0 +1,60 @@
+"""Put the trained networks of the plans ``weights-*`` into the package, with what they come to on test images.
+
+    python -m benchmarks.evidence.ship --work runs/evidence
+
+Writes the weights and figures.json beside them; the card beside both, README.md, has its words by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torchvision.datasets import FashionMNIST
+
+from sasa.models import shipped_weights
+from sasa.models.pretrained import read_facts
+from sasa.train import load_model
+from sasa.train.evaluate import evaluate
+from sasa.train.weights import save_weights
+
+from ..machine import ROOT
+
+WEIGHTS = ROOT / "src/sasa/models/weights"
+PLANS = {"clothing": "weights-clothing", "fashion_mnist": "weights-fashion"}
+
+
+def counted(weights: Path, data: Path | None) -> dict[str, int]:
+    """Images that a network is right about, of all validation images."""
+    found = evaluate(weights, data)
+    return {"correct": round(found["top1"] * found["images"]), "images": found["images"]}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence.ship")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the studies")
+    work = parser.parse_args().work
+    WEIGHTS.mkdir(exist_ok=True)
+    figures: dict[str, Any] = {}
+    for name, plan in PLANS.items():
+        (path,) = (work / "studies" / plan / "runs").glob("*/model.safetensors")
+        facts = read_facts(path)
+        if name == "fashion_mnist":
+            facts["classes"] = list(FashionMNIST.classes)  # IDX files have numbers
+        save_weights(load_model(path)[0], WEIGHTS / f"{name}.safetensors", facts)
+        recipe = json.loads((path.parent / "recipe.json").read_text())
+        figures[name] = counted(shipped_weights()[name], work / "data" / Path(recipe["data"]).name)
+        share = figures[name]["correct"] / figures[name]["images"]
+        figures[name] |= {"standard_error": math.sqrt(share * (1 - share) / figures[name]["images"])}
+        figures[name] |= {"classes": facts["classes"]}
+    figures["fashion_mnist"]["packaged"] = counted(shipped_weights()["fashion_mnist"], None)
+    (WEIGHTS / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
