@@ -3,6 +3,8 @@
 # make test   the test suite, the C++ kernels under sanitizers first; of the slowest tests a sample (.ci/nightly: all)
 # make bench  measure and write benchmarks/results/; make bench-gpu: on a GPU
 # make zoo    convert other people's networks, 243 of them, and write docs/zoo.md
+# make docs   the documentation site, warnings as errors, into build/docs
+# make wheel  sdist and wheel, tried in a clean environment without a compiler
 # make lint   ruff, pyright and clang-format
 # make results   bench and demo, copied to where README and docs show them
 PYTHON ?= python3
@@ -12,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 KERNELS := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
 
-.PHONY: demo check test sanitize sanitize-gpu bench bench-gpu zoo results lint format clean
+.PHONY: demo check test sanitize sanitize-gpu bench bench-gpu zoo results docs wheel lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
@@ -59,6 +61,12 @@ results: bench demo
 	cp runs/demo/results.json runs/demo/curves.png runs/demo/attention.png docs/demo/
 	$(BIN)/python -m benchmarks.drawing
 	$(BIN)/python -m benchmarks.readme
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+
+wheel: $(INSTALLED)
+	.ci/wheel
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
