@@ -63,7 +63,7 @@ results: bench demo
 	$(BIN)/python -m benchmarks.readme
 
 docs: $(INSTALLED)
-	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+	PATH="$(abspath $(BIN)):$$PATH" OMP_WAIT_POLICY=passive $(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 wheel: $(INSTALLED)
 	.ci/wheel

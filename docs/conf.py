@@ -23,6 +23,7 @@ html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
 nb_execution_mode = "cache"
+nb_execution_in_temp = True
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
@@ -35,13 +36,13 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 
-def inline(self, node) -> None:  # noqa: ANN001
+def inline(self, node) -> None:
     """A formula as MathML, which browsers draw themselves: no script, no fonts from elsewhere."""
     self.body.append(convert(node.astext()))
     raise_skip()
 
 
-def display(self, node) -> None:  # noqa: ANN001
+def display(self, node) -> None:
     """A formula on a line of its own."""
     self.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
     raise_skip()
