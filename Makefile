@@ -4,6 +4,8 @@
 # make bench  measure and write benchmarks/results/; make bench-gpu: on a GPU
 # make zoo    convert other people's networks, 243 of them, and write docs/zoo.md
 # make notebooks   run the notebooks of docs/notebooks and write them with what they print
+# make docs   the documentation site, warnings as errors, into build/docs
+# make wheel  sdist and wheel, tried in a clean environment without a compiler
 # make lint   ruff, pyright and clang-format
 # make results   bench and demo, copied to where README and docs show them
 PYTHON ?= python3
@@ -13,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 KERNELS := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
 
-.PHONY: demo check test sanitize sanitize-gpu bench bench-gpu zoo notebooks results lint format clean
+.PHONY: demo check test sanitize sanitize-gpu bench bench-gpu zoo notebooks results docs wheel lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
@@ -63,6 +65,12 @@ results: bench demo
 	cp runs/demo/results.json runs/demo/curves.png runs/demo/attention.png docs/demo/
 	$(BIN)/python -m benchmarks.drawing
 	$(BIN)/python -m benchmarks.readme
+
+docs: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" OMP_WAIT_POLICY=passive $(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+
+wheel: $(INSTALLED)
+	.ci/wheel
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

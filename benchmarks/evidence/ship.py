@@ -13,10 +13,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sasa.models.pretrained import read_facts
 from torchvision.datasets import FashionMNIST
 
 from sasa.models import shipped_weights
-from sasa.models.pretrained import read_facts
 from sasa.train import load_model
 from sasa.train.evaluate import evaluate
 from sasa.train.weights import save_weights
