@@ -219,11 +219,11 @@ class RelativeSelfAttention(ConvolutionLike):
 
         q·k starts small: it grows with the square of the input, which residual branches let grow.
 
-        With ``position="bias"`` the table itself holds -s |t - t_h|. Otherwise, without a strength, a bias or embeddings,
-        or with ``position_split="last_head"``, no head can look at a tap of its own in every pixel. Then q·k
-        and q·r start with variance 1 each for an input of variance 1, where the usual initialisation would give D: the
-        factor that scaled dot-product attention puts on the logits lies in W_Q (as in T5, arXiv 1910.10683). Half of
-        the queries' variance is their bias, if they have one.
+        With ``position="bias"`` the table itself holds -s |t - t_h|. Otherwise, without a strength, a bias or
+        embeddings, or with ``position_split="last_head"``, no head can look at a tap of its own in every pixel. Then
+        q·k and q·r start with variance 1 each for an input of variance 1, where the usual initialisation would give D:
+        the factor that scaled dot-product attention puts on the logits lies in W_Q (as in T5, arXiv 1910.10683). Half
+        of the queries' variance is their bias, if they have one.
         """
         scale = self.scale if abs(self.scale) >= _LEAST_SCALE else 1.0
         width = self.out_channels // self.num_heads
