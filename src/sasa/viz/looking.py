@@ -190,6 +190,8 @@ def look(network: nn.Module, image: Tensor) -> tuple[list[Seen], Any]:
 
 
 def _of_layer(name: str, layer: RelativeSelfAttention, x: Tensor) -> Seen:
+    if layer.border == "shift":
+        raise ValueError(f"network: windows that are moved can't be drawn yet, got border='shift' in layer {name}")
     qkv = layer.qkv(prepare(x, layer.in_channels, layer.qkv.weight if is_plain(layer.qkv) else None, layer.position))
     query, key, _ = split_heads(qkv, layer.num_heads)
     row, col = layer.row_embedding, layer.col_embedding
