@@ -328,9 +328,10 @@ struct Group {
     position_terms(block, x, q, q_stride);
     for (int r = 0; r < block.queries; ++r) {
       const Range rows = rows_taking(block, r);
+      const V* by_row = row_terms + r * offsets(p.rows) + first_offset(p.rows, block.y + r);
       V most = lowest;
       for (int64_t dy = rows.first; dy < rows.last; ++dy) {
-        const V row_term = row_terms[r * offsets(p.rows) + first_offset(p.rows, block.y + r) + dy];
+        const V row_term = by_row[dy];
         const V* col_term = col_terms + r * offsets(p.cols) + stored.first;
         V* logit = logits + r * call.taps + dy * pitch();
         for (int64_t dx = 0; dx < pitch(); ++dx) {

@@ -274,7 +274,7 @@ def test_export_runs_for_other_sizes():
         ({"kernel_size": "3"}, TypeError, r"kernel_size: expected an int or .*, got '3'"),
         ({"stride": 0}, ValueError, r"stride: expected .* at least 1, got 0"),
         ({"dilation": (1, -1)}, ValueError, r"dilation: expected .* at least 1, got \(1, -1\)"),
-        ({"border": "same"}, ValueError, r"border: expected one of 'zero', 'mask', 'valid', got 'same'"),
+        ({"border": "same"}, ValueError, r"border: expected one of 'zero', 'mask', 'valid', 'shift', got 'same'"),
         ({"position": "learned"}, ValueError, r"position: expected one of 'relative', .*, got 'learned'"),
         ({"position_split": "half"}, ValueError, r"position_split: expected one of 'per_head', .*, got 'half'"),
         ({"implementation": "cudnn"}, ValueError, r"implementation: expected None or one of .*, got 'cudnn'"),

@@ -125,8 +125,8 @@ BOTH = [
     *((name, "3", TypeError, f"{name}: {INTS}'3'") for name in ("kernel_size", "stride", "dilation")),
     ("kernel_size", None, TypeError, f"kernel_size: {INTS}None"),
     # choices
-    ("border", "same", ValueError, "border: expected one of 'zero', 'mask', 'valid', got 'same'"),
-    ("border", None, ValueError, "border: expected one of 'zero', 'mask', 'valid', got None"),
+    ("border", "same", ValueError, "border: expected one of 'zero', 'mask', 'valid', 'shift', got 'same'"),
+    ("border", None, ValueError, "border: expected one of 'zero', 'mask', 'valid', 'shift', got None"),
     # scale
     ("scale", float("nan"), ValueError, "scale: expected a finite number, got nan"),
     ("scale", float("inf"), ValueError, "scale: expected a finite number, got inf"),
@@ -208,3 +208,34 @@ def test_scale_may_be_an_int():
     query = torch.randn(1, 1, 2, 4, 4)
     expected = sasa.local_attention(query, query, query, 3, scale=2.0)
     assert torch.equal(sasa.local_attention(query, query, query, 3, scale=2), expected)
+
+
+MOVED = [
+    ({"dilation": 2}, "query: expected an image of at least 6x6 pixels, kernel_size times dilation, for "
+     "border='shift', got 5x6"),
+    ({"kernel_size": 6}, "query: expected an image of at least 6x6 pixels"),
+    ({"row_embedding": torch.zeros(2, 3, 3)}, "row_embedding: expected shape (heads, head width, 2 * kernel height - "
+     "1) = (2, 3, 5) to match query, kernel_size and border='shift', got (2, 3, 3)"),
+    ({"bias": torch.zeros(2, 3, 3)}, "bias: expected shape (heads, 2 * kernel height - 1, 2 * kernel width - 1) = "
+     "(2, 5, 5) to match query, kernel_size and border='shift', got (2, 3, 3)"),
+    ({"bias": torch.zeros(2, 5, 5), "border": "mask"}, "bias: expected shape (heads, kernel height, kernel width) = "
+     "(2, 3, 3) to match query and kernel_size, got (2, 5, 5)"),
+    ({"bias": torch.zeros(2, 5, 5, dtype=torch.float64)}, "bias: expected dtype torch.float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [None, "reference"])
+@pytest.mark.parametrize(("changed", "message"), MOVED, ids=[str(i) for i in range(len(MOVED))])
+def test_windows_that_are_moved_and_tables(changed, message, name):
+    query = torch.zeros(1, 2, 3, 5, 6)
+    options = {"kernel_size": 3, "border": "shift", "implementation": name} | changed
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sasa.local_attention(query, query, query, **options)
+
+
+def test_a_layer_names_an_image_that_is_smaller_than_its_window():
+    layer = sasa.RelativeSelfAttention(2, 4, 3, 2, border="shift", dilation=(1, 2))
+    assert layer(torch.zeros(1, 2, 3, 6)).shape == (1, 4, 3, 6)
+    for size in ((2, 6), (3, 5)):
+        with pytest.raises(ValueError, match=f"at least 3x6 pixels.*got {size[0]}x{size[1]}"):
+            layer(torch.zeros(1, 2, *size))

@@ -41,8 +41,8 @@ def images(count: int = 3, heads: int = 2, width: int = 3, size: tuple[int, int]
     return normal(count, 2, heads, width, *size).unbind(0)
 
 
-def embeddings(kernel_size, heads: int = 2, width: int = 3) -> dict[str, Tensor]:
-    kh, kw = pair(kernel_size)
+def embeddings(kernel_size, heads: int = 2, width: int = 3, border: str = "zero") -> dict[str, Tensor]:
+    kh, kw = (2 * k - 1 if border == "shift" else k for k in pair(kernel_size))
     return {"row_embedding": normal(heads, width, kh), "col_embedding": normal(heads, width, kw)}
 
 
@@ -60,7 +60,9 @@ borders = pytest.mark.parametrize("border", BORDERS)
 @geometries
 def test_weights_are_positive_and_sum_to_one(geometry, border):
     query, key, _ = images()
-    weights = sasa.local_attention_weights(query, key, border=border, **geometry, **embeddings(geometry["kernel_size"]))
+    weights = sasa.local_attention_weights(
+        query, key, border=border, **geometry, **embeddings(geometry["kernel_size"], border=border)
+    )
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(2), torch.ones_like(weights[:, :, 0]))
 
@@ -81,7 +83,7 @@ def test_window_of_one_returns_the_value(stride, border, attend):
     """With a single tap the weight is exactly 1, whatever the logit."""
     query, key, value = images()
     value = value.to(attend.dtype).double()
-    output = attend(query, key, value, 1, stride=stride, border=border, **embeddings(1))
+    output = attend(query, key, value, 1, stride=stride, border=border, **embeddings(1, border=border))
     sh, sw = pair(stride)
     assert torch.equal(output, value[..., ::sh, ::sw])
 
@@ -134,7 +136,7 @@ def test_shifting_the_image_shifts_the_output(shift, border, attend):
 @borders
 def test_flipping_image_and_embeddings_flips_the_output(border, attend):
     """An odd window is symmetric: mirrored columns, and their embeddings, mirror the output."""
-    tensors, kernel = images(), embeddings((3, 5))
+    tensors, kernel = images(), embeddings((3, 5), border=border)
     output = attend(*tensors, (3, 5), border=border, **kernel)
     kernel["col_embedding"] = kernel["col_embedding"].flip(2)
     close(attend, attend(*(x.flip(4) for x in tensors), (3, 5), border=border, **kernel), output.flip(4))
@@ -143,7 +145,7 @@ def test_flipping_image_and_embeddings_flips_the_output(border, attend):
 @borders
 @geometries
 def test_transposing_the_image_swaps_rows_and_columns(geometry, border, attend):
-    tensors, kernel = images(), embeddings(geometry["kernel_size"])
+    tensors, kernel = images(), embeddings(geometry["kernel_size"], border=border)
     swapped = {name: pair(x)[::-1] for name, x in geometry.items()}
     transposed = attend(
         *(x.mT for x in tensors),
@@ -159,7 +161,7 @@ def test_transposing_the_image_swaps_rows_and_columns(geometry, border, attend):
 def test_heads_and_images_are_independent(border, attend):
     """Permuted heads and images give the permuted output; one alone gives its own part."""
     heads, batch = [2, 0, 1], [1, 0]
-    tensors, kernel = images(heads=3), embeddings(3, heads=3)
+    tensors, kernel = images(heads=3), embeddings(3, heads=3, border=border)
     output = attend(*tensors, 3, border=border, **kernel)
     permuted = {name: x[heads] for name, x in kernel.items()}
     close(attend, attend(*(x[batch][:, heads] for x in tensors), 3, border=border, **permuted), output[batch][:, heads])
@@ -172,7 +174,9 @@ def test_heads_and_images_are_independent(border, attend):
 def test_valid_is_the_interior_and_mask_differs_at_the_border_only(kernel_size, dilation, attend):
     tensors, kernel = images(size=(9, 10)), embeddings(kernel_size)
     options = {"dilation": dilation, **kernel}
-    zero, mask, valid = (attend(*tensors, kernel_size, border=border, **options) for border in BORDERS)
+    zero, mask, valid = (
+        attend(*tensors, kernel_size, border=border, **options) for border in ("zero", "mask", "valid")
+    )
     before = [(k - 1) // 2 * dilation for k in pair(kernel_size)]
     inside = torch.zeros(zero.shape[3:], dtype=torch.bool)
     inside[before[0] : before[0] + valid.shape[3], before[1] : before[1] + valid.shape[4]] = True
@@ -186,7 +190,7 @@ def test_valid_is_the_interior_and_mask_differs_at_the_border_only(kernel_size, 
 @pytest.mark.parametrize("kernel_size", [3, 4, (2, 5)], ids=str)
 @pytest.mark.parametrize("stride", [2, 3, (1, 4)], ids=str)
 def test_stride_takes_a_subset_of_the_windows(stride, kernel_size, border, attend):
-    tensors, kernel = images(size=(8, 9)), embeddings(kernel_size)
+    tensors, kernel = images(size=(8, 9)), embeddings(kernel_size, border=border)
     sh, sw = pair(stride)
     every = attend(*tensors, kernel_size, border=border, **kernel)
     close(attend, attend(*tensors, kernel_size, border=border, stride=stride, **kernel), every[..., ::sh, ::sw])
@@ -206,7 +210,7 @@ def test_dilation_attends_within_each_residue(border, attend):
 def test_same_embedding_at_every_tap_changes_nothing(border, attend):
     """It adds the same to all logits of a window, outside taps included."""
     query, key, value = images()
-    constant = normal(2, 3, 1).expand(2, 3, 5)
+    constant = normal(2, 3, 1).expand(2, 3, 9 if border == "shift" else 5)
     output = attend(query, key, value, 5, border=border)
     close(attend, attend(query, key, value, 5, border=border, row_embedding=constant), output)
     close(attend, attend(query, key, value, 5, border=border, col_embedding=constant), output)
@@ -226,7 +230,7 @@ def test_same_embedding_at_every_tap_adds_to_the_keys(border):
 @borders
 def test_row_and_column_embeddings_trade_constants(border, attend):
     """A constant added to every row embedding may be taken from every column embedding."""
-    tensors, kernel, constant = images(), embeddings((3, 4)), normal(2, 3, 1)
+    tensors, kernel, constant = images(), embeddings((3, 4), border=border), normal(2, 3, 1)
     output = attend(*tensors, (3, 4), border=border, **kernel)
     traded = {"row_embedding": kernel["row_embedding"] + constant, "col_embedding": kernel["col_embedding"] - constant}
     close(attend, attend(*tensors, (3, 4), border=border, **traded), output)
@@ -235,14 +239,14 @@ def test_row_and_column_embeddings_trade_constants(border, attend):
 @borders
 def test_zero_embeddings_are_no_embeddings(border, attend):
     tensors = images()
-    zeros = {name: torch.zeros_like(x) for name, x in embeddings(3).items()}
+    zeros = {name: torch.zeros_like(x) for name, x in embeddings(3, border=border).items()}
     close(attend, attend(*tensors, 3, border=border, **zeros), attend(*tensors, 3, border=border))
 
 
 @borders
 def test_scale_multiplies_the_query(border, attend):
     query, key, value = images()
-    kernel = embeddings(3)
+    kernel = embeddings(3, border=border)
     scaled = attend(query, key, value, 3, border=border, scale=0.3, **kernel)
     close(attend, scaled, attend(0.3 * query, key, value, 3, border=border, **kernel))
 

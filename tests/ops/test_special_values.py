@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import BORDERS, Case, centres, offsets
+from oracles import BORDERS, Case, centres, moved, offsets
 from torch import Tensor
 
 import sasa
@@ -26,9 +26,11 @@ def windows_seeing(pixel: tuple[int, int], case: Case, centred: bool = False) ->
         size, kernel, stride, dilation = (
             x if isinstance(x, int) else x[axis] for x in (case.size, case.kernel_size, case.stride, case.dilation)
         )
-        reach = [0] if centred else offsets(kernel, dilation)
         middles = centres(size, kernel, stride, dilation, case.border)
-        seeing.append(torch.tensor([pixel[axis] - middle in reach for middle in middles]))
+        reach = [[0] if centred else offsets(kernel, dilation)] * len(middles)
+        if case.border == "shift" and not centred:
+            reach = [moved(middle, size, kernel, dilation) for middle in middles]
+        seeing.append(torch.tensor([pixel[axis] - middle in of for middle, of in zip(middles, reach, strict=True)]))
     return seeing[0][:, None] & seeing[1]
 
 

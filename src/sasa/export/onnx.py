@@ -59,8 +59,9 @@ def to_onnx(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a model in training mode, an example that the model doesn't take, an opset out of range, a network
-            whose code depends on its image's size with ``dynamic=True``, or one of more than 2 GB.
+        ValueError: a model in training mode, a layer with the border ``"shift"``, an example that the model doesn't
+            take, an opset out of range, a network whose code depends on its image's size with ``dynamic=True``, or one
+            of more than 2 GB.
         OSError: the path can't be written to.
         ImportError: onnx or onnxscript is not installed; both come with the extra ``export``.
     """
@@ -69,6 +70,10 @@ def to_onnx(
         raise ValueError(f"opset: expected an int from {OPSETS[0]} to {OPSETS[1]}, got {opset!r}")
     facts = as_text(metadata)
     path = checked(model, example, path, dynamic)
+    layers = [(name or type(layer).__name__, getattr(layer, "border", None)) for name, layer in model.named_modules()]
+    moved = [name for name, border in layers if border == "shift"]
+    if moved:
+        raise ValueError(f"model: border='shift' can't be exported to ONNX, got {moved[0]} with it")
     try:
         with torch.no_grad():
             program = torch.onnx.export(

@@ -90,7 +90,7 @@ class SasaResNet(
             raise ValueError(f"num_classes: expected an int of at least 0, got {num_classes!r}")
         checks.positive("in_chans", in_chans)
         checks.positive("num_heads", num_heads)
-        checks.choice("border", border, ("zero", "mask"))
+        checks.choice("border", border, ("zero", "mask", "shift"))
         if STEM_WIDTH % num_heads:
             raise ValueError(f"num_heads: expected a divisor of the {STEM_WIDTH} channels, got {num_heads}")
         if len(layers) != len(STAGES):

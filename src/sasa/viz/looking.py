@@ -190,6 +190,8 @@ def look(network: nn.Module, image: Tensor) -> tuple[list[Seen], Any]:
 
 
 def _of_layer(name: str, layer: RelativeSelfAttention, x: Tensor) -> Seen:
+    if layer.border == "shift":
+        raise ValueError(f"network: windows that are moved can't be drawn yet, got border='shift' in layer {name}")
     weight = layer.qkv.weight if is_plain(layer.qkv) else None
     qkv = layer.projected(prepare(x, layer.in_channels, weight, layer.position))
     query, key, _ = split_heads(qkv, layer.num_heads)
