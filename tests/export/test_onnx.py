@@ -263,6 +263,7 @@ def test_errors_name_the_argument(tmp_path):
         (ValueError, "example: expected images", lambda: to_onnx(layer, x[0], path)),
         (ValueError, "x: expected shape", lambda: to_onnx(layer, x[:, :3], path)),
         (ValueError, "opset: expected an int from 18 to 23, got 9", lambda: to_onnx(layer, x, path, opset=9)),
+        (ValueError, "opset: expected an int from 18 to 23, got 24", lambda: to_onnx(layer, x, path, opset=24)),
         (TypeError, "metadata: expected what JSON", lambda: to_onnx(layer, x, path, metadata={"a": object()})),
         (TypeError, "dynamic: expected True or False", lambda: to_onnx(layer, x, path, dynamic=1)),
         (IsADirectoryError, "path: expected a file", lambda: to_onnx(layer, x, tmp_path)),
