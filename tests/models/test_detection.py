@@ -116,7 +116,7 @@ def trained():
 
 
 def test_dense_is_the_detector_without_suppression(trained):
-    image = torch.rand(3, 64, 96)  # neither resized nor padded
+    image = torch.rand(3, 64, 90)  # not resized, but padded
     with torch.no_grad():
         found = trained([image])[0]
         boxes, scores = trained.dense()(image[None])
