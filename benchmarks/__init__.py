@@ -6,6 +6,7 @@ cases.py, registry.py                            what a case and a part are; all
 clock.py, verify.py                              time and memory of calls on a device; whether results are right
 run.py, worker.py, results.py, machine.py        the command; the process that measures; the files; the machine
 targets.py, tables.py, plots.py, readme.py       what should be reached; how the results are shown
+detection.py                                     memory of a detector's training step
 limits.py                                        what bounds the GPU's kernels, counted without a GPU
 scale.py                                         a model, nothing measured: training on many GPUs
 start.py, fine_tune/                             how converted networks start, and how a trained one is fine-tuned

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import limits, scale, tables
+from . import detection, limits, scale, tables
 from .fine_tune import report as fine_tuning
 from .machine import ROOT
 from .results import RESULTS, Results
@@ -29,6 +29,7 @@ def table(mark: str) -> str:
     """What belongs between ``<!-- … table -->`` and ``<!-- end -->``."""
     special: dict[str, Callable[[], tables.Listing]] = {
         "demo": lambda: tables.demo_table(json.loads((ROOT / "docs/demo/results.json").read_text())),
+        "detection": lambda: detection.listing(json.loads(detection.FILE.read_text())["cpu"]),
         "limits": lambda: limits.listing(json.loads(limits.FILE.read_text())),
         "scale": lambda: scale.listing(json.loads(scale.FILE.read_text())),
         "highlights": lambda: tables.highlights(Results(RESULTS, "cpu").found),

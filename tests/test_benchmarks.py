@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sasa
-from benchmarks import attention, layer, limits, networks, plots, readme, run, tables, worker
+from benchmarks import attention, detection, layer, limits, networks, plots, readme, run, tables, worker
 from benchmarks.cases import CONVOLUTION, MODES, PRECISIONS, Case, Device, Pace, Part, RefusedError
 from benchmarks.clock import CpuClock, EventClock, alternate, summarise, with_rate
 from benchmarks.machine import described, machine
@@ -467,3 +467,13 @@ def test_main_loops_are_the_innermost_of_the_first_that_take_exponentials():
     loops = [(5, 9), (10, 35), (20, 30), (40, 50), (60, 70)]
     assert limits.main_loops(code, loops, 1) == [(20, 30)]
     assert limits.main_loops(code, loops, 2) == [(20, 30), (40, 50)]
+
+
+def test_a_detectors_step_is_measured():
+    found = detection.measure({"backbone": "sasa_resnet14", "channels": 32, "num_classes": 2}, "cpu", side=64)
+    assert 0 < found["peak_gigabytes"] < 0.5 and found["parameters"] < 1
+    peers = {"convolution": found, "attention": found}
+    row = detection.listing({"peers": peers, "machine": json.loads(detection.FILE.read_text())["cpu"]["machine"]}).rows[
+        1
+    ]
+    assert row[0] == "attention" and row[-1] == "1.00"

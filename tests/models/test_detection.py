@@ -1,12 +1,14 @@
 """Detectors: what attends in them, what they learn from, the tables, files, compilation and export."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import sasa
 from sasa.cli import main
+from sasa.export import to_onnx
 from sasa.models.detection_tables import TABLE_2, detection_tables
 
 SMALL = {"num_classes": 3, "channels": 32, "kernel_size": 3, "num_heads": 4, "min_size": 64, "max_size": 96}
@@ -114,7 +116,7 @@ def trained():
 
 
 def test_dense_is_the_detector_without_suppression(trained):
-    image = torch.rand(3, 64, 96)  # neither resized nor padded
+    image = torch.rand(3, 64, 90)  # not resized, but padded
     with torch.no_grad():
         found = trained([image])[0]
         boxes, scores = trained.dense()(image[None])
@@ -151,6 +153,18 @@ def test_the_backbone_compiles_whole(trained):
             torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.slow
+def test_onnxruntime_finds_the_same(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    dense = detector("resnet14", min_size=32).eval().dense()
+    image = torch.rand(1, 3, 33, 47)
+    to_onnx(dense, image, tmp_path / "detector.onnx", dynamic=False, optimize=False)
+    session = onnxruntime.InferenceSession(tmp_path / "detector.onnx", providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        for ours, theirs in zip(dense(image), session.run(None, {"images": image.numpy()}), strict=True):
+            torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=1e-4, atol=1e-4)
+
+
 # --- the paper's table 2 ---
 
 
@@ -171,3 +185,4 @@ def test_the_command_prints_table_2(capsys):
     assert main(["tables", "--detection"]) == 0
     printed = capsys.readouterr().out
     assert "one image of 640x640" in printed and "FLOPs -39.4% (paper -39.0%)" in printed
+    assert printed in (Path(__file__).parents[2] / "docs/detection.md").read_text()

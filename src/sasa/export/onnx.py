@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._compat import size_is_bound
 from .._extras import check_installed, require
 from .._files import write_whole
+from ..ops import checks
 from .prepare import AXES, as_text, checked, size_error, two_or_more
 
 OPSETS = (18, 23)
@@ -38,6 +39,7 @@ def to_onnx(
     dynamic: bool = True,
     metadata: Mapping[str, Any] | None = None,
     opset: int = 18,
+    optimize: bool = True,
 ) -> None:
     """Write a network as an ONNX file, of standard operators that every runtime has.
 
@@ -52,6 +54,8 @@ def to_onnx(
         dynamic: whether batch, height and width may be others when the file is run.
         metadata: facts to keep in the file's ``metadata_props``: text as it is, all else as JSON.
         opset: version of ONNX's operators, 18 to 23.
+        optimize: whether PyTorch's exporter simplifies the graph. That takes minutes where many attention layers are
+            called, as in detectors; runtimes simplify it again when they load it.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -74,6 +78,7 @@ def to_onnx(
                 dynamic_shapes=(AXES,) if dynamic else None,
                 input_names=["images"],
                 opset_version=opset,
+                optimize=checks.flag("optimize", optimize),
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:

@@ -174,6 +174,8 @@ class DenseDetector(nn.Module):
         detector = self.detector
         height, width = images.shape[-2:]
         x = detector.transform.normalize(images)
+        multiple = detector.transform.size_divisible  # padded as the detector pads: the strides of anchors depend on it
+        x = nn.functional.pad(x, (0, -width % multiple, 0, -height % multiple))
         levels = list(detector.backbone(x).values())
         found = detector.head(levels)
         anchors = detector.anchor_generator(ImageList(x, [(height, width)]), levels)[0]
