@@ -186,7 +186,7 @@ def test_bad_voc_files_are_counted(voc_folder):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         source = open_boxes(voc_folder)
-    assert (len(source.train), len(source.val)) == (2, 2)
+    assert (len(source.train), len(source.val), source.skipped) == (2, 2, 2)
     said = "\n".join(str(one.message) for one in warned)
     for count, kind in (
         (2, problems.NO_ANNOTATION),

@@ -71,4 +71,4 @@ class Detector(Trained):
         measured = self.precision_metric.compute()
         self.precision_metric.reset()
         for name, own in SUMMARY.items():
-            self.log(f"val_{name}", measured[own].float(), prog_bar=name == "ap")
+            self.log(f"val_{name}", measured[own].float(), prog_bar=name == "ap", sync_dist=True)

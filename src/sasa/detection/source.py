@@ -13,6 +13,7 @@ from torch import Tensor
 from ..train.errors import DataError
 from ..train.images import UnreadableImage, read_image
 from .coco import AnnotatedImage, Annotations, check_coco, read_coco
+from .problems import NO_ANNOTATION, NO_FILE
 from .voc import voc_to_coco
 
 Target = dict[str, Tensor]
@@ -106,7 +107,9 @@ def open_boxes(folder: Path | None, strict: bool = False) -> BoxSource:
         raise DataError(f"data: expected annotations (COCO) or Annotations (Pascal VOC) in {folder}, found neither")
     classes = list(train.categories.values())
     sets = BoxedImages(train.images, training=True), BoxedImages(val.images)
-    return BoxSource(*sets, classes, list(train.categories))
+    kinds = (NO_FILE, NO_ANNOTATION)
+    skipped = sum(part.problems.counts.get(kind, 0) for part in (train, val) for kind in kinds)
+    return BoxSource(*sets, classes, list(train.categories), skipped=skipped)
 
 
 def _coco(folder: Path, strict: bool) -> tuple[Annotations, Annotations]:

@@ -161,7 +161,9 @@ def check_same_recipe(out: Path, recipe: Recipe) -> None:
         OptionError: something that changes the result is another; the message names it and both values.
         OutputError: it isn't known what the run was begun with.
     """
-    before, now = _read_json(out / RECIPE), json.loads(json.dumps(recipe.as_dict()))
+    # An option that the run's version of this package didn't have was at what is now its default.
+    before = json.loads(json.dumps(Recipe().as_dict())) | _read_json(out / RECIPE)
+    now = json.loads(json.dumps(recipe.as_dict()))
     changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
     if changed:
         listed = "; ".join(f"{name}: {before.get(name)!r} then, {now[name]!r} now" for name in changed)

@@ -196,7 +196,7 @@ class Rows:
         ):
             if not reason and not all(map(math.isfinite, row)):
                 reason = "the network's output is not finite"
-            guesses: list[str] = [g for n, p in zip(labels, row, strict=True) for g in (self.classes[n], f"{p:.6f}")]
+            guesses: Any = [g for n, p in zip(labels, row, strict=True) for g in (self.classes[n], f"{p:.6f}")]
             yield [name, *([""] * len(guesses) if reason else guesses), reason]
 
     def write(self, out: Path) -> int:
