@@ -145,7 +145,7 @@ SUBSETS = [subset for count in range(1, 5) for subset in itertools.combinations(
 @pytest.mark.parametrize("needed", SUBSETS, ids="-".join)
 def test_only_what_requires_a_gradient_gets_one(needed, attend):
     """First and second derivatives are those found when all tensors require them."""
-    case = Case(size=(3, 4), kernel_size=(2, 3))
+    case = Case(size=(3, 4), kernel_size=(2, 3), embeddings="all")
 
     def first_and_second(tensors: dict[str, Tensor]) -> None:
         wanted = {name: x for name, x in tensors.items() if x.requires_grad}
@@ -203,7 +203,7 @@ def test_pixels_no_window_uses_get_a_gradient_of_zero(border, attend):
 def test_log_sum_exp_carries_no_gradient(implementation):
     if not implementation.has_operator:
         pytest.skip("the equation returns none")
-    tensors = leaves(Case())
+    tensors = leaves(Case(embeddings="all"))
     given = [tensors[name].to(implementation.device, implementation.precise) for name in NAMES]
     options = (*(pair(x) for x in (3, 1, 1)), "zero", 1.0, implementation.name)
     output, lse = _Attention.apply(LOCAL, options, *given)

@@ -222,8 +222,8 @@ def test_same_embedding_at_every_tap_adds_to_the_keys(border):
     query, key, value = images()
     row = normal(2, 3, 1)
     options = [(1, 3), (1, 1), (1, 1), border, 0.5, None]
-    _, embedded = torch.ops.sasa.local_attention(query, key, value, row, None, *options)
-    _, added = torch.ops.sasa.local_attention(query, key + row[:, :, :, None], value, None, None, *options)
+    _, embedded = torch.ops.sasa.local_attention(query, key, value, row, None, None, *options)
+    _, added = torch.ops.sasa.local_attention(query, key + row[:, :, :, None], value, None, None, None, *options)
     torch.testing.assert_close(embedded, added)
 
 

@@ -100,7 +100,7 @@ def test_when_none_can_it_says_so(used, monkeypatch):
 @pytest.mark.parametrize("operator", ["local_attention", "local_attention_backward"])
 def test_the_equation_has_no_operator(operator):
     x, lse = torch.zeros(1, 1, 2, 3, 3), torch.zeros(1, 1, 3, 3)
-    tensors = (x, x, x, None, None) if operator == "local_attention" else (x, x, x, x, None, None, lse)
+    tensors = (x, x, x, None, None, None) if operator == "local_attention" else (x, x, x, x, None, None, None, lse)
     with pytest.raises(ValueError, match="implementation: 'reference' is the equation, which has no operator"):
         getattr(torch.ops.sasa, operator)(*tensors, (3, 3), (1, 1), (1, 1), "zero", 1.0, "reference")
 

@@ -97,7 +97,7 @@ def test_layouts_are_recognised():
 def test_tiles_are_powers_of_two_that_tensor_cores_take(kernel, width):
     x = torch.zeros(1, 2, width, 20, 20, dtype=torch.bfloat16)
     geometry = window(20, 20, (kernel, kernel), (1, 1), (1, 1), "zero")
-    what = launch.problem_of(x, x, x, x, None, None, geometry)
+    what = launch.problem_of(x, x, x, x, None, None, None, geometry)
     assert what.tensor_cores
     for name, small, cores in itertools.product(tiles.HALO_TILES, (False, True), (False, True)):
         found = tiles.tiles_of(name, what._replace(tensor_cores=cores), small)
@@ -119,8 +119,8 @@ def test_tf32_only_where_pytorch_was_allowed_it(monkeypatch):
         def __getattr__(self, name):
             return torch.device("cuda") if name == "device" else getattr(x, name)
 
-    allowed = launch.problem_of(OnGpu(), x, x, x, None, None, geometry)
+    allowed = launch.problem_of(OnGpu(), x, x, x, None, None, None, geometry)
     assert (allowed.precision, allowed.tensor_cores) == ("tf32", True)
     monkeypatch.setattr(launch, "_allows_tf32", lambda: False)
-    strict = launch.problem_of(OnGpu(), x, x, x, None, None, geometry)
+    strict = launch.problem_of(OnGpu(), x, x, x, None, None, None, geometry)
     assert (strict.precision, strict.tensor_cores) == ("ieee", False)

@@ -367,7 +367,15 @@ def attend_in_equal_blocks(
     options = num_heads, (reach, reach)
     if qk is None or value is None:
         return attend(
-            blocks.permute(0, 3, 1, 2), None, None, None, None, *options, border="mask", implementation=implementation
+            blocks.permute(0, 3, 1, 2),
+            None,
+            None,
+            None,
+            None,
+            None,
+            *options,
+            border="mask",
+            implementation=implementation,
         )
     mixtures = mixture.shape[1]
     place = mixture_weights(row[:, :height], col[:, :width], mixture).to(blocks.dtype).flatten(0, 1)

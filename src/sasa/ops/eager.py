@@ -90,11 +90,9 @@ def backward(
         dk = _spread(ds_NKhwB, q, window)
         dq = _weighted_sum(ds_NKhwB, k, window)
         if row is not None and grad_row is not None:
-            ds_NthwB = _by_offset(ds_NyxhwB.sum(2), 1, 2, window.rows)
-            _embedding_gradients(row, ds_NthwB, _first(q, row), _first(dq, row), grad_row)
+            _embedding_gradients(row, ds_NyxhwB.sum(2), _first(q, row), _first(dq, row), grad_row, window.rows, 2)
         if col is not None and grad_col is not None:
-            ds_NthwB = _by_offset(ds_NyxhwB.sum(1), 1, 3, window.cols)
-            _embedding_gradients(col, ds_NthwB, _last(q, col), _last(dq, col), grad_col)
+            _embedding_gradients(col, ds_NyxhwB.sum(1), _last(q, col), _last(dq, col), grad_col, window.cols, 3)
 
         grad_q = q.new_zeros((*q.shape[:2], window.rows.size, window.cols.size, q.shape[-1]))
         _at_centres(grad_q, window).copy_(dq)
@@ -111,8 +109,19 @@ def backward(
     )
 
 
-def _embedding_gradients(embedding: Tensor, ds_NthwB: Tensor, q: Tensor, dq: Tensor, gradient: Tensor) -> None:
-    """Adds an embedding's part to its channels of the queries' gradient, and to its own."""
+def _embedding_gradients(
+    embedding: Tensor, ds_NthwB: Tensor, q: Tensor, dq: Tensor, gradient: Tensor, axis: Axis, pixel: int
+) -> None:
+    """Adds an embedding's part to its channels of the queries' gradient, and to its own; ``pixel`` is the dimension of
+    the axis' windows.
+    """
+    if axis.shifted:  # by taps: what is not finite at an offset reaches only the queries that have it
+        ds_Ntpm, q_NDpm = (x.movedim(pixel, 2).flatten(3) for x in (ds_NthwB, q))
+        taps_NDtp = embedding[..., axis.offsets_of_taps(q.device)]
+        part = torch.einsum("ndtp,ntpm->ndpm", taps_NDtp, ds_Ntpm)
+        dq.movedim(pixel, 2).add_(part.view_as(dq.movedim(pixel, 2)))
+        gradient += _by_offset(torch.einsum("ndpm,ntpm->ndtp", q_NDpm, ds_Ntpm), 2, 3, axis).sum(3)
+        return
     dq += (embedding @ ds_NthwB.flatten(2)).view_as(dq)
     gradient += q.flatten(2) @ ds_NthwB.flatten(2).mT
 
