@@ -31,7 +31,7 @@ def evaluate(
     """Measure a trained network's accuracy on validation images, each counted once over all processes.
 
     Args:
-        weights: model.safetensors of a run.
+        weights: model.safetensors of a run, or clothing or fashion_mnist, which ship with the package.
         data: folder of images, as for sasa train; its validation part is taken. Left out: the packaged images.
         out: JSON file to write the figures to.
         batch_size: images a batch, over all processes together.
@@ -66,6 +66,8 @@ def evaluate(
         check_folder(out.parent, overwrite=True)
     network, facts = trained(weights)
     source = open_source(data, strict)
+    if source.classes == [str(label) for label in range(len(facts["classes"]))]:
+        source = source._replace(classes=list(facts["classes"]))  # IDX files have numbers, not names
     if list(facts["classes"]) != source.classes or facts["in_chans"] != source.channels:
         raise DataError(
             f"data: expected the {len(facts['classes'])} classes that the network was trained on "

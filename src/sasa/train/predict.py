@@ -19,6 +19,7 @@ from .checkpoints import alone_in
 from .errors import DataError, OptionError, OutputError
 from .recipe import Precision, Recipe
 
+TRAINED = Path("runs/train/model.safetensors")
 ANY_NAME: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 PATIENCE = 5.0  # seconds to wait for another predict that is about to end
 
@@ -26,7 +27,7 @@ PATIENCE = 5.0  # seconds to wait for another predict that is about to end
 def predict(
     images: Path,
     out: Path,
-    weights: Path = Path("runs/train/model.safetensors"),
+    weights: Path | None = None,
     top_k: int = 5,
     batch_size: int = 256,
     workers: int = 0,
@@ -45,7 +46,8 @@ def predict(
         images: folder; images anywhere below it are taken, in order of their paths. Hidden and system folders are
             skipped; links are followed, and every real folder is read once.
         out: CSV file to write.
-        weights: model.safetensors of a run.
+        weights: model.safetensors of a run, or clothing or fashion_mnist, which ship with the package. Left out:
+            runs/train/model.safetensors if there is one, else clothing.
         top_k: classes an image; all, where there are fewer.
         batch_size: images a batch, for each process.
         workers: processes that load images, for each process; 0 loads in it.
@@ -67,6 +69,7 @@ def predict(
     from rich.console import Console
     from torch.utils.data import DataLoader
 
+    from ..models.pretrained import find_weights
     from .batch import collate
     from .evaluate import trained
     from .fit import quiet
@@ -75,7 +78,12 @@ def predict(
     from .transforms import fit_transform, normalise
     from .walk import IMG_EXTENSIONS, walk
 
+    console = Console(stderr=True)
+    if weights is None:
+        weights = TRAINED if TRAINED.is_file() else Path("clothing")
+        console.print(f"weights: {weights}", highlight=False, soft_wrap=True)
     network, facts = trained(weights)
+    weights = find_weights(weights)
     classes = facts["classes"]
     if top_k < 1:
         raise OptionError(f"top_k: expected at least 1, got {top_k}")
@@ -102,7 +110,7 @@ def predict(
         table = Rows(parts, classes, top_k)
         done = {row[0] for row in table}
         if done and processes.first:
-            Console(stderr=True).print(f"resuming: {len(done):,} images are done already", highlight=False)
+            console.print(f"resuming: {len(done):,} images are done already", highlight=False)
         size = facts["image_size"]
         fit, shape = fit_transform(size, facts["crop_pct"]), (facts["in_chans"], size, size)
         unread = UnreadImages(images, done, fit, shape, batch_size, processes)

@@ -14,6 +14,7 @@ from torch import nn
 
 from .._files import write_whole
 from ..models import MODELS, create_model
+from ..models.pretrained import find_weights
 
 LARGEST = 10_000
 """Side in pixels of images that a weights file may ask for."""
@@ -28,6 +29,9 @@ def save_weights(network: nn.Module, path: Path, facts: dict[str, Any]) -> None:
 def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network in ``model.safetensors``, in evaluation mode, and its facts. Nothing else is read.
 
+    Args:
+        path: the file, or the name of weights that ship with the package: clothing, fashion_mnist.
+
     Returns:
         The network, and a dict of ``model``, ``model_options``, ``classes``, ``in_chans``, ``image_size``,
         ``crop_pct``, ``mean`` and ``std``.
@@ -37,6 +41,7 @@ def load_model(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
             the network, or NaN or infinity in them.
         FileNotFoundError: no such file.
     """
+    path = find_weights(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             facts = {name: json.loads(fact) for name, fact in (file.metadata() or {}).items() if name != "format"}
