@@ -2,7 +2,8 @@
 
     python -m benchmarks.evidence.ship --work runs/evidence
 
-Of the plans ``weights-*-long`` where they are done. Writes the weights and figures.json beside them; the card beside both, README.md, has its words by hand.
+Those of the plans ``weights-*-long`` where they are done. Writes the weights and figures.json beside them; the card
+beside both, README.md, has its words by hand.
 """
 
 from __future__ import annotations
