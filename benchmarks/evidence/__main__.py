@@ -27,6 +27,8 @@ ORDER = (
     "data-2000",
     "data-10000",
     "data-20000",
+    "weights-fashion-long",
+    "weights-clothing-long",
     "ablations-cifar",
     "embeddings-fashion",
     "smoothing-fashion",

@@ -22,5 +22,5 @@ def name_of(options: dict[str, Any]) -> str:
     for name, own in NETWORKS.items():
         if rest == own:
             return name
-    own = {key: value for key, value in rest.items() if ATTENTION.get(key) != value}
+    own = {key: value for key, value in rest.items() if (key, value) not in ATTENTION.items()}
     return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items())

@@ -9,12 +9,13 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sasa.study.gather import welch
+from sasa.study.machine import machine_line
 
-from ..machine import ROOT, described
-from ..plots import CONVOLUTIONS, OURS, new_figure
+from ..machine import ROOT
+from ..plots import CONVOLUTIONS, OURS
 from ..tables import Listing, markdown
 from .networks import NETWORKS, name_of
 
@@ -23,6 +24,9 @@ PICTURES = ROOT / "docs/evidence"
 NAMES = {"fashion": "Fashion-MNIST", "cifar": "CIFAR-10"}
 BASE = "convolution stem + attention"
 """What the variants are variants of."""
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Cell = dict[str, Any]
 
@@ -193,7 +197,7 @@ def table(name: str) -> str:
 
 def draw_networks(path: Path) -> None:
     """Accuracy against FLOPs and against parameters."""
-    figure = new_figure("Attention and convolution on 5,000 images", _machine(), 6.4)
+    figure = new_figure("Attention and convolution on 5,000 images", 6.4)
     panels = figure.subplots(2, 2, sharey="row")
     shades = dict(zip(NETWORKS, (CONVOLUTIONS, "tab:olive", OURS, "tab:purple"), strict=True))
     for row, (images, title) in zip(panels, NAMES.items(), strict=True):
@@ -217,7 +221,7 @@ AXES = ("MFLOPs an image", "thousands of parameters")
 
 def draw_variants(path: Path) -> None:
     """Every variant's difference from the base, with 95 % intervals."""
-    figure = new_figure(f"Variants of {BASE}: points more or less", _machine(), 5.6)
+    figure = new_figure(f"Variants of {BASE}: points more or less", 5.6)
     panel = figure.subplots()
     names: dict[str, None] = {}
     for shift, (images, title) in enumerate(NAMES.items()):
@@ -243,7 +247,7 @@ def draw_variants(path: Path) -> None:
 
 def draw_data(path: Path) -> None:
     """Accuracy by number of images."""
-    figure = new_figure("Fashion-MNIST: about 800 steps on more or fewer images", _machine(), 3.8)
+    figure = new_figure("Fashion-MNIST: about 800 steps on more or fewer images", 3.8)
     panel = figure.subplots()
     for name, shade, mark in (("convolution", CONVOLUTIONS, "s--"), (BASE, OURS, "o-")):
         own = {size: found[name] for size, study in SIZES.items() if name in (found := cells(study))}
@@ -258,8 +262,14 @@ def draw_data(path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _machine() -> dict[str, Any]:
-    return (read("cost") or {})["machine"]
+def new_figure(title: str, height: float) -> Figure:
+    """An empty figure that names what was trained and where."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, height), layout="constrained")
+    where = (read("fashion") or {"machines": []})["machines"]
+    figure.suptitle("\n".join((title, *map(machine_line, where[:1]))), fontsize=10)
+    return figure
 
 
 def main() -> None:
@@ -267,7 +277,7 @@ def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     for name, draw in (("networks", draw_networks), ("variants", draw_variants), ("data", draw_data)):
         draw(PICTURES / f"{name}.png")
-    print(f"wrote {PICTURES} ({described(_machine())})")
+    print(f"wrote {PICTURES}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ def explore(images: Sequence[Path] = (), weights: Path | None = None, save: Path
 
     Args:
         images: images, or folders of them; left out, some of the packaged ones.
-        weights: model.safetensors of a run of sasa train; left out, that of sasa demo in runs/demo if there is one,
-            else an untrained network.
+        weights: model.safetensors of a run of sasa train, or clothing or fashion_mnist, which ship with the package;
+            left out, that of sasa demo in runs/demo if there is one, else fashion_mnist.
         save: HTML file to write the page to, which needs no server. Without it a server on this machine alone shows the
             page, takes images too, and runs until Ctrl-C.
         port: of the server; 0 finds a free one.

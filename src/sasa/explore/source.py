@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..models import create_model
 from ..train.errors import DataError
 from ..train.evaluate import trained
 from ..train.images import read_image
@@ -23,8 +21,8 @@ from ..viz.page import about_stems
 from ..viz.payload import image_payload
 
 DEMO = Path("runs/demo/sasa_resnet14/model.safetensors")
+SHIPPED = Path("fashion_mnist")  # weights of the package, which also has such images
 MOST_IMAGES = 24
-_UNTRAINED = "sasa_resnet14"
 
 
 @dataclass
@@ -80,26 +78,15 @@ class Network:
 
 
 def find_network(weights: Path | None) -> Network:
-    """The network in a file; without one, that of ``make demo``, or an untrained one, and a note that says so.
+    """The network in a file; without one, that of ``make demo``, or the package's for Fashion-MNIST.
 
     Raises:
         DataError: no network in the file, or no attention layer in the network.
     """
-    note = ""
-    if weights is None and DEMO.is_file():
-        weights = DEMO
-    if weights is None:
-        torch.manual_seed(0)
-        images = open_source(None)
-        model = create_model(_UNTRAINED, len(images.classes), images.channels).eval()
-        facts = {"model": _UNTRAINED, "classes": images.classes, "in_chans": images.channels, "image_size": 28}
-        facts |= {"crop_pct": 1.0, "mean": images.mean, "std": images.std}
-        note = "This network is untrained: what it sees is how it starts. Train one with sasa demo, or give --weights."
-    else:
-        model, facts = trained(weights)
+    model, facts = trained(weights or (DEMO if DEMO.is_file() else SHIPPED))
     if not any(isinstance(module, Layer) for module in model.modules()):
         raise DataError(f"weights: expected a network with attention layers, {facts['model']} has none")
-    return Network(model, facts, " ".join(filter(None, (note, about_stems(model)))))
+    return Network(model, facts, about_stems(model))
 
 
 def find_images(network: Network, paths: Sequence[Path]) -> tuple[list[Shown], list[str]]:

@@ -32,7 +32,7 @@ def export_weights(
     """Export a trained network, with the facts needed to use it: classes, mean and std of the images, their size.
 
     Args:
-        weights: model.safetensors of a run of sasa train
+        weights: model.safetensors of a run of sasa train, or the name of weights of the package
         to: onnx; program, for torch.export.load; or aoti, a package compiled for this kind of machine
         out: file to write
         dynamic: let batch, height and width vary

@@ -13,6 +13,7 @@ for _module in ("timm", "safetensors", "huggingface_hub"):
 from .create import create_model  # noqa: E402
 from .flops import count_flops  # noqa: E402
 from .presets import MODELS, SmallResNetSize  # noqa: E402
+from .pretrained import shipped_weights  # noqa: E402
 from .sasa_resnet import SasaResNet  # noqa: E402
 from .small_resnet import SmallResNet  # noqa: E402
 
@@ -28,6 +29,7 @@ __all__ = [
     "count_flops",
     "create_model",
     "retinanet",
+    "shipped_weights",
 ]
 
 _DETECTION = ("SasaRetinaNet", "retinanet")

@@ -29,7 +29,7 @@ def attention_layer(
     kernel_size: int,
     num_heads: int,
     strength: float | None = STRENGTH,
-    **options: str,
+    **options: Any,
 ) -> nn.Module:
     """Local self-attention; in the place of a stride, of every pixel and then averaged."""
     layer = RelativeSelfAttention(in_channels, out_channels, kernel_size, num_heads, pool=stride, **options)
@@ -146,6 +146,7 @@ class SmallResNet(nn.Module):
                 pool=nn.MaxPool2d(2, ceil_mode=True),
             )
         )
+        self.num_classes = num_classes
         channels = size.stem_width
         stages: list[tuple[str, nn.Module]] = []
         for index, (blocks, width) in enumerate(zip(size.blocks, size.widths, strict=True), start=1):
@@ -159,6 +160,15 @@ class SmallResNet(nn.Module):
         self.stages = nn.Sequential(OrderedDict(stages))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer, as timm's networks give it."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the last layer by a fresh one of so many classes."""
+        self.num_classes = checks.positive("num_classes", num_classes)
+        self.fc = nn.Linear(self.fc.in_features, num_classes).to(self.fc.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the classes."""

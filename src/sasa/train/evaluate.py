@@ -33,7 +33,7 @@ def evaluate(
     Of a detector, COCO's table of average precisions.
 
     Args:
-        weights: model.safetensors of a run.
+        weights: model.safetensors of a run, or clothing or fashion_mnist, which ship with the package.
         data: folder of images, as for sasa train; its validation part is taken. Left out: the packaged images.
         out: JSON file to write the figures to.
         batch_size: images a batch, over all processes together.
@@ -68,6 +68,8 @@ def evaluate(
     network, facts = trained(weights)
     task = task_of(facts["model"])
     source = task.open(data, strict)
+    if source.classes == [str(label) for label in range(len(facts["classes"]))]:
+        source = source._replace(classes=list(facts["classes"]))  # IDX files have numbers, not names
     if list(facts["classes"]) != source.classes or facts["in_chans"] != source.channels:
         raise DataError(
             f"data: expected the {len(facts['classes'])} classes that the network was trained on "

@@ -22,6 +22,7 @@ from .checkpoints import alone_in
 from .errors import DataError, OptionError, OutputError
 from .recipe import Precision, Recipe
 
+TRAINED = Path("runs/train/model.safetensors")
 ANY_NAME: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 PATIENCE = 5.0  # seconds to wait for another predict that is about to end
 
@@ -29,7 +30,7 @@ PATIENCE = 5.0  # seconds to wait for another predict that is about to end
 def predict(
     images: Path,
     out: Path,
-    weights: Path = Path("runs/train/model.safetensors"),
+    weights: Path | None = None,
     top_k: int = 5,
     pictures: Path | None = None,
     threshold: float = 0.5,
@@ -54,7 +55,8 @@ def predict(
         images: folder; images anywhere below it are taken, in order of their paths. Hidden and system folders are
             skipped; links are followed, and every real folder is read once.
         out: CSV file to write, or JSON with a detector.
-        weights: model.safetensors of a run.
+        weights: model.safetensors of a run, or clothing or fashion_mnist, which ship with the package. Left out:
+            runs/train/model.safetensors if there is one, else clothing.
         top_k: classes an image; all, where there are fewer. A detector has no use for it.
         pictures: folder to write the images to with a detector's boxes drawn, each as PATH.png.
         threshold: score of the boxes that are drawn, at least; all are in the results.
@@ -78,6 +80,7 @@ def predict(
     from rich.console import Console
     from torch.utils.data import DataLoader
 
+    from ..models.pretrained import find_weights
     from .evaluate import trained
     from .fit import quiet
     from .launch import find_processes, make_trainer
@@ -85,7 +88,12 @@ def predict(
     from .task import task_of
     from .walk import IMG_EXTENSIONS, walk
 
+    console = Console(stderr=True)
+    if weights is None:
+        weights = TRAINED if TRAINED.is_file() else Path("clothing")
+        console.print(f"weights: {weights}", highlight=False, soft_wrap=True)
     network, facts = trained(weights)
+    weights = find_weights(weights)
     if top_k < 1:
         raise OptionError(f"top_k: expected at least 1, got {top_k}")
     top_k = min(top_k, len(facts["classes"]))
@@ -114,7 +122,7 @@ def predict(
         _check_same_rows(parts, weights, top_k, images, processes.first)
         done = {row[0] for row in table}
         if done and processes.first:
-            Console(stderr=True).print(f"resuming: {len(done):,} images are done already", highlight=False)
+            console.print(f"resuming: {len(done):,} images are done already", highlight=False)
         unread = UnreadImages(images, done, fit, shape, batch_size, processes)
         loader = DataLoader(unread, batch_size, num_workers=workers, collate_fn=task.data.collate)
         with quiet():

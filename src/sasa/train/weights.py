@@ -14,6 +14,7 @@ from torch import nn
 
 from .._files import write_whole
 from ..models import MODELS, create_model
+from ..models.pretrained import find_weights
 from .recipe import DETECTORS
 
 LARGEST = 10_000
@@ -30,7 +31,7 @@ def load_model(path: Path | str, *, detectors: bool = False) -> tuple[nn.Module,
     """The trained network in ``model.safetensors``, in evaluation mode, and its facts. Nothing else is read.
 
     Args:
-        path: of the file.
+        path: the file, or the name of weights that ship with the package: clothing, fashion_mnist.
         detectors: whether a detector is taken too.
 
     Returns:
@@ -42,6 +43,7 @@ def load_model(path: Path | str, *, detectors: bool = False) -> tuple[nn.Module,
             the network, or NaN or infinity in them.
         FileNotFoundError: no such file.
     """
+    path = find_weights(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             facts = {name: json.loads(fact) for name, fact in (file.metadata() or {}).items() if name != "format"}
