@@ -28,7 +28,7 @@ def test_the_code_runs_and_prints_what_the_page_says(page, capsys):
     assert capsys.readouterr().out == printed
 
 
-PACKAGES = ["sasa", "sasa.models", "sasa.train", "sasa.study", "sasa.viz", "sasa.export"]
+PACKAGES = ["sasa", "sasa.models", "sasa.detection", "sasa.train", "sasa.study", "sasa.viz", "sasa.export"]
 NOT_SHOWN = {"MODELS", "SmallResNetSize", "StudyError", "TrainingsFailed"}
 
 
