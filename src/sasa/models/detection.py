@@ -191,8 +191,9 @@ def retinanet(
     """RetinaNet with fresh parameters: ``SasaRetinaNet(backbone, heads, num_classes, **options)``.
 
     Example:
-        >>> detector = sasa.models.retinanet("sasa_resnet50", heads="attention", num_classes=91)
-        >>> detector.eval()([torch.rand(3, 480, 640), torch.rand(3, 333, 500)])[0]["boxes"].shape
+        >>> detector = sasa.models.retinanet("sasa_resnet14", heads="attention", num_classes=3)
+        >>> sorted(detector.eval()([torch.rand(3, 64, 96), torch.rand(3, 50, 61)])[0])
+        ['boxes', 'labels', 'scores']
     """
     return SasaRetinaNet(backbone, heads, num_classes, **options)
 
