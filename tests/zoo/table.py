@@ -17,11 +17,11 @@ INTRODUCTION = """# Converted networks
 segmentation_models_pytorch and monai, all with random weights. Each network is tested in two ways:
 
 1. `sasa.convert(network, kernel_size=3, num_heads=4)`: outputs of the same sizes, for two image sizes unless the
-   network supports only one; a training step with a finite loss and finite gradients; evaluation; a state dict that a second
-   conversion loads strictly and with which it computes the same bits. If nothing can be converted with these options,
-   `grouped=True`, and then `stem=True`, are added; the column "with" lists them.
-2. `sasa.convert(network, keep_function=True)`: outputs within 10⁻⁴ of the original network's, relative to the largest. Some
-   networks with random weights amplify rounding beyond that; they are compared in float64 and marked.
+   network supports only one; a training step with a finite loss and finite gradients; evaluation; a state dict that a
+   second conversion loads strictly and with which it computes the same bits. If nothing can be converted with these
+   options, `grouped=True`, and then `stem=True`, are added; the column "with" lists them.
+2. `sasa.convert(network, keep_function=True)`: outputs within 10⁻⁴ of the original network's, relative to the largest.
+   Some networks with random weights amplify rounding beyond that; they are compared in float64 and marked.
 
 A network is *refused* if nothing in it can be converted; `convert` then raises an error.
 See [how to convert your own network](converting.md).
