@@ -11,20 +11,20 @@ FILE, PAGE = ROOT / "docs/zoo.json", ROOT / "docs/zoo.md"
 
 Results = dict[str, dict[str, Any]]
 
-INTRODUCTION = """# Networks that have been converted
+INTRODUCTION = """# Converted networks
 
-`make zoo` takes the smallest network of every convolutional family of timm, networks of torchvision,
-segmentation_models_pytorch and monai, all with random weights, and does with each:
+`make zoo` takes the smallest network of every convolutional family of timm, and networks from torchvision,
+segmentation_models_pytorch and monai, all with random weights. Each network is tested in two ways:
 
-1. `sasa.convert(network, kernel_size=3, num_heads=4)`: outputs of the same sizes, for two sizes of image unless the
-   network has only one; a training step with a finite loss and finite gradients; evaluation; a state dict that a second
-   conversion loads strictly, and then computes the same bits. Where that leaves nothing to convert, `grouped=True`, and
-   then `stem=True`, are added: "with" says so.
-2. `sasa.convert(network, keep_function=True)`: outputs within 10⁻⁴ of the network's, relative to the largest. Some
-   networks of random weights amplify rounding beyond that: they are compared in float64 and marked so.
+1. `sasa.convert(network, kernel_size=3, num_heads=4)`: outputs of the same sizes, for two image sizes unless the
+   network supports only one; a training step with a finite loss and finite gradients; evaluation; a state dict that a
+   second conversion loads strictly and with which it computes the same bits. If nothing can be converted with these
+   options, `grouped=True`, and then `stem=True`, are added; the column "with" lists them.
+2. `sasa.convert(network, keep_function=True)`: outputs within 10⁻⁴ of the original network's, relative to the largest.
+   Some networks with random weights amplify rounding beyond that; they are compared in float64 and marked.
 
-A network that is *refused* has nothing that could be converted, and `convert` says so in an error.
-[How to convert your own](converting.md).
+A network is *refused* if nothing in it can be converted; `convert` then raises an error.
+See [how to convert your own network](converting.md).
 """
 
 
@@ -47,11 +47,11 @@ def _summary(results: Results) -> str:
         "networks": len(every),
         "converted, run and trained": sum("sizes" in r for r in every),
         "refused": sum("refused" in r for r in every),
-        "fail in this": sum("fault" in r for r in every),
-        "with their function kept": sum("difference" in r for r in every),
-        "refused with it": sum("kept_refused" in r for r in every),
-        "fail in that": sum("kept_fault" in r for r in every),
-        "fail as they were": sum("original_fails" in r for r in every),
+        "failed in this": sum("fault" in r for r in every),
+        "converted with their function kept": sum("difference" in r for r in every),
+        "refused in that": sum("kept_refused" in r for r in every),
+        "failed in that": sum("kept_fault" in r for r in every),
+        "failed before conversion": sum("original_fails" in r for r in every),
     }
     return ", ".join(f"{count} {what}" for what, count in counts.items()) + ".\n"
 
