@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ def attention_layer(
     kernel_size: int,
     num_heads: int,
     strength: float | None = STRENGTH,
-    **options: str,
+    **options: Any,
 ) -> nn.Module:
     """Local self-attention; in the place of a stride, of every pixel and then averaged."""
     layer = RelativeSelfAttention(in_channels, out_channels, kernel_size, num_heads, pool=stride, **options)
