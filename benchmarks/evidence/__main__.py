@@ -40,7 +40,9 @@ ORDER = (
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence", description="Train what the page of evidence needs, in order of worth."
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for images and runs")
     parser.add_argument("--fashion-mnist", type=Path, help="folder of the four IDX files, .gz")
     parser.add_argument("--cifar10", type=Path, help="folder with train and val, each one folder of images a class")
