@@ -147,7 +147,7 @@ def _projected_backward(
 def _projecting(
     name: str | None, x: Tensor, weight: Tensor | None, num_heads: int
 ) -> tuple[Forward, Backward, Projected | None]:
-    """The implementation, and its projecting kernels if they support these."""
+    """The implementation's kernels, and its projecting ones if they support these arguments."""
     forward, backward, ours = _kernels(name, x, channels_of(x, weight) // num_heads)
     return forward, backward, ours if ours is not None and ours.supports(x, weight, num_heads) else None
 
