@@ -186,8 +186,7 @@ class Recipe:
 
     @property
     def scaled_ema_decay(self) -> float:
-        """The decay per step that averages over as many images as ``ema_decay`` at the base batch (arXiv 2307.13813).
-        """
+        """The decay per step that averages over as many images as ``ema_decay`` at base batch (arXiv 2307.13813)."""
         return self.ema_decay ** (self.batch_size / self.base_batch_size if self.base_batch_size else 1)
 
     def as_dict(self) -> dict[str, Any]:
