@@ -156,9 +156,7 @@ def _spread(values: list[Any]) -> dict[str, float | None]:
 
 
 def _differences(plan: StudyPlan, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Differences of means between any two values of the line's key, other options equal, and Welch's standard
-    error.
-    """
+    """Differences of means between any two values of the line's key, other options equal, with Welch's error."""
     line = plan.plot["line"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:

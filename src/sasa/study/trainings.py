@@ -81,8 +81,7 @@ class TrainingProcesses:
     def run(
         self, stage: str, trainings: list[Training], slots: Slots, result: Callable[[Training], str]
     ) -> dict[str, str]:
-        """Train what has no result yet, until all have ended or a signal requests a stop; returns failure reasons by
-        key.
+        """Train what has no result yet, until all have ended or a signal requests a stop; returns failures by key.
 
         Args:
             stage: display name of this group of runs.

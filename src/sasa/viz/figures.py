@@ -70,8 +70,7 @@ def plot_position(network: nn.Module, image: Tensor, *, layers: Sequence[str] | 
 
 
 def plot_distances(network: nn.Module, image: Tensor, *, layers: Sequence[str] | None = None) -> Figure:
-    """Draw how far each head looks, in pixels of the image, and how evenly, by layer: a dot per head, a line for the
-    mean.
+    """Draw how far each head looks, in pixels of the image, and how evenly, by layer: a dot per head, a mean line.
 
     Args:
         network: with attention layers.

@@ -1,5 +1,4 @@
-"""What the attention layers of a network see in an image: queries, keys and positions, and everything derived from
-them.
+"""What the attention layers of a network see in an image: queries, keys and positions, and all that follows.
 
 For a query at pixel p, a head and the taps t of its window, the logit is the sum of two parts::
 
