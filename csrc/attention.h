@@ -1,4 +1,4 @@
-// What forward and backward share: a group of planes with its keys and values in lanes, and the logits of a column of
+// Shared by forward and backward: a group of planes with its keys and values in lanes, and the logits of a column of
 // queries.
 #pragma once
 
@@ -8,9 +8,9 @@ namespace sasa {
 namespace SASA_ISA {
 
 constexpr int64_t kColumns = 16;          // queries packed and unpacked together along a row
-constexpr int64_t kPixelsTogether = 256;  // pixels projected together, at most, except in longer rows
+constexpr int64_t kPixelsTogether = 256;  // pixels projected together at most, except in longer rows
 
-// Channels that an embedding covers: none if there is no embedding.
+// Channels that an embedding covers; 0 if there is no embedding.
 inline int64_t channels_of(const sasa_embedding& embedding) {
   return embedding.data == nullptr ? 0 : embedding.channels;
 }
@@ -24,7 +24,7 @@ struct Call {
   int64_t row_channels, col_channels;  // covered by the embeddings
   int64_t table_columns;               // 0 for no table
   int64_t lse_stride[2];
-  const Weights<S, P>* weights = nullptr;  // where queries, keys and values are projected
+  const Weights<S, P>* weights = nullptr;  // if queries, keys and values are projected
 
   explicit Call(const sasa_problem& p)
       : problem(p),
@@ -58,14 +58,14 @@ struct Group {
   V* table;                  // [row][column]
   V* logits;                 // [query][tap]
   V *row_terms, *col_terms;  // q.row [query][row offset] and q.col [query][column offset]
-  KeyRow<V>* joint_rows;     // like key_rows, of all that the queries of one pooled output see
+  KeyRow<V>* joint_rows;     // like key_rows, for everything that the queries of one pooled output see
   V* joint;                  // their weights: [row of keys][tap]
   int64_t joint_taps;        // taps across
   Range stored;              // columns of taps that are stored among the logits
   bool whole[kQueries];      // whether all taps of the column's queries are inside the image
   int64_t most_pixels;
   Pixels<T> pixels;  // to be projected together
-  T* input;          // a row of the layer's input, [pixel][in_channels], where it is copied
+  T* input;          // a row of the layer's input, [pixel][in_channels], if it is copied
 
   // `most_cols`: columns of the image that the rings have room for.
   Group(const Call<S, P>& c, int64_t most_cols, int64_t first, Workspace& w)
@@ -97,7 +97,8 @@ struct Group {
                       projected ? p.projection->in_channels : 0);
   }
 
-  // Weights of the taps that the queries of a pooled output see together, at most: only those inside the image count.
+  // Maximum number of weights of taps that the queries of a pooled output see together: only those inside the image
+  // count.
   V* take_joint(Workspace& w) const {
     const auto along = [&](const sasa_axis& axis) {
       return p.pool > 1 ? lesser(axis.size, axis.kernel + (p.pool - 1) * (axis.stride / axis.dilation)) : 0;
@@ -156,7 +157,7 @@ struct Group {
     if (call.weights != nullptr) project_keys();
   }
 
-  // Projects the keys and values of the pixels added; a pixel's place is that of its keys.
+  // Projects the keys and values of the added pixels; a pixel's place is that of its keys.
   void project_keys() {
     const int64_t group = first_plane % p.heads / P;
     call.weights->project(pixels, group, 1, 0);
@@ -167,7 +168,7 @@ struct Group {
   // Whether the layer's input is copied before it is projected: to widen it, or because its channels are not adjacent.
   bool is_copied() const { return !std::is_same_v<S, T> || p.projection->input.stride[2] != 1; }
 
-  // Adds `count` pixels of row y of the layer's input, `step` columns apart, to be projected to [pixel][channel].
+  // Adds `count` pixels of row y of the layer's input, `step` columns apart, for projection to [pixel][channel].
   void add_pixels(int64_t y, int64_t col, int64_t count, int64_t step, V* to) {
     const sasa_tensor& x = p.projection->input;
     const S* from = row_of(x, y, col) + first_plane / p.heads * x.stride[0];
@@ -198,7 +199,7 @@ struct Group {
     }
   }
 
-  // Prefetches the block's queries in column x, or past the last column those of the block below.
+  // Prefetches the block's queries in column x or, past the last column, those of the block below.
   void prefetch_queries(const Block& block, int64_t x, int64_t x0, int64_t x1) const {
     if (call.weights != nullptr) return;
     int64_t y = block.y;
@@ -264,7 +265,7 @@ struct Group {
   }
 
   // Calls each(query, its weights of a row of keys, their places in the joint weights) for every such row of the
-  // queries in column number `column` of those of point_jointly(x); needs point_at(x + column).
+  // queries in column number `column` of point_jointly(x)'s; requires point_at(x + column).
   template <class F>
   void each_jointly(const Block& block, int64_t x, int64_t column, F each) const {
     const int64_t start = joint_steps(x, column) + taps_inside(p.cols, x + column).first - taps_inside(p.cols, x).first;
@@ -304,7 +305,7 @@ struct Group {
     return {rows.first * pitch(), rows.last * pitch()};
   }
 
-  // Logits of the queries of column x, and the largest of each query; needs point_at.
+  // Logits of the queries of column x, and each query's maximum; requires point_at.
   void all_logits(const Block& block, Range inside, int64_t x, const V* q, int64_t q_stride, V* largest) {
     const V lowest = W::all(-T(__builtin_inf()));
     for (int r = 0; r < block.queries; ++r) {
@@ -365,15 +366,15 @@ struct Group {
     }
   }
 
-  // The queries' products with the embeddings, over the channels that these cover: of the rows at their offsets, of the
-  // columns at that of the window's first, which is all queries'.
+  // The queries' products with the embeddings, over the channels that these cover: for rows at each query's offset, for
+  // columns at that of the window's first tap, which is the same for all queries.
   void position_terms(const Block& block, int64_t x, const V* q, int64_t q_stride) {
     const auto terms = [&](const V* entries, const sasa_embedding& embedding, int64_t channels, int64_t taps, V* to,
                            int64_t to_stride) {
       const int64_t first = channels > 0 ? embedding.first : 0;
       dots<V>(q + first, q_stride, block.queries, entries, channels, int(taps), channels, to, to_stride);
     };
-    // Offsets shrink from query to query, if at all.
+    // Offsets never grow from query to query.
     const int64_t first = first_offset(p.rows, block.y + block.queries - 1);
     const int64_t last = first_offset(p.rows, block.y) + p.rows.kernel;
     terms(row_table + first * call.row_channels, p.row, call.row_channels, last - first, row_terms + first,

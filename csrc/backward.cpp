@@ -3,10 +3,9 @@
 //
 //     dv[p + t] += p_t g        dp_t = g.v[p + t]        ds_t = p_t (dp_t - sum over u of p_u dp_u)
 //     dq = scale * sum over t of ds_t (k[p + t] + row + col)        dk[p + t] += scale * ds_t q        dtable_t += ds_t
-//
-// The gradients of keys and values are summed in rings like those of the keys and values, while queries walk down. Rows
+// The gradients of keys and values are summed in rings like those of the keys and values, while queries move down. Rows
 // of keys that several segments of queries see are summed afterwards, segment by segment. The cut into segments depends
-// on the sizes alone, so the order of the sums does not depend on the number of threads.
+// only on the sizes, so the order of the sums does not depend on the number of threads.
 #include "cut.h"
 #include "instances.h"
 #include "parallel.h"
@@ -28,7 +27,7 @@ struct Backward {
   const Cut& cut;
   V* shared = nullptr;             // [group][segment][place]: rows of key gradients, then of value gradients
   V* partial = nullptr;            // [group][segment]: gradients of row, col and table, [offset][channel covered]
-  int64_t keys_size, values_size;  // vectors a row
+  int64_t keys_size, values_size;  // vectors per row
   int64_t row_size, col_size;      // vectors of an embedding's gradient
   int64_t table_size, parts;       // of the table's; of all three
 
@@ -165,8 +164,8 @@ struct Backward {
     return inside;
   }
 
-  // Sets the gradient of query r's weights outside the image: the output's times the zeros there, NaN where that is not
-  // finite.
+  // Sets the gradient of query r's weights outside the image: the output's gradient times the zeros there, NaN if it is
+  // not finite.
   void outside(Scratch& scratch, int r, const V* g) const {
     if (scratch.group.whole[r] || scratch.group.is_masked()) return;
     V product{};
@@ -190,8 +189,8 @@ struct Backward {
     logits_backward(scratch, block, inside, x, i, embeddings);
   }
 
-  // The block's queries in `columns` columns, whose mean is one output: they share its gradient, so that its products
-  // with the values, and the values' gradients, are computed once for all of them.
+  // The block's queries in `columns` columns, whose mean is one output: they share its gradient, so its products with
+  // the values, and the values' gradients, are computed once for all of them.
   void pooled(Scratch& scratch, const Block& block, int64_t x, int64_t i, int64_t columns, V* embeddings) const {
     G& group = scratch.group;
     const int64_t E = p.value_channels, stride = p.cols.dilation * E;
@@ -269,7 +268,7 @@ struct Backward {
     V* dq = scratch.grad_queries + i * D;
     weigh<V>(group.key_rows, block.count, &KeyRow<V>::keys, p.cols.dilation * D, taps_across,
              group.weights_stride(block), D, dq, q_stride, block.queries);
-    // Each query's rows begin at an offset of their own where windows are moved, their columns at the same.
+    // If windows are moved, each query's rows begin at their own offset, their columns all at the same.
     const auto embedding = [&](const sasa_embedding& covers, int64_t channels, const V* entries, int64_t kernel,
                                int64_t offset, int r, int queries, const V* sums, V* gradient) {
       if (channels > 0)
@@ -308,7 +307,7 @@ struct Backward {
     spread<V>(q, q_stride, queries, gradient, channels, int(taps), channels, sums, taps);
   }
 
-  // Row of keys y, unless exactly one segment saw it: the sum over the segments that did.
+  // Row of keys y, unless exactly one segment saw it: the sum over all segments that did.
   static void sum_task(void* context, int64_t task, char* memory) {
     const Backward& b = *static_cast<const Backward*>(context);
     const int64_t index = task / b.p.rows.size, y = task % b.p.rows.size, size = b.keys_size + b.values_size;
@@ -323,7 +322,7 @@ struct Backward {
     b.write_row(index, y, sum, sum + b.keys_size);
   }
 
-  // One offset and channel of an embedding's gradient, all heads: the sum over groups, segments and lanes in this
+  // One offset and channel of an embedding's gradient, for all heads: the sum over groups, segments and lanes, in that
   // order.
   static void embedding_task(void* context, int64_t task, char* memory) {
     const Backward& b = *static_cast<const Backward*>(context);
@@ -386,7 +385,7 @@ int backward(const sasa_problem& problem, const sasa_gradients& gradients) {
   return for_instance(problem, [&](auto storage, auto lanes) {
     using S = decltype(storage);
     constexpr int P = decltype(lanes)::value;
-    // Enough segments for many threads, but not so few rows in each that most rows of keys are shared.
+    // Enough segments for many threads, but with enough rows each that most rows of keys are not shared.
     const int64_t groups = ceil_div(problem.batch * problem.heads, P);
     const sasa_axis& rows = problem.rows;
     const int64_t wanted = lesser(ceil_div(16, groups), greater(1, rows.outputs / 4));

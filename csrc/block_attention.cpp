@@ -30,7 +30,7 @@ SASA_INLINE float sum_of_lanes(V v) {
 
 // --- forward ---
 
-// Of the blocks' means and variances, weighed by their pixels: sum of means, of their squares, of variances.
+// Moments of the blocks' means and variances, weighted by their pixels: sum of means, of their squares, of variances.
 constexpr int kMoments = 3;
 using Wide = Vector<double, P>;
 
@@ -94,7 +94,7 @@ struct Forward {
         const V difference = y[i * width] - mean;
         squares += difference * difference;
       }
-      // The larger of two numbers may lose a NaN; the mean does not.
+      // The maximum of two numbers may lose a NaN; the mean does not.
       const V extreme = (p.sign[output] == 0 ? y[0] : most * sign) + mean * 0.0f;
       for (int lane = 0; lane < group.count; ++lane) results.extreme[group.output[lane] + output] = extreme[lane];
       const Wide::V weight = __builtin_convertvector(group.mask, Wide::V) * double(n);
@@ -214,7 +214,7 @@ struct Backward {
       const V sign = W::all(p.sign[output]), mean = W::all(p.mean[output]);
       const V slope = gradients.slope[output] * group.mask, offset = gradients.offset[output] * group.mask;
       V* y = m.blocks.outs + c;
-      V most = y[0] * sign, left;  // the gradient that has found no pixel yet
+      V most = y[0] * sign, left;  // the gradient not yet assigned to a pixel
       for (int64_t i = 1; i < n; ++i) most = W::max(most, y[i * width] * sign);
       for (int lane = 0; lane < P; ++lane) left[lane] = gradients.grad[group.output[lane] + output];
       left *= group.mask;

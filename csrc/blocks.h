@@ -1,5 +1,5 @@
-// Attention inside blocks, what forward and backward share. A lane is a block: its pixels, their values and weights
-// are vectors, nothing is transposed but the image's few channels, and any block size fills the lanes.
+// Attention inside blocks, shared by forward and backward. A lane is a block: its pixels, their values and weights are
+// vectors, only the image's few channels are transposed, and any block size fills the lanes.
 #pragma once
 
 #include "block_attention.h"
@@ -17,7 +17,7 @@ constexpr int P = W::P;
 template <int N>
 using Count = std::integral_constant<int, N>;
 
-// Calls f(first, Count<number>) for all numbers below n, Most at a time, and then one at a time.
+// Calls f(first, Count<number>) for all numbers below n, Most at a time, then one at a time.
 template <int Most, class F>
 SASA_INLINE void in_steps(int64_t n, F f) {
   int64_t i = 0;
@@ -36,14 +36,14 @@ SASA_INLINE V exp2_of_negative(V x) {
   return y * bits_as<V>(bits_as<W::U>(shifted) << Constants<float>::kMantissa);  // as in exp_of_negative
 }
 
-// Blocks of equal size: all whole ones, or those that an edge of the images cuts.
+// Blocks of equal size: all complete ones, or those cut by an edge of the images.
 struct Region {
   int64_t row, col, rows, cols;  // in blocks
   int64_t height, width;         // of a block, in pixels
   int64_t groups;
 };
 
-// All blocks in groups of P. The groups of a task depend on sizes alone.
+// All blocks in groups of P. The groups of a task depend only on the sizes.
 struct Grid {
   Region regions[4];
   int count = 0;
@@ -72,7 +72,7 @@ struct Grid {
   }
 };
 
-// Some blocks of one size, a lane each. Lanes past `count` repeat the last block.
+// Some blocks of one size, one per lane. Lanes past `count` repeat the last block.
 struct Group {
   int64_t height, width, pixels;
   int count;
@@ -102,7 +102,7 @@ struct Group {
   }
 };
 
-// A group on one thread, one head after the other; C channels of the image.
+// A group on one thread, one head at a time; C channels of the image.
 template <int C>
 struct Blocks {
   const sasa_blocks& p;

@@ -1,4 +1,4 @@
-// How the backward pass cuts an image into segments of query rows, each with key gradients of its own.
+// How the backward pass cuts an image into segments of query rows, each with its own key gradients.
 #pragma once
 
 #include "window.h"
@@ -11,7 +11,7 @@ struct Cut {
   int64_t count, rows;  // segments; rows of queries in each
   int32_t* seen_by;     // [row of keys]: number of segments that see it
   int32_t* place;       // [segment][row of keys]: among the rows the segment shares with others; -1 for none
-  int64_t most_shared;  // rows that a segment shares, at most
+  int64_t most_shared;  // maximum number of rows that a segment shares
 
   // `tables` holds (segments + 1) times axis.size numbers.
   Cut(const sasa_axis& axis, int64_t segment_rows, int32_t* tables)

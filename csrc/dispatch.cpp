@@ -1,4 +1,4 @@
-// The C interface: rejects sizes that would be out of bounds or overflow, and picks the instruction set.
+// The C interface: rejects sizes that would be out of bounds or overflow, and selects the instruction set.
 #include <algorithm>
 
 #include "block_attention.h"
@@ -52,8 +52,8 @@ int32_t count_supported() {
 #endif
 }
 
-// Bounds below which the kernels' own arithmetic cannot overflow: products of two counts and small sums of them fit in
-// 64 bits, and so do the bytes of a tensor in lanes. No machine has memory for tensors beyond them.
+// Bounds within which the kernels' own arithmetic cannot overflow: products of two counts and small sums of them fit in
+// 64 bits, and so do the bytes of a tensor in lanes. No machine has enough memory for tensors beyond them.
 constexpr int64_t kMostCount = INT32_MAX;
 constexpr int64_t kMostElements = int64_t(1) << 47;
 
@@ -69,7 +69,7 @@ bool is_tensor(N... sizes) {
   return (... && !__builtin_mul_overflow(elements, sizes, &elements)) && elements <= kMostElements;
 }
 
-// The kernels need each window's centre inside the image: other taps may be outside, unless windows are moved inside.
+// The kernels require each window's centre to be inside the image; other taps may be outside, unless windows are moved.
 bool axis_is_sound(const sasa_axis& axis, int border) {
   if (!are_counts(axis.size, axis.outputs, axis.kernel, axis.stride, axis.dilation)) return false;
   const int64_t reach = (axis.kernel - 1) / 2 * axis.dilation;
@@ -133,7 +133,7 @@ bool is_sound(const sasa_blocks* p) {
          p->form && p->values && p->sign;
 }
 
-// Threads for so many multiply-adds: starting one takes as long as some ten thousand of them.
+// Number of threads for that many multiply-adds: starting one takes as long as about ten thousand of them.
 int32_t threads_for(double work, int32_t most) {
   constexpr double kPerThread = 1 << 17;
   return work >= kPerThread * most ? most : 1 + int32_t(work / kPerThread);

@@ -16,19 +16,19 @@ struct Forward {
   const Call<S, P>& call;
   const sasa_problem& p;
   const sasa_tensor& output;
-  // How the work is cut: segments of rows and strips of columns. Any cut gives the same bits: a query's sums do not
-  // depend on what is computed beside them.
+  // How the work is cut: segments of rows and strips of columns. Any cut gives bitwise identical results: a query's
+  // sums do not depend on what is computed alongside.
   int64_t segments, segment_rows, strips, strip_cols;
 
   Forward(const Call<S, P>& c, const sasa_tensor& o) : call(c), p(c.problem), output(o) {
-    // Enough tasks that no thread waits long for the last one, but rows of keys at the cuts are packed twice.
+    // Enough tasks that no thread waits long for the last one; but rows of keys at the cuts are packed twice.
     const int64_t rows = p.rows.outputs;
     const int64_t wanted = p.threads <= 1 ? 1 : call.weights != nullptr ? p.threads : 4 * int64_t(p.threads);
     segments = lesser(ceil_div(wanted, call.groups), greater(1, rows / 12));
     if (segments * call.groups < p.threads) segments = lesser(ceil_div(p.threads, call.groups), rows);
     segment_rows = ceil_div(ceil_div(rows, segments), p.pool) * p.pool;
     segments = ceil_div(rows, segment_rows);
-    // Strips bound the memory of the rings to about this many bytes a thread.
+    // Strips limit the memory of the rings to about this many bytes per thread.
     constexpr int64_t kBytes = 8 << 20;
     const int64_t column = pixels_under(p.rows, call.together) * (p.channels + p.value_channels) * int64_t(sizeof(V));
     const int64_t columns = greater(4 * lesser(p.cols.kernel * p.cols.dilation, p.cols.size), kBytes / column);
@@ -89,7 +89,7 @@ struct Forward {
     });
   }
 
-  // Weights, up to `factor`, of the block's queries in column x, which is column i of the scratch.
+  // Weights, up to a factor `factor`, of the block's queries in column x, which is column i of the scratch.
   Range weights(Scratch& scratch, const Block& block, int64_t x, int64_t i, V* factor) const {
     G& group = scratch.group;
     V largest[kQueries];
@@ -115,8 +115,8 @@ struct Forward {
       for (int64_t c = 0; c < E; ++c) out[r * kColumns * E + c] *= factor[r];
   }
 
-  // The mean of the block's queries in `columns` columns: their windows share most keys, so their weights are
-  // added before they are multiplied with the values.
+  // The mean of the block's queries in `columns` columns: their windows share most keys, so their weights are added
+  // before they are multiplied by the values.
   void pooled(Scratch& scratch, const Block& block, int64_t x, int64_t i, int64_t columns) const {
     G& group = scratch.group;
     const int64_t E = p.value_channels;

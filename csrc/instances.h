@@ -9,9 +9,9 @@ namespace SASA_ISA {
 template <int N>
 using Lanes = std::integral_constant<int, N>;
 
-// Half-wide vectors where they leave fewer lanes idle: they do more than half of the work of wide ones. Where queries,
-// keys and values are projected, the heads of one image must fill the vectors; half-wide ones let threads share the
-// heads of few images, where sharing rows would have them project many keys twice.
+// Half-wide vectors if they leave fewer lanes idle: they have more than half the throughput of wide ones. With
+// projected queries, keys and values, the heads of one image must fill the vectors; half-wide ones let threads share
+// the heads of few images, whereas sharing rows would make them project many keys twice.
 template <class S>
 constexpr int kLanes = kVectorBytes / int(sizeof(typename Compute<S>::T));
 

@@ -1,9 +1,8 @@
 // Between tensors and lanes.
-//
-// The kernels compute P planes, images of one head, at once: each lane of a vector is a plane of its own. A pixel's
+// The kernels compute P planes, images of one head, at once: each lane of a vector is a separate plane. A pixel's
 // channels are then adjacent vectors, a neighbour's are a fixed distance away, every load is aligned, and no image
-// size, window, stride or dilation leaves lanes idle. The price is one transposition of what is read and written: it is
-// done here, P x P numbers at a time, along whichever dimension is contiguous in memory.
+// size, window, stride or dilation leaves lanes idle. The price is one transposition of everything read and written,
+// done here P x P numbers at a time, along whichever dimension is contiguous in memory.
 #pragma once
 
 #include "local_attention.h"
@@ -33,7 +32,7 @@ struct Row {
   int64_t pixels, channels, pixel_stride, channel_stride;
 };
 
-// The two dimensions of a row in the order of memory: the inner one is contiguous.
+// The two dimensions of a row in memory order: the inner one is contiguous.
 struct Order {
   int64_t inner, outer;              // sizes
   int64_t inner_lanes, outer_lanes;  // strides in vectors
@@ -123,7 +122,7 @@ SASA_INLINE void unpack_two(S* to, int64_t outer_to, const typename W::V* from, 
 }
 
 // Prefetches `count` pixels from `first` on, to be packed later: hardware prefetchers cannot follow P planes at once.
-// Addresses past the tensor do no harm.
+// Addresses past the tensor are harmless.
 template <class W, class S>
 SASA_INLINE void prefetch(const S* from, const Planes<W::P>& planes, const Row& row, int64_t first, int64_t count) {
   constexpr int64_t kLine = 64 / int64_t(sizeof(S));
@@ -144,7 +143,7 @@ SASA_NOINLINE void pack(typename W::V* to, const S* from, const Planes<W::P>& pl
                         typename W::T factor) {
   constexpr int P = W::P;
   Order order;
-  if (row.pixel_stride == 0 && row.channel_stride == 0) {  // one number for all, as the gradient of a sum is
+  if (row.pixel_stride == 0 && row.channel_stride == 0) {  // one number for all, as in the gradient of a sum
     typename W::V v{};
     for (int lane = 0; lane < P; ++lane) v[lane] = widen(from[planes.offset[lane]]);
     for (int64_t i = 0; i < row.pixels * row.channels; ++i) to[i] = v * factor;

@@ -1,6 +1,6 @@
-// Gradients of a projection y = W x + b by its input, weight and bias, float32. The same products as in projection.h:
-// numbers of one matrix times vectors of the other, with the sums in registers. Tuned for the sizes of a layer:
-// hundreds of channels, many pixels.
+// Gradients of a projection y = W x + b w.r.t. its input, weight and bias, float32. The same products as in
+// projection.h: numbers of one matrix times vectors of the other, with the sums in registers. Tuned for the sizes of a
+// layer: hundreds of channels, many pixels.
 #include "projection.h"
 
 namespace sasa {
@@ -13,7 +13,7 @@ constexpr int64_t kPixelsRead = 256;  // pixels summed for some outputs before t
 using W = Vector<float, kVectorBytes / 4>;
 using V = W::V;
 constexpr int64_t kInputs = kBlock * W::P;  // inputs computed together
-constexpr int64_t kTask = 8 * kOutputs;     // outputs a task; a whole number of cache lines
+constexpr int64_t kTask = 8 * kOutputs;     // outputs per task; a whole number of cache lines
 
 struct Linear {
   const sasa_linear& p;
@@ -21,7 +21,7 @@ struct Linear {
 
   int64_t blocks() const { return ceil_div(p.inputs, kInputs); }
   int64_t vectors(int64_t block) const { return lesser(kBlock, p.inputs / W::P - block * kBlock); }
-  static constexpr int64_t kChunk = 96;  // pixels of a task
+  static constexpr int64_t kChunk = 96;  // pixels per task
 
   static void pack_task(void* context, int64_t block, char*) {
     const Linear& self = *static_cast<const Linear*>(context);

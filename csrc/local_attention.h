@@ -3,12 +3,12 @@
  *     logit_t = scale * q[p].(k[p + t] + row[dy] + col[dx]) + table[dy, dx]    for every tap t = (dy, dx) around p
  *     y[p]    = sum over t of softmax_t(logit) * v[p + t]
  *
- * No PyTorch headers: the library takes addresses and strides, so one build serves every PyTorch. Functions are safe to
- * call from several threads at once; no global state changes after sasa_set_parallel. Nothing is thrown.
+ * No PyTorch headers: the library takes addresses and strides, so one build works with any PyTorch. Functions are safe
+ * to call from several threads at once; no global state changes after sasa_set_parallel. Nothing is thrown.
  *
  * Sizes of any value are safe: SASA_BAD_ARGUMENT unless counts are from 1 to 2^31 - 1 and fit each other, and a tensor
- * has at most 2^47 elements. Memory for work grows with the image and the number of taps, not with stride or dilation;
- * SASA_OUT_OF_MEMORY where there is not enough. Addresses and strides of tensors are trusted.
+ * has at most 2^47 elements. Workspace memory grows with the image and the number of taps, not with stride or dilation;
+ * SASA_OUT_OF_MEMORY if there is not enough. Addresses and strides of tensors are trusted.
  */
 #ifndef SASA_LOCAL_ATTENTION_H
 #define SASA_LOCAL_ATTENTION_H
@@ -22,7 +22,7 @@ extern "C" {
 
 #define SASA_EXPORT __attribute__((visibility("default")))
 
-/* Raised with every change of this interface; sasa_interface_version() returns the library's. */
+/* Incremented with every change of this interface; sasa_interface_version() returns the library's. */
 #define SASA_INTERFACE_VERSION 7
 
 enum sasa_dtype { SASA_FLOAT32 = 0, SASA_FLOAT64 = 1, SASA_BFLOAT16 = 2, SASA_FLOAT16 = 3 };
@@ -87,7 +87,7 @@ typedef struct {
  * equal channels. Nothing else is read. */
 SASA_EXPORT int sasa_can_project(const sasa_problem* problem);
 
-/* Whether projecting again in a backward is faster than reading queries, keys and values that were kept: for heads in
+/* Whether projecting again in a backward is faster than reading saved queries, keys and values: for heads in
  * multiples of 8, in float32. Reads what sasa_can_project() reads. */
 SASA_EXPORT int sasa_prefers_projected(const sasa_problem* problem);
 
@@ -126,11 +126,11 @@ typedef struct {
  * them. */
 SASA_EXPORT int sasa_linear_gradients(const sasa_linear* problem);
 
-/* Instruction sets in this build that this processor has, slowest first; "default" runs on every processor. */
+/* Instruction sets in this build that this processor supports, slowest first; "default" runs on every processor. */
 SASA_EXPORT int32_t sasa_capability_count(void);
 SASA_EXPORT const char* sasa_capability_name(int32_t index);
 
-/* Sets the address of GOMP_parallel in the caller's OpenMP runtime. Without it, each call starts threads of its own. */
+/* Sets the address of GOMP_parallel in the caller's OpenMP runtime. Without it, each call starts its own threads. */
 typedef void (*sasa_parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 SASA_EXPORT void sasa_set_parallel(sasa_parallel parallel);
 

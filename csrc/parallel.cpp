@@ -16,14 +16,14 @@ namespace sasa {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr int kMostThreads = 1024;  // an OpenMP runtime that cannot start as many as it is given ends the process
+constexpr int kMostThreads = 1024;  // an OpenMP runtime that cannot start all requested threads aborts
 
 std::atomic<sasa_parallel> openmp{nullptr};
 
 void use_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
   if (bytes < 2 * kHugePage) return;
-  // The whole pages within the memory; the advice changes no contents.
+  // The complete pages within the memory; the advice does not change their contents.
   const uintptr_t page = 4096, start = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
   madvise(reinterpret_cast<void*>(start), (reinterpret_cast<uintptr_t>(memory) + bytes - start) / page * page,
           MADV_HUGEPAGE);
@@ -59,14 +59,14 @@ void worker(void* data) noexcept {
   release(workspace);
 }
 
-// For callers without OpenMP: threads of this call alone.
+// For callers without OpenMP: threads that live only for this call.
 void start_threads(Job& job, int threads) {
   std::vector<std::thread> started;
   try {
     started.reserve(size_t(threads));
     for (int i = 1; i < threads; ++i) started.emplace_back(worker, &job);
   } catch (const std::exception&) {
-    // No more threads or no memory for them: those that were started do the work.
+    // No more threads, or no memory for them: those already started do the work.
   }
   worker(&job);
   for (auto& thread : started) thread.join();

@@ -4,9 +4,8 @@
 //     dots:    w[query][tap] = sum over channels of q[query][channel] * k[tap][channel]      logits; also g.v
 //     weigh:   y[query][channel] = sum over taps of w[query][tap] * v[tap][channel]          output; also dq
 //     spread:  v[tap][channel] += sum over queries of w[query][tap] * q[query][channel]      dk and dv
-//
-// Queries above each other share rows of keys, so that each vector of keys that is loaded serves up to 3 of them: there
-// are then fewer loads than multiplications. The order of all sums is fixed, whatever the blocking.
+// Vertically adjacent queries share rows of keys, so that each loaded vector of keys serves up to 3 of them: there are
+// then fewer loads than multiplications. The order of all sums is fixed, whatever the blocking.
 #pragma once
 
 #include "simd.h"
@@ -14,7 +13,7 @@
 namespace sasa {
 namespace SASA_ISA {
 
-constexpr int kQueries = 3;                          // queries above each other, computed together
+constexpr int kQueries = 3;                          // vertically adjacent queries, computed together
 constexpr int kTaps = kRegisters == 32 ? 8 : 4;      // taps whose sums stay in registers: kQueries * kTaps + 4 of them
 constexpr int kChannels = kRegisters == 32 ? 8 : 4;  // channels likewise
 
@@ -23,7 +22,7 @@ template <class V>
 struct KeyRow {
   const V* keys;
   const V* values;
-  int first, last;  // the queries whose window has this row: first <= query < last
+  int first, last;  // the queries whose windows contain this row: first <= query < last
   V* weights;       // of query `first` and the first tap inside the image; the taps are contiguous
 };
 

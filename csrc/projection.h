@@ -1,7 +1,6 @@
-// Queries, keys and values projected from a layer's input straight into lanes: q, k, v = W x + b never exist in memory.
-//
-// The lanes of a vector are heads of one image, so that a number of the input, the same for all heads, is multiplied
-// with a vector of weights. Weights are packed once a call, as [query, key, value][block of channels][input channel]
+// Queries, keys and values projected from a layer's input directly into lanes: q, k, v = W x + b are never stored.
+// The lanes of a vector are heads of one image, so that an input value, the same for all heads, is multiplied by a
+// vector of weights. Weights are packed once per call, as [query, key, value][block of channels][input channel]
 // [channel of block]. Where lanes are half a register, two channels fill it.
 #pragma once
 
@@ -12,7 +11,7 @@ namespace sasa {
 namespace SASA_ISA {
 
 constexpr int kBlock = kRegisters == 32 ? 4 : 2;  // registers of channels computed together
-constexpr int kPixels = 6;                        // pixels likewise: kBlock * kPixels sums stay in registers
+constexpr int kPixels = 6;                        // likewise for pixels: kBlock * kPixels sums stay in registers
 
 // y[pixel] = bias + the sum over inputs of x[pixel][input] * w[input], C vectors each. No alignment is required.
 template <class W, int N, int C, class T = typename W::T>
@@ -71,8 +70,8 @@ struct Pixels {
   }
 };
 
-// Computes C vectors of results of each pixel. The weights are loaded from the second cache once for every kPixels
-// pixels; the arithmetic hides that.
+// Computes C vectors of results of each pixel. The weights are loaded from the L2 cache once for every kPixels pixels;
+// the arithmetic hides that.
 template <class W, int C, class T = typename W::T>
 void project_pixels(const Pixels<T>& pixels, int64_t inputs, const T* w, const T* bias, int64_t y_offset) {
   for (int64_t start = 0; start < pixels.count;) {
@@ -96,7 +95,7 @@ struct Weights {
   V *weights, *biases;  // [group of heads][3][...]
 
   int64_t inputs() const { return projection.in_channels; }
-  int64_t size() const { return 3 * p.channels * inputs(); }  // vectors a group of heads
+  int64_t size() const { return 3 * p.channels * inputs(); }  // vectors per group of heads
 
   Weights(const sasa_problem& problem, Workspace& w)
       : p(problem),

@@ -50,13 +50,13 @@ struct Vector {
   typedef Int I __attribute__((vector_size(P_ * sizeof(T_))));
   typedef Unsigned U __attribute__((vector_size(P_ * sizeof(T_))));  // for arithmetic on bits, which may wrap
 
-  typedef T Loose __attribute__((vector_size(P_ * sizeof(T_)), aligned(sizeof(T_)), may_alias));  // at any address
+  typedef T Loose __attribute__((vector_size(P_ * sizeof(T_)), aligned(sizeof(T_)), may_alias));  // any alignment
 
   static SASA_INLINE V all(T x) { return all_of(x, std::make_index_sequence<P_>{}); }
   static SASA_INLINE V max(V a, V b) { return a > b ? a : b; }
 
  private:
-  // Not zero plus x, which is an addition: a zero may have a sign.
+  // Not zero plus x: that addition would lose the sign of a zero.
   template <size_t... Lane>
   static SASA_INLINE V all_of(T x, std::index_sequence<Lane...>) {
     return V{(void(Lane), x)...};
@@ -128,7 +128,7 @@ struct Constants<double> {
   static constexpr int kMantissa = 52;
   static constexpr int64_t kExponents = 0x3ff0000000000000, kFractions = 0x000fffffffffffff,
                            kSqrtHalf = 0x3fe6a09e667f3bcd;
-  // Taylor's, to the 13th power: relative error 5e-18 before rounding.
+  // Taylor polynomial of degree 13: relative error 5e-18 before rounding.
   static constexpr double kExp[] = {
       1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
       1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
@@ -152,7 +152,7 @@ template <class W>
 SASA_INLINE typename W::V exp_of_negative(typename W::V x) {
   using C = Constants<typename W::T>;
   using V = typename W::V;
-  x = W::max(W::all(SASA_HAS_SCALE ? 2 * C::kLeast : C::kLeast), x);  // the second where one is NaN
+  x = W::max(W::all(SASA_HAS_SCALE ? 2 * C::kLeast : C::kLeast), x);  // the second operand if one is NaN
   const V shifted = x * C::kLog2e + C::kRound;
   const V n = shifted - C::kRound;
   const V r = (x - n * C::kLn2High) - n * C::kLn2Low;
@@ -160,14 +160,14 @@ SASA_INLINE typename W::V exp_of_negative(typename W::V x) {
 #if SASA_HAS_SCALE
   return scale(y, n);
 #else
-  // The low bits of `shifted` are n plus the bias of the exponent: 0 at kLeast, where the power is 0. Multiplied, for
-  // then NaN stays NaN.
+  // The low bits of `shifted` are n plus the exponent bias: 0 at kLeast, where the power is 0. A multiplication, so
+  // that NaN stays NaN.
   return y * bits_as<V>(bits_as<typename W::U>(shifted) << C::kMantissa);
 #endif
 }
 
 // w = exp(w - shift), for w <= shift; returns the sum. Half-wide vectors are computed two at a time, and wide ones
-// added in the same order: how many lanes a vector has makes no difference.
+// added in the same order, so the number of lanes makes no difference.
 template <class W>
 SASA_INLINE typename W::V exp_all(typename W::V* w, int64_t count, typename W::V shift) {
   using V = typename W::V;

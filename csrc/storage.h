@@ -33,7 +33,7 @@ SASA_INLINE float widen(Float16 x) {
   return bits_as<float>(y | (uint32_t(x.bits & 0x8000u) << 16));
 }
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 SASA_INLINE void narrow(float x, float& y) { y = x; }
 SASA_INLINE void narrow(double x, double& y) { y = x; }
 SASA_INLINE void narrow(float x, BFloat16& y) {
@@ -48,7 +48,7 @@ SASA_INLINE void narrow(float x, Float16& y) {
   if (u > 0x7f800000u)
     h = 0x7e00u;  // NaN
   else if (u >= 0x477ff000u)
-    h = 0x7c00u;  // 65520 and more round to infinity
+    h = 0x7c00u;  // 65520 and above round to infinity
   else if (u < 0x38800000u)
     h = bits_as<uint32_t>(bits_as<float>(u) + 0.5f) - 0x3f000000u;  // subnormal: the sum rounds to multiples of 2^-24
   else
@@ -56,7 +56,7 @@ SASA_INLINE void narrow(float x, Float16& y) {
   y.bits = uint16_t(h | sign);
 }
 
-// P numbers: the first `count` from `from`, zeros for the rest. Reads nothing past them.
+// P numbers: the first `count` from `from`, then zeros. Reads nothing past them.
 template <class W, class S>
 SASA_INLINE typename W::V load_some(const S* from, int count) {
   alignas(64) typename W::T numbers[W::P] = {};
@@ -134,7 +134,7 @@ SASA_INLINE void store(S* to, typename W::V v, int count) {
   }
   alignas(64) typename W::T numbers[W::P];
   memcpy(numbers, &v, sizeof(v));
-  if (count == W::P) {  // a loop of known length becomes vector code
+  if (count == W::P) {  // a loop of known length is vectorized
     S stored[W::P];
     for (int i = 0; i < W::P; ++i) narrow(numbers[i], stored[i]);
     memcpy(to, stored, sizeof(stored));

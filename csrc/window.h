@@ -1,4 +1,4 @@
-// Which keys the queries see: geometry in pixels, and the rings that keep rows of keys in lanes while queries walk down
+// Which keys the queries see: geometry in pixels, and the rings that hold rows of keys in lanes while queries move down
 // the image.
 #pragma once
 
@@ -13,7 +13,7 @@ struct Range {
   int64_t first, last;
 };
 
-// Pixel under the first tap of window `output`; where windows are moved inside, in the query's phase of the dilation.
+// Pixel under the first tap of window `output`; if windows are moved inside, in the query's phase of the dilation.
 SASA_INLINE int64_t window_start(const sasa_axis& axis, int64_t output) {
   const int64_t start = output * axis.stride - axis.before;
   if (!axis.shifted) return start;
@@ -42,9 +42,9 @@ SASA_INLINE Range taps_inside(const sasa_axis& axis, int64_t output) {
 // Pixel under the centre of window 0.
 SASA_INLINE int64_t centre(const sasa_axis& axis) { return (axis.kernel - 1) / 2 * axis.dilation - axis.before; }
 
-// Pixels of the image under `windows` neighbouring windows, at most: never more than the image has, however far the
-// windows reach out of it. Of windows that were moved, a later one may begin before an earlier one, in another phase of
-// the dilation: no pixel is seen again once one that is so many pixels further has been.
+// Maximum number of the image's pixels under `windows` neighbouring windows: never more than the image has, however far
+// the windows reach out of it. With moved windows, a later one may begin before an earlier one, in another phase of the
+// dilation, but no pixel is seen again once a pixel that many further on has been.
 SASA_INLINE int64_t pixels_under(const sasa_axis& axis, int64_t windows) {
   const int64_t window = axis.shifted ? axis.kernel * axis.dilation : (axis.kernel - 1) * axis.dilation + 1;
   return lesser(axis.size, (windows - 1) * axis.stride + window);
@@ -61,7 +61,7 @@ struct KeyRowIndex {
   int64_t place;  // in the rings, once they hold it
 };
 
-// A block of queries above each other, and the rows of keys that any of them sees.
+// A block of vertically adjacent queries, and the rows of keys that any of them sees.
 struct Block {
   int64_t y;
   int queries;
@@ -90,16 +90,16 @@ struct Block {
 };
 
 // Rows of keys (or values, or their gradients) in lanes. Row y has the place y % span: the rows under a block of
-// queries never collide, and a row is packed once while blocks walk down.
+// queries never collide, and a row is packed only once while blocks move down.
 template <class V>
 struct Ring {
   V* rows;
-  int64_t span, row_size;  // rows; vectors a row
+  int64_t span, row_size;  // rows; vectors per row
 
   SASA_INLINE V* row(int64_t y) const { return rows + y % span * row_size; }
 };
 
-// Query rows of a segment, cut into blocks of nearly equal height, whose windows are equally far apart.
+// Query rows of a segment, cut into blocks of nearly equal height, whose windows are evenly spaced.
 template <class F>
 SASA_INLINE void in_blocks(const sasa_axis& axis, int64_t first, int64_t last, int64_t together, F block) {
   static_assert(kQueries == 3, "two windows are always equally far apart");
@@ -114,13 +114,13 @@ SASA_INLINE void in_blocks(const sasa_axis& axis, int64_t first, int64_t last, i
   }
 }
 
-// Hands out parts of a workspace; with no memory, counts how much is needed. A size that does not fit in size_t becomes
-// the largest one, which allocate() refuses.
+// Allocates parts of a workspace; without memory, computes how much is needed. A size that does not fit in size_t is
+// clamped to the largest one, which allocate() rejects.
 struct Workspace {
   char* memory;
   size_t used = 0;
 
-  // Room for the product of `counts` objects.
+  // Space for the product of `counts` objects.
   template <class U, class... N>
   U* take(N... counts) {
     U* part = memory == nullptr ? nullptr : reinterpret_cast<U*>(memory + used);

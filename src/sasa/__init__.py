@@ -1,4 +1,4 @@
-"""Stand-alone self-attention for vision: a local attention layer that takes the place of convolution.
+"""Stand-alone self-attention for vision: a local attention layer that replaces convolution.
 
 Source: Ramachandran et al., *Stand-Alone Self-Attention in Vision Models*, NeurIPS 2019, arXiv 1906.05909.
 """
@@ -29,7 +29,7 @@ __all__ = [
     "save_converted",
 ]
 
-# What PyTorch's exporter to ONNX imports when it collects its translations: sasa's join them then.
+# PyTorch's ONNX exporter imports this when it collects its translations; sasa's are then added.
 when_imported("onnxscript.function_libs.torch_lib.ops", lambda _: importlib.import_module("sasa.export.operators"))
 when_imported(
     "fastai.layers", lambda layers: take_whole(layers, (RelativeSelfAttention, AttentionStem, AttentionConv2d))

@@ -1,6 +1,6 @@
 """The private parts of other libraries that the package needs, in one place, each with the reason.
 
-Whoever moves to another version of PyTorch looks here first: see ``docs/dev/new-pytorch.md``.
+When moving to another version of PyTorch, look here first: see ``docs/dev/new-pytorch.md``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-# below_autograd: an operator with a kernel of its own for the Autograd key calls its next kernel within it; Python has
-# no public redispatch.
-# OpOverload, TorchDispatchMode: documented, but only under private modules.
+# below_autograd: an operator with its own kernel for the Autograd key calls its next kernel inside this guard; Python
+# has no public redispatch. OpOverload, TorchDispatchMode: documented, but only under private modules.
 # transforms_active: whether torch.func.grad, vmap or jvp is active; the public way is to try and catch an error.
 
 
 def is_recorded(x: Tensor) -> bool:
-    """Whether a mode, a tracer or the profiler watches operators, or ``x`` is a batch of ``is_grads_batched``.
+    """Whether a mode, a tracer or the profiler observes operators, or ``x`` is a batch of ``is_grads_batched``.
 
-    A call that nobody watches may take the short way around PyTorch's dispatcher, which costs more than a small layer.
+    An unobserved call may bypass PyTorch's dispatcher, which costs more than a small layer.
     """
     return (
         _len_torch_dispatch_stack() > 0
@@ -44,7 +43,7 @@ def is_recorded(x: Tensor) -> bool:
 def has_hooks(module: nn.Module, globally: bool = True) -> bool:
     """Whether calling the module runs more than its forward; ``globally``: hooks on all modules count too.
 
-    There is no public way to ask. Layers that read a submodule's parameters instead of calling it must know.
+    There is no public API for this. Layers that read a submodule's parameters instead of calling it need to know.
     """
     return bool(
         module._forward_hooks
@@ -61,7 +60,7 @@ def hub_config(network: Any) -> dict[str, Any]:
 
 
 def replaces_forward(conv: nn.Conv2d) -> bool:
-    """Whether this one module computes in another way than its class, as accelerate and others make it."""
+    """Whether this instance's forward differs from its class's, as patched by accelerate and others."""
     return "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__
 
 
@@ -79,7 +78,7 @@ def compile_package(program: ExportedProgram, path: str, metadata: dict[str, str
 
 
 def size_is_bound() -> type[Exception]:
-    """What ``torch.export.export`` raises for a network whose code is bound to a size that should vary."""
+    """What ``torch.export.export`` raises for a network whose code depends on a size that should be dynamic."""
     from torch._dynamo.exc import UserError
 
     return UserError
@@ -88,9 +87,9 @@ def size_is_bound() -> type[Exception]:
 def take_whole(layers: ModuleType, kinds: tuple[type[nn.Module], ...]) -> None:
     """Have fastai (its module ``fastai.layers``) list modules of these kinds as one layer each.
 
-    ``learn.summary()`` and the callbacks that hook layers take a network apart down to modules without children. Of a
-    module with children and parameters of its own they list the children alone, and lose the parameters. fastai has no
-    public way to say where to stop.
+    ``learn.summary()`` and the callbacks that hook layers descend to modules without children. For a module with both
+    children and its own parameters they list only the children, and lose the parameters. fastai has no public way to
+    stop the descent.
     """
     has_children = getattr(layers, "has_children", None)
     if has_children is None:  # another version of fastai

@@ -12,7 +12,7 @@ _MISSING = "this needs {}, which is not installed: pip install 'sasa-torch[{}]'"
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import ``module``, which the optional dependencies ``extra`` bring.
+    """Import ``module``, provided by the optional dependencies ``extra``.
 
     Raises:
         ImportError: it isn't installed; the message has the command that installs it.
@@ -26,7 +26,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def check_installed(modules: Iterable[str], extra: str) -> None:
-    """Look for ``modules``, which the optional dependencies ``extra`` bring, without importing them.
+    """Check for ``modules``, provided by the optional dependencies ``extra``, without importing them.
 
     Raises:
         ImportError: one isn't installed; the message has the command that installs it.

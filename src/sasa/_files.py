@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written beside, synced, renamed."""
+"""Atomic file writes: to a temporary file, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that it has all of the bytes or its former ones, whatever happens meanwhile."""
+    """Write a file atomically: it has either all of the new bytes or the old ones, even after a crash."""
     beside = path.with_name(f".{path.name}.part")
     try:
         with beside.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Calls that wait until another library's module is imported, where importing it here would take seconds."""
+"""Calls deferred until another library's module is imported, when importing it here would take seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 def when_imported(name: str, call: Callable[[ModuleType], object]) -> None:
-    """Call with the module of that name: now if it is imported, else when it is."""
+    """Call with the module of that name: now if it is already imported, else when it is."""
     if name in sys.modules:
         call(sys.modules[name])
     else:
@@ -18,7 +18,7 @@ def when_imported(name: str, call: Callable[[ModuleType], object]) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets the module be found and loaded as ever, then calls, and steps aside."""
+    """Lets the module be found and loaded as usual, makes the call, and removes itself."""
 
     _loader: importlib.abc.Loader
 
@@ -28,7 +28,7 @@ class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """As the path finder does; for this module alone, with this loader."""
+        """As the path finder does, but only for this module, with this loader."""
         if fullname != self._name:
             return None
         sys.meta_path.remove(self)
@@ -43,7 +43,7 @@ class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """As the module's own loader does, and the call."""
+        """As the module's own loader does, followed by the call."""
         module.__loader__ = self._loader
         self._loader.exec_module(module)
         self._call(module)

@@ -1,4 +1,4 @@
-"""Reading the YAML of recipes and studies: plain values only, and nothing that a small file can blow up."""
+"""Reading the YAML of recipes and studies: plain values only, and nothing that lets a small file expand."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 LARGEST = 100_000
-"""Bytes of a file."""
+"""Maximum bytes of a file."""
 
 DEEPEST = 20
-"""Mappings and lists inside each other."""
+"""Maximum nesting of mappings and lists."""
 
 LONGEST_NUMBER = 64
-"""Characters of a number. Python takes time and raises errors for thousands of digits."""
+"""Maximum characters of a number. Python is slow or raises errors for thousands of digits."""
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -62,17 +62,17 @@ class _PlainLoader(yaml.SafeLoader):
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
-# As jsonargparse and YAML 1.2 have it: PyYAML takes 1e-4 for text.
+# As in jsonargparse and YAML 1.2: PyYAML reads 1e-4 as text.
 _PlainLoader.add_implicit_resolver(
     f"{_TAG}float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file: texts, numbers, true, false, null, and lists and mappings of them.
+    """The keys and values of a YAML file: strings, numbers, true, false, null, and lists and mappings of them.
 
     Raises:
-        ValueError: it has something else, or can't be read. The message names the file, and the line if there is one.
+        ValueError: it contains anything else, or can't be read. The message names the file, and the line if known.
     """
     if not path.is_file():
         raise ValueError(f"{path}: expected a file of YAML")

@@ -1,4 +1,4 @@
-"""The command ``sasa``: what it can do, and what needs PyTorch alone."""
+"""The command ``sasa``: its overview, and the commands that need only PyTorch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PACKAGES += ("datasets", "scipy", "onnx", "onnxscript", "onnxruntime", "starlett
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Run the command line; returns the exit status: 0, or 2 for a user error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -76,7 +76,7 @@ def _info(program: str, arguments: list[str]) -> int:
         print(f"{name:<{width}}  {value}")
     print("\nimplementations of the operator, fastest first:")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are no compiled kernels is in the table already
+        warnings.simplefilter("ignore")  # the table already reports missing compiled kernels
         found = _implementations()
     for implementation, missing in sorted(found.items(), key=lambda item: item[1] is not None):
         print(f"  {implementation.name:<10} {implementation.summary}{f' (not here: {missing})' if missing else ''}")
@@ -84,7 +84,7 @@ def _info(program: str, arguments: list[str]) -> int:
 
 
 def _implementations() -> dict[Implementation, str | None]:
-    """Each with the reason why it isn't on this machine, or None."""
+    """Each with the reason why it isn't available on this machine, or None."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     images = [torch.empty(1, 1, 1, 1, 1, device=device) for device in ("cpu", accelerator) if device is not None]
     found: dict[Implementation, str | None] = {}
@@ -129,7 +129,7 @@ def _tables(program: str, arguments: list[str]) -> int:
 
 
 def _compiled_kernels() -> str:
-    """The instruction set that the CPU kernels use and those they could, or why there are none."""
+    """The instruction set that the CPU kernels use and those they could use, or why there are none."""
     reason = cpu.why_missing()
     if reason is not None:
         return f"no: {reason}"
@@ -140,7 +140,7 @@ def _compiled_kernels() -> str:
 
 
 def _call(module: str, name: str) -> Callable[[str, list[str]], int]:
-    """A command of another module, which needs more than PyTorch alone."""
+    """A command from another module, which needs more than PyTorch."""
 
     def command(program: str, arguments: list[str]) -> int:
         try:

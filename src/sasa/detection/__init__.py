@@ -1,4 +1,4 @@
-"""Detection: boxes in the layouts of COCO and Pascal VOC, trained and measured by the engine of ``sasa.train``.
+"""Detection: boxes in the layouts of COCO and Pascal VOC, trained and evaluated by the engine of ``sasa.train``.
 
 Needs the extra ``detection``; pycocotools is imported on use.
 """

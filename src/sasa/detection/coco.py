@@ -1,8 +1,8 @@
-"""Instances of COCO, checked: every box is finite, inside its image and of a known category, or left out and counted.
+"""COCO instances, validated: every box is finite, inside its image and of a known category, or dropped and counted.
 
 The format (https://cocodataset.org/#format-data): ``images`` with id, file_name, width and height; ``categories`` with
 id and name; ``annotations`` with id, image_id, category_id and bbox ``[x, y, width, height]`` in pixels from the upper
-left corner. ``area`` and ``iscrowd`` are used where they are given.
+left corner. ``area`` and ``iscrowd`` are used if given.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Box(NamedTuple):
 
     Attributes:
         corners: left, top, right, bottom in pixels; right and bottom are exclusive.
-        label: the place of its category among the classes.
+        label: the index of its category among the classes.
         area: in pixels, of the object if it was outlined, else of the box.
-        crowd: whether it is around a crowd: such boxes are not trained on, and neither right nor wrong to find.
+        crowd: whether it surrounds a crowd: such boxes are not trained on, and detecting them counts neither way.
     """
 
     corners: tuple[float, float, float, float]
@@ -44,7 +44,7 @@ class AnnotatedImage:
         file: its path.
         width: in pixels.
         height: likewise.
-        boxes: in it; there may be none.
+        boxes: the boxes in it; there may be none.
     """
 
     number: int
@@ -55,12 +55,12 @@ class AnnotatedImage:
 
 
 class Annotations(NamedTuple):
-    """What a file of instances has.
+    """The contents of an instances file.
 
     Attributes:
-        images: with their boxes, in order of their ids.
-        categories: names by id, in order of the ids: the classes.
-        problems: what was left out or changed.
+        images: with their boxes, sorted by id.
+        categories: names by id, sorted by id: the classes.
+        problems: what was dropped or changed.
     """
 
     images: list[AnnotatedImage]
@@ -72,14 +72,14 @@ def read_coco(file: Path, folder: Path, categories: dict[int, str] | None = None
     """Read an instances file.
 
     Args:
-        file: JSON of COCO's format.
+        file: JSON in COCO's format.
         folder: of the images.
-        categories: those to expect, as in the training part; default: the file's own.
-        strict: refuse what is otherwise left out with a warning.
+        categories: the expected ones, as in the training part; default: the file's own.
+        strict: reject what is otherwise dropped with a warning.
 
     Raises:
-        DataError: not a whole JSON file of that shape, an id that two images, annotations or categories share, no
-            image left, or anything else that is wrong, with ``strict``.
+        DataError: the file is not complete JSON of that structure, two images, annotations or categories share an id,
+            no image is left, or, with ``strict``, anything else is wrong.
     """
     try:
         found = json.loads(file.read_bytes())
@@ -98,7 +98,7 @@ def check_coco(
     found_problems: Problems | None = None,
     strict: bool = False,
 ) -> Annotations:
-    """The same of a mapping of that shape, called ``where`` in messages."""
+    """The same for a mapping of that structure, named ``where`` in messages."""
     noted = found_problems or Problems(where)
     listed = _listed(found, where)
     own = {entry["id"]: entry["name"] for entry in listed["categories"]}
@@ -136,7 +136,7 @@ def check_coco(
 
 
 def _checked_box(entry: dict[str, Any], label: int, size: tuple[int, int], name: str, noted: Problems) -> Box | None:
-    """The box clipped to its image, or None, and why is noted."""
+    """The box clipped to its image, or None with the reason recorded."""
     left, top, width, height = entry["bbox"]
     shown = f"{name}: bbox {entry['bbox']}"
     if not all(map(_finite, entry["bbox"])):
@@ -160,7 +160,7 @@ def _checked_box(entry: dict[str, Any], label: int, size: tuple[int, int], name:
 
 
 ROUNDING = 1.0
-"""Pixels that a box may be over the edge without mention: annotations are rounded in many ways."""
+"""Pixels by which a box may cross the edge without a warning: annotations are rounded in various ways."""
 
 
 def _finite(value: Any) -> bool:
@@ -171,7 +171,7 @@ def _inside(folder: Path, name: str, where: str) -> Path:
     """The file of that name in the folder.
 
     Raises:
-        DataError: it would be outside of it.
+        DataError: it would be outside the folder.
     """
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
@@ -183,7 +183,7 @@ def _listed(found: Any, where: str) -> dict[str, list[dict[str, Any]]]:
     """The three lists of an instances file, with the fields that are needed, of the right types.
 
     Raises:
-        DataError: something is missing or of another type, or an id is there twice.
+        DataError: something is missing or has the wrong type, or an id occurs twice.
     """
     if not isinstance(found, dict):
         raise DataError(f"data: {where}: expected a mapping of COCO's format, got {_short(found)}")
@@ -254,4 +254,4 @@ SHAPE: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
         "bbox": ("four numbers", _four),
     },
 }
-"""What each entry must have: in words, and the check."""
+"""Required fields of each entry: description and check."""

@@ -1,4 +1,4 @@
-"""Batches of images with boxes: as classification's, but images keep their sizes and labels are boxes."""
+"""Batches of images with boxes: as in classification, but images keep their sizes and labels are boxes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ..train.order import IMAGE, seed_everything
 from .source import Target
 
 NO_IMAGE = -1
-"""``image_id`` of what is in a batch but no image: padding, and images that can't be read."""
+"""``image_id`` of batch entries that are not images: padding, and images that can't be read."""
 
 BLANK = 32
-"""Side in pixels of what stands for an image that is not there."""
+"""Side in pixels of the stand-in for a missing image."""
 
 to_bytes = v2.Compose([v2.ToImage(), v2.ToPureTensor()])
 """An image as bytes (3, H, W)."""
 
 
 def no_boxes() -> Target:
-    """The target of what is no image."""
+    """The target of an entry that is not an image."""
     empty = torch.zeros(0, dtype=torch.int64)
     target = {"boxes": torch.zeros(0, 4), "labels": empty, "area": torch.zeros(0), "iscrowd": empty}
     return target | {"image_id": torch.tensor(NO_IMAGE)}
 
 
 class BoxedSet(LabelledImages):
-    """Takes images with their boxes; transforms change both."""
+    """Looks up images with their boxes; transforms change both."""
 
     nothing = no_boxes()
 
@@ -51,13 +51,13 @@ class BoxedSet(LabelledImages):
 
 
 def collate(samples: list[Taken]) -> Batch:
-    """Samples to a batch, whose images and labels are lists."""
+    """Collate samples into a batch whose images and labels are lists."""
     images, targets, names, unreadable = zip(*samples, strict=True)
     return Batch(list(images), list(targets), list(names), list(unreadable))  # type: ignore[arg-type]
 
 
 class BoxData(ImageData):
-    """Batches of images of unequal sizes with their boxes, the same for every number of processes and workers."""
+    """Batches of images of different sizes with their boxes, identical for any number of processes and workers."""
 
     collate = staticmethod(collate)
 
@@ -70,7 +70,7 @@ class BoxData(ImageData):
         self.val_set = BoxedSet(source.val, None, None, blank, strict=recipe.strict)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Bytes to floats from 0 to 1; the detector itself normalises, resizes and puts together."""
+        """Bytes to floats from 0 to 1; the detector itself normalises, resizes and batches."""
         dtype = torch.float64 if self.recipe.precision == "64-true" else torch.float32
         images: Any = [v2.functional.to_dtype(image, dtype, scale=True) for image in batch.images]
         return batch._replace(images=images)

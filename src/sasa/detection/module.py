@@ -1,4 +1,4 @@
-"""What Lightning trains: a detector with its losses and COCO's average precisions."""
+"""The module that Lightning trains: a detector with its losses and COCO's average precisions."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ SUMMARY = {
     "ar_medium": "mar_medium",
     "ar_large": "mar_large",
 }
-"""COCO's twelve figures, and torchmetrics' names of them; -1 where there are no boxes of that size."""
+"""COCO's twelve metrics, with torchmetrics' names for them; -1 if there are no boxes of that size."""
 
 
 class Detector(Trained):
-    """The sum of a detector's losses; COCO's figures over all processes, padding not counted.
+    """The sum of a detector's losses; COCO's metrics over all processes, padding not counted.
 
     Logs ``train_loss``; ``val_ap``, ``val_ap50`` and the rest of :data:`SUMMARY`.
 
     Args:
-        network: torchvision's convention: a list of images (3, H, W) from 0 to 1, with targets in training, gives a
-            dict of losses; without, boxes, labels and scores of each image.
+        network: follows torchvision's convention: for a list of images (3, H, W) from 0 to 1, it returns a dict of
+            losses in training, given targets, and otherwise boxes, labels and scores of each image.
         recipe: how to train.
-        steps: of the whole training, for the schedule.
+        steps: total number of steps, for the schedule.
     """
 
     def __init__(self, network: nn.Module, recipe: Recipe, steps: int) -> None:
         super().__init__(network, recipe, steps)
         self.precision_metric = MeanAveragePrecision(backend="pycocotools")
-        self.precision_metric.warn_on_many_detections = False  # more than 100 an image are cut, as COCO has it
+        self.precision_metric.warn_on_many_detections = False  # only 100 per image count, as in COCO
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
@@ -56,18 +56,18 @@ class Detector(Trained):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Note what is found and what should be."""
+        """Record detections and ground truth."""
         targets: Any = batch.labels
         found = self.network(batch.images)
         for place, target in enumerate(targets):
             if target["image_id"] == NO_IMAGE:
-                # Nothing to find and nothing found, which counts for nothing. To leave it out would hang: torchmetrics
-                # gathers image by image, so that all processes must have equally many.
+                # Nothing to find and nothing found, which doesn't affect the metrics. Skipping it would deadlock:
+                # torchmetrics gathers image by image, so all processes must have the same number.
                 found[place] = {name: values[:0] for name, values in found[place].items()}
         self.precision_metric.update(found, targets)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the figures of all processes."""
+        """Log the metrics over all processes."""
         measured = self.precision_metric.compute()
         self.precision_metric.reset()
         for name, own in SUMMARY.items():

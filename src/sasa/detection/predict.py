@@ -1,4 +1,4 @@
-"""What a detector finds in a folder of images, as COCO's results, and drawn."""
+"""A detector's predictions for a folder of images, as COCO results and as pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..train.predict import Rows
 
 COLOURS = ("red", "blue", "green", "orange", "purple", "teal", "magenta", "brown")
 NAMED = 10
-"""Images that can't be read which are named."""
+"""Maximum number of unreadable images that are named."""
 
 
 class Finder(lightning.LightningModule):
@@ -40,11 +40,11 @@ class Detections(Rows):
     """Rows of path, detections (JSON of ``[category_id, bbox, score]``) and error.
 
     Args:
-        parts: where the rows gather.
-        classes: their names.
+        parts: where the rows are collected.
+        classes: names of the classes.
         category_ids: their ids.
         pictures: folder for the images with their boxes, or None.
-        threshold: score of the boxes that are drawn, at least.
+        threshold: minimum score of the boxes that are drawn.
     """
 
     verb = "searched"
@@ -101,7 +101,7 @@ class Detections(Rows):
         )
 
     def write_to(self, file: IO[str]) -> int:
-        """The list of results; returns how many images there are."""
+        """Write the list of results; returns the number of images."""
         paths, unreadable = [], []
         for path, _, reason in self:
             paths.append(path)
@@ -123,7 +123,7 @@ class Detections(Rows):
 
 
 def _numbers(paths: list[str]) -> dict[str, int]:
-    """Ids of the images: the numbers that are their names, or else their places."""
+    """Ids of the images: their names if those are numbers, otherwise their positions."""
     stems = [Path(path).stem for path in paths]
     own = {int(stem) for stem in stems if stem.isascii() and stem.isdecimal() and len(stem) < 16}
     if len(own) == len(paths):

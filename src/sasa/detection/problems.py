@@ -1,4 +1,4 @@
-"""What is wrong with annotations, by kind: counted, with a few examples of each."""
+"""Problems in annotations, by kind: counted, with a few examples of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 from ..train.errors import DataError
 
 EXAMPLES = 3
-"""Of a kind of problem that are named."""
+"""Number of examples named for each kind of problem."""
 
 OUTSIDE = "boxes outside their image, left out"
 CLIPPED = "boxes partly outside their image, clipped to it"
@@ -22,11 +22,11 @@ NO_BOXES = "images without boxes, kept as background"
 NO_ANNOTATION = "annotation files that can't be read, left out with their images"
 
 HARMLESS = frozenset((NO_BOXES,))
-"""Kinds that are counted and not warned of, for they are usual."""
+"""Kinds that are counted but not warned about, because they are common."""
 
 
 class Problems:
-    """Counts what is wrong with the annotations of one file or folder.
+    """Counts the problems in the annotations of one file or folder.
 
     Args:
         where: the file or folder, for messages.
@@ -41,16 +41,16 @@ class Problems:
         self._examples: dict[str, list[str]] = defaultdict(list)
 
     def add(self, kind: str, example: str) -> None:
-        """Count one more of a kind."""
+        """Count another problem of a kind."""
         self.counts[kind] += 1
         if len(self._examples[kind]) < EXAMPLES:
             self._examples[kind].append(example)
 
     def report(self, strict: bool = False) -> None:
-        """Warn of every kind, once.
+        """Warn once about every kind.
 
         Raises:
-            DataError: there are some, and ``strict`` is on.
+            DataError: there are problems, and ``strict`` is on.
         """
         lines = []
         for kind, count in self.counts.items():

@@ -17,8 +17,9 @@ from .problems import NO_ANNOTATION, NO_FILE
 from .voc import voc_to_coco
 
 Target = dict[str, Tensor]
-"""Of one image: ``boxes`` (n, 4) float32, left, top, right, bottom in pixels; ``labels`` (n,) int64 from 0; ``area``
-(n,) float32; ``iscrowd`` (n,) int64; ``image_id`` () int64."""
+"""Target of one image: ``boxes`` (n, 4) float32, left, top, right, bottom in pixels; ``labels`` (n,) int64 from 0;
+``area`` (n,) float32; ``iscrowd`` (n,) int64; ``image_id`` () int64.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class BoxedImages:
 
     Args:
         images: with their boxes.
-        training: leave out what is around crowds, which says only where not to count mistakes.
+        training: drop boxes around crowds, which only mark where detections are not counted as errors.
     """
 
     images: list[AnnotatedImage]
@@ -40,7 +41,7 @@ class BoxedImages:
         """The image in RGB, upright.
 
         Raises:
-            UnreadableImage: it can't be read, or is of another size than its boxes are for.
+            UnreadableImage: it can't be read, or its size differs from the annotated one.
         """
         listed = self.images[index]
         image = read_image(listed.file)
@@ -90,12 +91,12 @@ def open_boxes(folder: Path | None, strict: bool = False) -> BoxSource:
 
     Args:
         folder: COCO's layout: ``annotations/instances_train*.json`` and ``instances_val*.json``, the images in a folder
-            of the part's name (``train2017``), beside or in ``images``. Or Pascal VOC's: ``Annotations``,
+            with the part's name (``train2017``), next to it or in ``images``. Or Pascal VOC's: ``Annotations``,
             ``JPEGImages``, ``ImageSets/Main/train.txt`` and ``val.txt``.
-        strict: refuse what is otherwise left out with a warning.
+        strict: reject what is otherwise dropped with a warning.
 
     Raises:
-        DataError: nothing usable there; or, with ``strict``, anything wrong with it.
+        DataError: there is nothing usable or, with ``strict``, anything is wrong.
     """
     if folder is None or not folder.is_dir():
         raise DataError(f"data: expected a folder of images with boxes for a detector, got {folder}")

@@ -1,4 +1,4 @@
-"""What the training engine has to know of detection."""
+"""The training engine's interface to detection."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .predict import Detections, Finder
 from .source import BoxSource, open_boxes
 
 LONGER = 1333 / 800
-"""Times ``image_size`` that an image's longer side may be, unless ``model_options`` has ``max_size``; torchvision's."""
+"""Maximum longer side of an image relative to ``image_size``, as in torchvision; ``max_size`` overrides it."""
 
 
 @dataclass(frozen=True)
 class DetectionResult:
-    """What training a detector came to.
+    """The result of training a detector.
 
     Attributes:
         model: name of the network.
@@ -43,7 +43,7 @@ class DetectionResult:
         ap_small: of boxes below 32 x 32 pixels; -1 if there are none.
         ap_medium: of those below 96 x 96.
         ap_large: of the rest.
-        ar1: average recall with one detection an image.
+        ar1: average recall with one detection per image.
         ar10: with ten.
         ar100: with a hundred.
         ar_small: likewise, by size.
@@ -77,7 +77,7 @@ class DetectionResult:
 
 
 class Detection(Classification):
-    """Images to boxes."""
+    """Object detection."""
 
     data: type[ImageData] = BoxData
     result: Any = DetectionResult
@@ -88,7 +88,7 @@ class Detection(Classification):
         return open_boxes(folder, strict)
 
     def facts(self, recipe: Recipe, source: Any) -> dict[str, Any]:
-        """What is needed to use a trained detector."""
+        """The metadata needed to use a trained detector."""
         return super().facts(recipe, source) | {"train_sizes": recipe.train_sizes, "category_ids": source.category_ids}
 
     def build(self, facts: dict[str, Any]) -> nn.Module:
@@ -102,16 +102,16 @@ class Detection(Classification):
             raise OptionError(f"expected image_size and the data to say it, got {', '.join(sorted(given))}")
         options.setdefault("max_size", round(LONGER * max([size, *facts.get("train_sizes", [])])))
         options |= {"image_mean": list(facts["mean"]), "image_std": list(facts["std"])}
-        # Where it doesn't train, torchvision takes the last one.
+        # Outside training, torchvision uses the last one.
         options["min_size"] = (*facts.get("train_sizes", []), size)
         return retinanet(num_classes=len(facts["classes"]), **options)
 
     def module(self, network: nn.Module, source: Any, recipe: Recipe, steps: int) -> Trained:
-        """What Lightning trains and validates."""
+        """The module that Lightning trains and validates."""
         return Detector(network, recipe, steps)
 
     def figures(self, metrics: dict[str, float]) -> dict[str, float]:
-        """COCO's twelve figures."""
+        """COCO's twelve metrics."""
         return {name: metrics[f"val_{name}"] for name in SUMMARY}
 
     def prediction(
@@ -123,7 +123,7 @@ class Detection(Classification):
         pictures: Path | None,
         threshold: float,
     ) -> tuple[Rows, Any, Transform, tuple[int, int, int]]:
-        """What ``sasa predict`` needs; images keep their sizes."""
+        """The parts that ``sasa predict`` needs; images keep their sizes."""
         table = Detections(parts, facts["classes"], facts["category_ids"], pictures, threshold)
         return table, Finder(network), to_bytes, (3, BLANK, BLANK)
 

@@ -2,8 +2,8 @@
 
 ``Annotations/NAME.xml`` and ``JPEGImages``, with the names of each part in ``ImageSets/Main/PART.txt``. Corners are
 pixels counted from 1, both inside the box: ``xmin, xmax`` become ``x = xmin - 1, width = xmax - xmin + 1``. A box whose
-corners are the same column or row is a slip of the mouse: it gets the width or height 0, and is left out with the rest
-of what is wrong (:mod:`sasa.detection.coco`).
+corners share a column or row is an annotation error: it gets width or height 0, and is dropped together with other
+invalid boxes (:mod:`sasa.detection.coco`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def voc_to_coco(
     Args:
         folder: holds ``Annotations``, ``JPEGImages`` and ``ImageSets/Main``.
         part: train, val or another list in ``ImageSets/Main``.
-        categories: names, in order of their ids, from 1; default: all that occur, in order of the alphabet.
+        categories: names, in order of their ids, from 1; default: all that occur, in alphabetical order.
         out: JSON file to write them to.
 
     Raises:
-        DataError: no such list, or a name twice in it.
+        DataError: there is no such list, or a name occurs twice in it.
     """
     listed = folder / "ImageSets" / "Main" / f"{part}.txt"
     try:
@@ -58,7 +58,7 @@ def voc_to_coco(
         images.append({"id": number} | image)
         for kind, box in found:
             entry = {"id": len(annotations) + 1, "image_id": number, "bbox": box, "iscrowd": 0}
-            # The checks count a name that is not among the categories: 0 is none of theirs.
+            # The checks count a name that is not among the categories: 0 is not a category id.
             annotations.append(entry | {"category_id": numbers.get(kind, 0), "category_name": kind})
     found = {"images": images, "annotations": annotations}
     found["categories"] = [{"id": number, "name": name} for name, number in numbers.items()]
@@ -70,7 +70,7 @@ def voc_to_coco(
 def _parsed(path: Path, name: str) -> tuple[dict[str, Any], list[tuple[str, list[float]]]]:
     """The image of an annotation file, and names and boxes of its objects."""
     content = path.read_bytes()
-    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:  # which can grow to fill the memory, and VOC has none
+    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:  # could expand to exhaust memory; VOC has none
         raise ValueError("expected no document type or entities")
     root = ElementTree.fromstring(content)  # noqa: S314
     found = VOCDetection.parse_voc_xml(root)["annotation"]

@@ -1,1 +1,1 @@
-"""``sasa explore``: a page on which one points at a pixel and sees what the network sees. Needs ``explore``."""
+"""``sasa explore``: a page for pointing at a pixel and seeing what the network sees. Needs ``explore``."""

@@ -1,4 +1,4 @@
-"""The command ``sasa explore``: a saved page, or a server that takes images too."""
+"""The command ``sasa explore``: a saved page, or a server that also accepts images."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def explore(images: Sequence[Path] = (), weights: Path | None = None, save: Path
     """Point at a pixel, and see what the network sees: a page of every layer, head and tap.
 
     Args:
-        images: images, or folders of them; left out, some of the packaged ones.
-        weights: model.safetensors of a run of sasa train, or clothing or fashion_mnist, which ship with the package;
-            left out, that of sasa demo in runs/demo if there is one, else fashion_mnist.
-        save: HTML file to write the page to, which needs no server. Without it a server on this machine alone shows the
-            page, takes images too, and runs until Ctrl-C.
+        images: images, or folders of them; by default, some of the packaged ones.
+        weights: model.safetensors of a run of sasa train, or clothing or fashion_mnist, which ship with the package; by
+            default, that of sasa demo in runs/demo if it exists, else fashion_mnist.
+        save: HTML file to write the page to, which needs no server. Without it, a server reachable only from this
+            machine shows the page, accepts images too, and runs until Ctrl-C.
         port: of the server; 0 finds a free one.
 
     Raises:
-        DataError: no network, no attention layer in it, or no image.
-        OptionError: a port that is taken, or images on which the network does not work.
+        DataError: there is no network, no attention layer in it, or no image.
+        OptionError: the port is in use, or the network can't process the images.
         OutputError: save can't be written.
     """
     from .source import find_images, find_network

@@ -1,7 +1,7 @@
-"""The server behind the page: this machine alone reaches it, and what it is sent stays in memory.
+"""The server behind the page: reachable only from this machine, and uploads stay in memory.
 
-Browsers let any site send requests to 127.0.0.1. So only requests to a local name are answered, which stops names that
-are made to lead here, and only posts of this page itself.
+Browsers let any site send requests to 127.0.0.1. Therefore only requests to a local host name are answered, which
+prevents DNS rebinding, and only posts from this page itself.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .source import Network, Shown
 
 HOST = "127.0.0.1"
 KEPT = 16
-"""Images that users sent and that can still be asked about."""
+"""Maximum number of uploaded images that are kept for further requests."""
 
 
 class Explored:
-    """A network and the images it is asked about. One request at a time computes."""
+    """A network and its images. Requests are computed one at a time."""
 
     def __init__(self, network: Network, images: Sequence[Shown]) -> None:
         self.network, self._lock = network, threading.Lock()
@@ -43,7 +43,7 @@ class Explored:
         self._first = self.payload(images[0])
 
     def page(self) -> str:
-        """The page with the first image; the others are asked for."""
+        """The page with the first image; the others are fetched on request."""
         others = list(self._given.values())[1:]
         rest = [{"key": one.key, "name": one.name, "label": one.label, "picture": png(one.bytes)} for one in others]
         return render([self._first, *rest], network=self.network.facts["model"], note=self.network.note, server=True)
@@ -60,10 +60,10 @@ class Explored:
             return self.network.payload(shown, with_effects=False)
 
     def take(self, data: bytes, name: str) -> dict[str, Any]:
-        """What the page shows of an image that a user sent.
+        """What the page shows of an uploaded image.
 
         Raises:
-            UnreadableImage: it is none.
+            UnreadableImage: it is not an image.
         """
         shown = self.network.read(data, name)
         payload = self.payload(shown)
@@ -74,10 +74,10 @@ class Explored:
         return payload
 
     def predict(self, asked: Any) -> list[dict[str, Any]]:
-        """The classes with a change: ``position``, ``temperature``, ``cover`` of rows and columns.
+        """The predicted classes under a change: ``position``, ``temperature``, ``cover`` of rows and columns.
 
         Raises:
-            ValueError: something else was asked.
+            ValueError: the request is for something else.
         """
         if not isinstance(asked, dict):
             raise ValueError("expected an object")
@@ -104,7 +104,7 @@ class Explored:
 
 
 def application(explored: Explored) -> Starlette:
-    """The page and what it asks for, as an ASGI application."""
+    """The page and its requests, as an ASGI application."""
 
     async def page(request: Request) -> Response:
         return HTMLResponse(await run_in_threadpool(explored.page))
@@ -146,7 +146,7 @@ def application(explored: Explored) -> Starlette:
 
 
 async def _answer(function: Any, *arguments: Any) -> Response:
-    """What a function returns, or what is wrong with what it was sent."""
+    """A response with a function's result, or with the error in its input."""
     try:
         return JSONResponse(await run_in_threadpool(function, *arguments))
     except (ValueError, RecursionError) as error:
@@ -158,13 +158,13 @@ def _error(message: str, status: int) -> Response:
 
 
 def _own(request: Request) -> bool:
-    """Whether a request comes from a page of this server; programs other than browsers name no origin."""
+    """Whether a request comes from a page of this server; programs other than browsers send no origin."""
     origin = request.headers.get("origin")
     return origin is None or urlsplit(origin).netloc == request.headers.get("host")
 
 
 async def _body(request: Request, most: int) -> bytes | None:
-    """What was sent; None once it is longer than ``most``."""
+    """The request body; None if it is longer than ``most``."""
     received = bytearray()
     try:
         async for part in request.stream():
@@ -177,10 +177,10 @@ async def _body(request: Request, most: int) -> bytes | None:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on this machine alone; port 0 takes a free one.
+    """A socket reachable only from this machine; port 0 finds a free one.
 
     Raises:
-        OptionError: the port is taken, or none.
+        OptionError: the port is in use or invalid.
     """
     if not 0 <= port <= 65535:
         raise OptionError(f"port: expected 0 to 65535, got {port}")

@@ -1,4 +1,4 @@
-"""Which network, and which images: given ones, or what this machine has."""
+"""The network and the images: as given, or defaults available on this machine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..viz.page import about_stems
 from ..viz.payload import image_payload
 
 DEMO = Path("runs/demo/sasa_resnet14/model.safetensors")
-SHIPPED = Path("fashion_mnist")  # weights of the package, which also has such images
+SHIPPED = Path("fashion_mnist")  # packaged weights, with matching packaged images
 MOST_IMAGES = 24
 
 
 @dataclass
 class Shown:
-    """An image that is shown, as bytes of the network's size."""
+    """A displayed image, as bytes at the network's size."""
 
     key: str
     name: str
@@ -37,13 +37,13 @@ class Shown:
 
 @dataclass
 class Network:
-    """A network, and how it takes images.
+    """A network, and how its images are prepared.
 
     Attributes:
         model: in evaluation mode.
         facts: of its weights file: see :func:`sasa.train.load_model`.
-        note: what to say about it first.
-        fit: brings an image to the network's size, as bytes.
+        note: introductory sentence about it.
+        fit: resizes an image to the network's size, as bytes.
     """
 
     model: nn.Module
@@ -60,14 +60,14 @@ class Network:
         """An image from a file or from memory.
 
         Raises:
-            UnreadableImage: it is none.
+            UnreadableImage: it is not an image.
         """
         image = read_image(file, name)
         fitted = self.fit(image.convert("L") if self.facts["in_chans"] == 1 else image)
         return Shown(hashlib.sha256(fitted.numpy().tobytes()).hexdigest()[:16], name, fitted)
 
     def input(self, shown: Shown) -> Tensor:
-        """The image as the network takes it, (C, H, W)."""
+        """The image as the network expects it, (C, H, W)."""
         return self._normalise(shown.bytes[None])[0]
 
     def payload(self, shown: Shown, with_effects: bool) -> dict[str, Any]:
@@ -78,10 +78,10 @@ class Network:
 
 
 def find_network(weights: Path | None) -> Network:
-    """The network in a file; without one, that of ``make demo``, or the package's for Fashion-MNIST.
+    """The network in a file; by default, that of ``make demo``, or the packaged one for Fashion-MNIST.
 
     Raises:
-        DataError: no network in the file, or no attention layer in the network.
+        DataError: there is no network in the file, or no attention layer in the network.
     """
     model, facts = trained(weights or (DEMO if DEMO.is_file() else SHIPPED))
     if not any(isinstance(module, Layer) for module in model.modules()):
@@ -90,13 +90,13 @@ def find_network(weights: Path | None) -> Network:
 
 
 def find_images(network: Network, paths: Sequence[Path]) -> tuple[list[Shown], list[str]]:
-    """The images in files and folders, up to 24 of them; without any, some of the packaged ones.
+    """The images in files and folders, up to 24 of them; by default, some of the packaged ones.
 
     Returns:
-        The images, and a sentence about each that is left out.
+        The images, and a sentence about each that was skipped.
 
     Raises:
-        DataError: no image that can be read, or a path that is not there.
+        DataError: no image can be read, or a path doesn't exist.
     """
     if not paths:
         return list(_packaged(network)), []

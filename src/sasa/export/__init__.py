@@ -1,4 +1,4 @@
-"""Networks for where PyTorch's modules can't go: ONNX, exported programs, compiled packages; and batch norm folded."""
+"""Export of networks to run outside PyTorch modules: ONNX, programs, compiled packages; and batch norm folding."""
 
 from .folding import fold_batch_norms
 from .onnx import onnx_translations, to_onnx

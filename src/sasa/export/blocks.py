@@ -1,7 +1,7 @@
 """Attention inside blocks, ``sasa::block_attention``, in ONNX.
 
-``sasa.export`` and ``torch.onnx.export`` of a module trace the stem's equation. A program of ``torch.export.export``
-made on the CPU holds the operator, and can be exported to ONNX later.
+``sasa.export`` and ``torch.onnx.export`` of a module trace the stem's equation. A program made by
+``torch.export.export`` on the CPU contains the operator, and can be exported to ONNX later.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def block_attention(
     pads = op.Concat(constant([0] * 6), op.Sub(op.Mul(blocks, size), pixels), axis=0)
 
     def in_blocks(image: Value, width: int) -> Value:
-        """(B, width, H, W), filled up with zeros, as (B, R, S, n, width)."""
+        """(B, width, H, W), padded with zeros, as (B, R, S, n, width)."""
         shape = op.Concat(constant([0, width]), rows, size, cols, size, axis=0)
         split = op.Transpose(op.Reshape(op.Pad(image, pads), shape), perm=[0, 2, 4, 3, 5, 1])
         return op.Reshape(split, constant([0, 0, 0, places, width]))

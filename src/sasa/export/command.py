@@ -17,7 +17,7 @@ FACTS = ("model", "classes", "mean", "std", "image_size", "crop_pct", "in_chans"
 
 
 def export(program: str, arguments: list[str]) -> int:
-    """``sasa export``: trained weights to a file for elsewhere."""
+    """``sasa export``: trained weights to a file for other runtimes."""
     return run_function(program, export_weights, arguments, positional=("weights",))
 
 
@@ -29,19 +29,19 @@ def export_weights(
     half: bool = False,
     implementation: str | None = None,
 ) -> None:
-    """Export a trained network, with the facts needed to use it: classes, mean and std of the images, their size.
+    """Export a trained network with the metadata needed to use it: classes, mean, std and size of the images.
 
     Args:
-        weights: model.safetensors of a run of sasa train, or the name of weights of the package
+        weights: model.safetensors of a run of sasa train, or the name of packaged weights
         to: onnx; program, for torch.export.load; or aoti, a package compiled for this kind of machine
         out: file to write
         dynamic: let batch, height and width vary
         half: parameters and images in float16
-        implementation: of the attention in programs and packages; reference needs no sasa where they are run
+        implementation: of the attention in programs and packages; with reference they run without sasa
 
     Raises:
         DataError: weights can't be read.
-        OptionError: an option out of range, or a network that can't be exported so.
+        OptionError: an option is out of range, or the network can't be exported that way.
         OutputError: out can't be written to.
     """
     from ..train.evaluate import trained

@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Tracer(fx.Tracer):
-    """Takes sasa's modules as they are."""
+    """Doesn't trace into sasa's modules."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = type(m).__module__.startswith("sasa.nn")
@@ -23,22 +23,22 @@ class _Tracer(fx.Tracer):
 
 
 def fold_batch_norms(model: Model, *, inplace: bool = False) -> Model:
-    r"""The network with its batch norms folded into the convolutions whose output they alone read.
+    r"""The network with its batch norms folded into the convolutions whose only consumer they are.
 
     .. math::
         W' = W \, \gamma / \sqrt{\sigma^2 + \varepsilon}, \qquad
         b' = (b - \mu) \, \gamma / \sqrt{\sigma^2 + \varepsilon} + \beta
 
-    Batch norms behind attention stay: beyond a zero border values are 0, whatever their bias is. ``nn.Identity`` takes
-    the place of those that go.
+    Batch norms after attention are kept: beyond a zero border values are 0, whatever their bias is. Folded ones are
+    replaced by ``nn.Identity``.
 
     Args:
-        model: a network in evaluation mode, which ``torch.fx`` can trace; the networks of timm and torchvision are.
+        model: a network in evaluation mode that ``torch.fx`` can trace, such as those of timm and torchvision.
         inplace: change ``model`` itself instead of a copy.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it is in training mode, or what it does with its modules can't be traced.
+        TypeError: ``model`` is not a module.
+        ValueError: it is in training mode, or its forward can't be traced.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -49,7 +49,7 @@ def fold_batch_norms(model: Model, *, inplace: bool = False) -> Model:
     model = model if inplace else copy.deepcopy(model)
     try:
         graph = _Tracer().trace(model)
-    except Exception as error:  # whatever the network's code makes of a symbol
+    except Exception as error:  # the network's code may raise anything on a symbol
         raise ValueError(
             f"model: expected a network that torch.fx can trace, got {type(model).__name__}: {error}"
         ) from error

@@ -1,15 +1,15 @@
-"""What the operators are in ONNX: local attention by blocks of queries, strip by strip.
+"""The operators in ONNX: local attention by blocks of queries, strip by strip.
 
 A block of b x b queries sees (b + kh - 1) x (b + kw - 1) keys, of which each query has its own kh x kw. The logits of a
-block's queries and keys are one matrix product, and so is the weighted sum; large negative numbers leave each query its
-window. That is more arithmetic than the equation needs, and still faster than a pass over the image for each tap:
-runtimes have fast products and slow passes.
+block's queries and keys are one matrix product, and so is the weighted sum; large negative numbers restrict each query
+to its window. That is more arithmetic than the equation needs, yet faster than a pass over the image for each tap:
+runtimes have fast matrix products and slow element-wise passes.
 
-An ONNX Scan goes over the strips of the image, a row of blocks each, so that only one strip's keys, values and logits
-exist at a time. Around it are a few nodes a layer, and small tables of indices.
+An ONNX Scan iterates over the strips of the image, each a row of blocks, so that only one strip's keys, values and
+logits exist at a time. Around it are a few nodes per layer, and small tables of indices.
 
 Along an axis, with stride s, dilation d and g = gcd(s, d), query (i·b + t)·d/g + ρ of block i and phase ρ has its tap u
-at pixel ((i·b + t)·s/g + u)·d + ρ·s - before: without gaps in j = t·s/g + u, so that one scheme serves all windows.
+at pixel ((i·b + t)·s/g + u)·d + ρ·s - before: contiguous in j = t·s/g + u, so that one scheme serves all windows.
 
 Shapes: B batch, N heads, D width of a head (Dv of values), P = H·W pixels, m blocks of a strip, span keys of a block
 along an axis.
@@ -25,8 +25,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import opset18
 
-op: Any = opset18  # its operators' annotations are of one type each
-Value = Any  # ir.Value, or what onnxscript's operators make of it
+op: Any = opset18  # its operators' annotations allow one type each
+Value = Any  # ir.Value, or what onnxscript's operators return
 FAR = 2**40  # beyond the last pixel of any image
 HIDDEN = -1e30  # added to the logits of keys outside a window; infinity times zero would be NaN in the products
 
@@ -37,9 +37,9 @@ class Axis(NamedTuple):
     Attributes:
         block: b, queries along a block.
         phases: d / g.
-        taps: (b, span) the tap that each key is for each query, from 0 to k - 1.
+        taps: (b, span) which tap each key is for each query, from 0 to k - 1.
         hidden: (b, span) 0 for keys in a query's window, HIDDEN for others.
-        blocks: value (1,), how many.
+        blocks: value (1,), number of blocks.
         outputs: value (1,), H' or W'.
         queries: value (blocks · phases, b), pixels; FAR for those beyond the image.
         keys: value (blocks · phases, span), likewise.
@@ -56,8 +56,8 @@ class Axis(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What is attended: values (B, N, P + 1, D), whose last pixel is zero, embeddings (N, Dr, kh), (N, Dc, kw) and a
-    table (N, kh, kw).
+    """The inputs of attention: values (B, N, P + 1, D), whose last pixel is zero, embeddings (N, Dr, kh), (N, Dc, kw)
+    and a table (N, kh, kw).
     """
 
     query: Value
@@ -103,7 +103,7 @@ def axis_of(size: Value, kernel: int, stride: int, dilation: int, border: str) -
 
 
 class Body:
-    """Records the nodes of a Scan's body, which may use values of the graph around it."""
+    """Records the nodes of a Scan's body, which may use values of the enclosing graph."""
 
     def __init__(self, name: str) -> None:
         self.tape, self.name, self.inputs, self.count = ir.tape.Tape(), name, [], 0
@@ -130,7 +130,7 @@ def strips(heads: Heads, rows: Axis, cols: Axis, width: Value, border: str) -> V
     """(S, B, N, m, b·b, Dv): outputs of the S strips of m blocks each. ``width`` is W."""
     real = np.float64 if heads.dtype == ir.DataType.DOUBLE else np.float32
     spans = rows.taps.shape[1], cols.taps.shape[1]
-    padding = op.Sub(op.Shape(heads.query, start=2, end=3), constant([1]))  # the pixel that is zero
+    padding = op.Sub(op.Shape(heads.query, start=2, end=3), constant([1]))  # the zero pixel
     last, join = constant([-1]), constant([0, 0, 0, rows.block * cols.block, -1])
     flat, flat_value = constant([0, 0, 0, -1, heads.width]), constant([0, 0, 0, -1, heads.value_width])
     query_cols, key_cols = (op.Unsqueeze(pixels, constant([1])) for pixels in (cols.queries, cols.keys))
@@ -183,7 +183,7 @@ def strips(heads: Heads, rows: Axis, cols: Axis, width: Value, border: str) -> V
 
 
 def _table(heads: Heads, embedding: Value | None, axis: Axis, first: bool) -> Value | None:
-    """(N, 1, b, D, span): for each query along a block, the embedding of each key, on the first or last channels."""
+    """(N, 1, b, D, span): for each query along a block, each key's embedding, in the first or last channels."""
     if embedding is None:
         return None
     channels = embedding.shape[0] * (embedding.shape[1] if len(embedding.shape) == 3 else 1) // heads.number
@@ -206,7 +206,7 @@ _count = iter(range(2**62))
 
 
 def _unique(name: str) -> str:
-    """A name that no other Scan's values have: they share the names of the graph around them."""
+    """A name unique among the values of all Scans, which share the enclosing graph's namespace."""
     return f"{name}_{next(_count)}"
 
 

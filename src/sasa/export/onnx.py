@@ -16,13 +16,13 @@ from ..ops import checks
 from .prepare import AXES, as_text, checked, size_error, two_or_more
 
 OPSETS = (18, 23)
-"""The lowest and the highest version of ONNX's operators that can be asked for."""
+"""The lowest and the highest supported opset version."""
 
 
 def onnx_translations() -> dict[Callable, Callable]:
-    """What sasa's operators are in ONNX, for ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)``.
+    """ONNX translations of sasa's operators, for ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)``.
 
-    PyTorch's exporter needs no table: it finds these where sasa was imported. The table is for other exporters.
+    PyTorch's exporter needs no table: it finds these once sasa is imported. The table is for other exporters.
 
     Raises:
         ImportError: onnx or onnxscript is not installed; both come with the extra ``export``.
@@ -41,7 +41,7 @@ def to_onnx(
     opset: int = 18,
     optimize: bool = True,
 ) -> None:
-    """Write a network as an ONNX file, of standard operators that every runtime has.
+    """Write a network as an ONNX file, using only standard operators that every runtime supports.
 
     An attention layer becomes one Scan over strips of the image and a few nodes around it, in memory that is linear in
     the pixels. Half precision is computed in float32 and rounded once. The input is called ``images``, the output
@@ -49,19 +49,19 @@ def to_onnx(
 
     Args:
         model: a layer or a network with such layers, in evaluation mode.
-        example: images (B, C, H, W) that the model takes, on its device; their values don't matter.
-        path: file to write; it is complete or absent, and an earlier one stays if something fails.
-        dynamic: whether batch, height and width may be others when the file is run.
-        metadata: facts to keep in the file's ``metadata_props``: text as it is, all else as JSON.
+        example: images (B, C, H, W) that the model accepts, on its device; their values don't matter.
+        path: file to write; it is either complete or absent, and an earlier one is kept if something fails.
+        dynamic: whether batch, height and width may vary when the file is run.
+        metadata: facts to store in the file's ``metadata_props``: text unchanged, everything else as JSON.
         opset: version of ONNX's operators, 18 to 23.
-        optimize: whether PyTorch's exporter simplifies the graph. That takes minutes where many attention layers are
+        optimize: whether PyTorch's exporter simplifies the graph. That takes minutes if many attention layers are
             called, as in detectors; runtimes simplify it again when they load it.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a model in training mode, a layer with the border ``"shift"``, an example that the model doesn't
-            take, an opset out of range, a network whose code depends on its image's size with ``dynamic=True``, or one
-            of more than 2 GB.
+        TypeError: an argument has the wrong type.
+        ValueError: the model is in training mode, a layer has the border ``"shift"``, the model rejects the example,
+            the opset is out of range, the network's code depends on the image size with ``dynamic=True``, or the
+            network is larger than 2 GB.
         OSError: the path can't be written to.
         ImportError: onnx or onnxscript is not installed; both come with the extra ``export``.
     """
@@ -94,7 +94,7 @@ def to_onnx(
     if program is None:
         raise ValueError("model: can't be exported to ONNX")
     written = program.model.graph.opset_imports.get("")
-    if written != opset:  # the exporter keeps the one it has where it can't convert
+    if written != opset:  # the exporter keeps its own version if it can't convert
         raise ValueError(f"opset: this network can't be converted to version {opset}, only written in {written}")
     outputs = program.model.graph.outputs
     for index, output in enumerate(outputs):

@@ -1,6 +1,6 @@
-"""The registered operators translated to ONNX: what ``torch.onnx.export`` calls for each of them in a program."""
+"""ONNX translations of the registered operators: what ``torch.onnx.export`` calls for each of them in a program."""
 
-# ruff: noqa: UP045  (onnxscript reads annotations, and knows Optional alone)
+# ruff: noqa: UP045  (onnxscript reads annotations, and supports only Optional)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -124,7 +124,7 @@ def _cast(x: Value, given: ir.DataType, dtype: ir.DataType) -> Value:
 
 
 def _no_sums() -> Value:
-    """In the place of the log-sum-exp, which backwards alone read: none is exported."""
+    """In place of the log-sum-exp, which only backwards read: it is not exported."""
     return constant(np.nan, np.float32)
 
 
@@ -135,6 +135,6 @@ TRANSLATIONS: dict[Any, Callable] = {
 }
 
 
-# Tells the exporter of this process, so that ``torch.onnx.export`` needs no table.
+# Registers them with this process's exporter, so that ``torch.onnx.export`` needs no table.
 for _operator, _translation in TRANSLATIONS.items():
     torch_op(_operator.name(), trace_only=True)(_translation)

@@ -1,4 +1,4 @@
-"""What all exports have in common: checks, sizes that vary, metadata, and files that are whole or absent."""
+"""What all exports have in common: checks, dynamic sizes, metadata, and files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AXES = {0: "batch", 2: "height", 3: "width"}
 
 
 def checked(model: nn.Module, example: Tensor, path: str | os.PathLike[str], dynamic: bool) -> Path:
-    """The path; raises what :func:`sasa.export.to_onnx` says unless these can be exported."""
+    """The path; raises as :func:`sasa.export.to_onnx` unless these can be exported."""
     checks.flag("dynamic", dynamic)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -44,17 +44,17 @@ def checked(model: nn.Module, example: Tensor, path: str | os.PathLike[str], dyn
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"path: expected a folder that can be written to, got {path.parent}")
     with torch.no_grad():
-        model(example)  # what the network itself says of an example that doesn't fit
+        model(example)  # raises the network's own error if the example doesn't fit
     return path
 
 
 def two_or_more(example: Tensor) -> Tensor:
-    """The example as two images at least: what PyTorch sees only one of, it takes for a constant."""
+    """The example as at least two images: PyTorch treats a size of 1 as a constant."""
     return example if example.shape[0] > 1 else example.repeat(2, 1, 1, 1)
 
 
 def as_text(metadata: Mapping[str, Any] | None) -> dict[str, str]:
-    """Each fact as JSON, text as it is; raises TypeError for what JSON can't hold."""
+    """Each fact as JSON, text unchanged; raises TypeError for what JSON can't represent."""
     found = {}
     for name, fact in (metadata or {}).items():
         try:
@@ -70,7 +70,7 @@ def exported(model: nn.Module, example: Tensor, dynamic: bool) -> ExportedProgra
     """The network as a program.
 
     Raises:
-        ValueError: its code depends on a size that should vary.
+        ValueError: its code depends on a size that should be dynamic.
     """
     try:
         with torch.no_grad():
@@ -92,7 +92,7 @@ def size_error(error: BaseException) -> ValueError:
 
 
 def with_implementation(model: nn.Module, name: str | None) -> nn.Module:
-    """A copy whose attention computes by that implementation; the model itself for None."""
+    """A copy whose attention uses that implementation; the model itself for None."""
     checks.implementation(name)
     if name is None:
         return model
@@ -105,7 +105,7 @@ def with_implementation(model: nn.Module, name: str | None) -> nn.Module:
 
 @contextlib.contextmanager
 def beside(path: Path) -> Any:
-    """A path to write to, which becomes ``path`` if nothing fails and vanishes if something does."""
+    """A temporary path to write to, which is renamed to ``path`` on success and removed on failure."""
     part = path.with_name(f".{path.name}.part{path.suffix}")
     try:
         yield part

@@ -16,7 +16,7 @@ from .._files import write_whole
 from .prepare import as_text, beside, checked, exported, with_implementation
 
 FACTS = "sasa.json"
-"""Name of the metadata inside a program: ``torch.export.load(path, extra_files={"sasa.json": ""})`` reads them."""
+"""Name of the metadata inside a program: ``torch.export.load(path, extra_files={"sasa.json": ""})`` reads it."""
 
 
 def to_program(
@@ -34,15 +34,15 @@ def to_program(
         model: a layer or a network with such layers, in evaluation mode.
         example: images (B, C, H, W) that the model takes, on its device; their values don't matter.
         path: file to write, ``.pt2`` by convention; it is complete or absent.
-        dynamic: whether batch, height and width may be others when the program is run.
+        dynamic: whether batch, height and width may vary when the program is run.
         implementation: of the attention. None keeps the model's: the program calls sasa's operators, and loads only
-            where sasa was imported. ``"reference"``: plain PyTorch operations, slower, that load everywhere.
-        metadata: facts to keep in the file, as JSON in its extra file ``sasa.json``.
+            where sasa is imported. ``"reference"``: plain PyTorch operations, slower, that load everywhere.
+        metadata: facts to store in the file, as JSON in its extra file ``sasa.json``.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a model in training mode, an example that the model doesn't take, no implementation of that name, or
-            a network whose code depends on its image's size with ``dynamic=True``.
+        TypeError: an argument has the wrong type.
+        ValueError: the model is in training mode, it rejects the example, there is no implementation of that name, or
+            the network's code depends on the image size with ``dynamic=True``.
         OSError: the path can't be written to.
     """
     model = with_implementation(model, implementation)
@@ -70,10 +70,10 @@ def to_aoti(
         model: a layer or a network with such layers, in evaluation mode.
         example: images (B, C, H, W) that the model takes, on its device; their values don't matter.
         path: file to write, which must end in ``.pt2``; it is complete or absent.
-        dynamic: whether batch, height and width may be others when the package is run.
+        dynamic: whether batch, height and width may vary when the package is run.
         implementation: of the attention. ``"reference"`` is compiled into the package. None keeps the model's: the
-            package calls sasa's operators, in Python where sasa was imported; a C++ program has none.
-        metadata: facts to keep in the package, as text.
+            package calls sasa's operators, which exist in Python once sasa is imported, but not in a C++ program.
+        metadata: facts to store in the package, as text.
 
     Raises:
         TypeError, ValueError, OSError: as :func:`to_program`; also ValueError for a path that doesn't end in ``.pt2``.

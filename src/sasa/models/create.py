@@ -1,4 +1,4 @@
-"""Any of the networks by its name."""
+"""Builds any of the networks by name."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ OPTIONS = tuple(
         if name not in _NOT_OPTIONS
     )
 )
-"""Arguments of the paper's networks themselves. What timm's factory takes besides, such as ``checkpoint_path`` and
-``pretrained_cfg``, reads files and URLs: options come from recipes and weights files of others, and must not."""
+"""Arguments of the paper's networks themselves. Further arguments of timm's factory, such as ``checkpoint_path`` and
+``pretrained_cfg``, read files and URLs, which options from other people's recipes and weights files must not do.
+"""
 SMALL_OPTIONS = ("width", *(p for p in inspect.signature(SmallResNet.__init__).parameters if p not in _NOT_OPTIONS))
 
 
@@ -38,11 +39,11 @@ def create_model(name: str, num_classes: int = 10, in_chans: int = 3, **kwargs: 
         in_chans: channels of the images.
         **kwargs: of the paper's networks: arguments of :class:`sasa.models.SasaResNet` and timm's ``ResNet`` (for those
             of timm's factory, such as ``features_only``, call ``timm.create_model``). Of the small ones: ``width``, a
-            factor of all widths inside and between the blocks (to whole channels a head), 1 by default, and the options
-            of :class:`sasa.models.SmallResNet`.
+            factor on all widths inside and between the blocks (rounded to whole channels per head), 1 by default, and
+            the options of :class:`sasa.models.SmallResNet`.
 
     Raises:
-        ValueError: no network of that name, or an argument out of range.
+        ValueError: there is no network of that name, or an argument is out of range.
         TypeError: an argument that the network doesn't have.
     """
     checks.choice("name", name, MODELS)

@@ -1,4 +1,4 @@
-"""RetinaNet with attention in its backbone, its heads and, if asked for, its pyramid.
+"""RetinaNet with attention in its backbone, its heads and, optionally, its pyramid.
 
 Sources: Lin et al., *Focal Loss for Dense Object Detection* (arXiv 1708.02002), as torchvision builds it: its anchors,
 matcher, losses, transforms and non-maximum suppression; and the paper (arXiv 1906.05909), section 4.2 and table 2.
@@ -30,16 +30,16 @@ from .saved_in_folder import SavedInFolder
 from .small_resnet import SmallResNet
 
 KINDS = ("attention", "convolution")
-EXTRA_LEVELS = 2  # that the pyramid adds above the backbone's: P6 and P7
+EXTRA_LEVELS = 2  # added by the pyramid above the backbone's: P6 and P7
 ANCHOR_OF_STRIDE = 4  # side of a level's smallest anchor, in strides: arXiv 1708.02002, section 4
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
-PRIOR = 0.01  # of an object at initialisation, as torchvision has it
+PRIOR = 0.01  # of an object at initialisation, as in torchvision
 
 OF_TORCHVISION = (
     *("min_size", "max_size", "image_mean", "image_std", "size_divisible", "fixed_size"),
     *("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates", "fg_iou_thresh", "bg_iou_thresh"),
 )
-"""Further arguments that torchvision's ``RetinaNet`` and its transform take, and JSON can hold."""
+"""Further arguments of torchvision's ``RetinaNet`` and its transform that JSON can represent."""
 
 
 class SasaRetinaNet(
@@ -52,25 +52,25 @@ class SasaRetinaNet(
     """RetinaNet on one of this package's networks.
 
     ``backbone.body`` gives the maps of strides 8, 16 and 32 (of the small networks the last: stride 4),
-    ``backbone.fpn`` makes them a pyramid and adds two coarser levels, ``head`` classifies and regresses
-    ``3·anchor_scales`` anchors a place of each level. ``save_pretrained(folder)`` and ``from_pretrained(folder)`` keep
-    it in files that run no code.
+    ``backbone.fpn`` builds a pyramid from them and adds two coarser levels, ``head`` classifies and regresses
+    ``3·anchor_scales`` anchors at each position of each level. ``save_pretrained(folder)`` and
+    ``from_pretrained(folder)`` store and load it with files that can't run code.
 
     Args:
         backbone: one of :data:`sasa.models.MODELS`.
-        heads: ``"attention"``: all five layers of either head; ``"convolution"``: torchvision's.
-        num_classes: labels are 0 to ``num_classes - 1``. Each has a sigmoid of its own: background needs none.
-        pyramid: the same of the pyramid's 3x3 layers. The paper's text has them attend, its table 2 can't:
-            see ``docs/detection.md``.
+        heads: ``"attention"``: all five layers of both heads; ``"convolution"``: torchvision's.
+        num_classes: labels are 0 to ``num_classes - 1``. Each has its own sigmoid, so there is no background class.
+        pyramid: likewise for the pyramid's 3x3 layers. They attend according to the paper's text, but can't according
+            to its table 2: see ``docs/detection.md``.
         channels: of the pyramid and the heads.
-        anchor_scales: sizes of anchors in an octave, each in three aspect ratios.
+        anchor_scales: number of anchor sizes per octave, each in three aspect ratios.
         group_norm: group norm (32 groups) in the pyramid and the heads, for training from scratch.
         kernel_size: window of the attention in heads and pyramid.
-        num_heads: heads of that attention. Where they don't divide a layer's channels, the nearest number that does.
+        num_heads: heads of that attention; if they don't divide a layer's channels, the nearest number that does.
         position: this and the next two as in :class:`sasa.RelativeSelfAttention`.
         position_split: where the halves of the position fall.
-        border: of all but the last layers, which mask the border: their biases, the prior of an object, then hold
-            everywhere.
+        border: of all layers but the last ones, which mask the border so that their biases, the prior of an object,
+            hold everywhere.
         implementation: of the attention in the whole network, backbone included: None for the fastest.
         backbone_options: arguments of the backbone, as of :func:`sasa.models.create_model`.
         **options: of torchvision's ``RetinaNet``: ``min_size`` (several for multi-scale training), ``max_size``,
@@ -83,8 +83,8 @@ class SasaRetinaNet(
         ``{"classification", "bbox_regression"}``; else for each image ``{"boxes", "scores", "labels"}``.
 
     Raises:
-        ValueError: an argument out of range, naming it.
-        TypeError: an argument that is unknown or of the wrong type.
+        ValueError: an argument is out of range; the message names it.
+        TypeError: an argument is unknown or has the wrong type.
     """
 
     needs = "backbone"
@@ -149,7 +149,7 @@ class SasaRetinaNet(
                     module.implementation = implementation  # type: ignore[assignment]
 
     def dense(self) -> DenseDetector:
-        """This detector up to non-maximum suppression, as a module of one tensor: what exports, and what FLOPs count.
+        """This detector up to non-maximum suppression, as a module of one tensor: for export and FLOP counts.
 
         It shares its parameters with this detector, and is in evaluation mode if this is.
         """
@@ -157,12 +157,12 @@ class SasaRetinaNet(
 
 
 class DenseDetector(nn.Module):
-    """A detector up to non-maximum suppression: every anchor's box and scores, for a batch of images of one size.
+    """A detector up to non-maximum suppression: every anchor's box and scores, for a batch of equally sized images.
 
     Shape:
         images (B, 3, H, W), values from 0 to 1, to boxes (B, A, 4) as x1, y1, x2, y2 in pixels, within the image, and
-        scores (B, A, num_classes) from 0 to 1. The detector itself resizes its images before this; then it leaves out
-        boxes below ``score_thresh``, keeps ``topk_candidates`` a level, and suppresses.
+        scores (B, A, num_classes) from 0 to 1. The detector itself resizes its images before this; afterwards it drops
+        boxes below ``score_thresh``, keeps ``topk_candidates`` per level, and applies non-maximum suppression.
     """
 
     def __init__(self, detector: SasaRetinaNet) -> None:
@@ -174,7 +174,7 @@ class DenseDetector(nn.Module):
         detector = self.detector
         height, width = images.shape[-2:]
         x = detector.transform.normalize(images)
-        multiple = detector.transform.size_divisible  # padded as the detector pads: the strides of anchors depend on it
+        multiple = detector.transform.size_divisible  # the detector's padding, on which the anchors' strides depend
         x = nn.functional.pad(x, (0, -width % multiple, 0, -height % multiple))
         levels = list(detector.backbone(x).values())
         found = detector.head(levels)
@@ -205,7 +205,7 @@ class BodyAndPyramid(nn.Module):
         body: a module that returns its maps, from fine to coarse.
         widths: channels of these maps.
         channels: of the pyramid.
-        norm: makes the norm of so many channels; None for none.
+        norm: creates the norm for a number of channels; None for none.
 
     Shape:
         (B, 3, H, W) to an ordered dict of maps (B, channels, H', W'), from fine to coarse.
@@ -226,7 +226,7 @@ class LastStage(nn.Module):
     """A small network without its classifier: the map of its last stage, in a list.
 
     Args:
-        network: the network, whose ``stem`` and ``stages`` these become.
+        network: the network, whose ``stem`` and ``stages`` are taken over.
     """
 
     def __init__(self, network: SmallResNet) -> None:
@@ -249,7 +249,7 @@ def _body(name: str, options: dict[str, Any]) -> tuple[nn.Module, list[int], lis
 
 @torch.no_grad()
 def _start_as_torchvision(layer: nn.Module, bias: float) -> None:
-    """Small values, and a bias of theirs that is the layer's output at first, as the weights of the taps sum to 1."""
+    """Start with small values whose bias is the layer's initial output, as the attention weights sum to 1."""
     assert isinstance(layer, RelativeSelfAttention)  # noqa: S101  (what convert makes of a convolution of stride 1)
     values = slice(2 * layer.out_channels, None)
     nn.init.normal_(layer.qkv.weight[values], std=0.01)

@@ -1,8 +1,8 @@
-"""The paper's table 2 counted again on this package's detectors, beside the paper's figures.
+"""The paper's table 2, recomputed for this package's detectors, next to the paper's figures.
 
 Source of the figures: arXiv 1906.05909, table 2. The paper gives neither image size nor anchors nor classes. Its
-baseline, 182 B FLOPs and 33.4 M parameters, is torchvision's RetinaNet at 640x640 with six anchors a place (two scales)
-and 90 classes, and none of the usual others.
+baseline, 182 B FLOPs and 33.4 M parameters, matches torchvision's RetinaNet at 640x640 with six anchors per position
+(two scales) and 90 classes, and no other usual configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TABLE_2 = {
 
 
 def detection_tables() -> tuple[Table, Table]:
-    """Table 2, counted; and a row of it with a pyramid that attends too, which the paper's text has."""
+    """Table 2, recomputed; and a row with attention in the pyramid too, as in the paper's text."""
     return (
         Table("Table 2: RetinaNet, ResNet-50", tuple(_row(heads, variant) for heads, variant in TABLE_2)),
         Table("The same with attention in the pyramid too", (_row("attention", "_convstem", pyramid="attention"),)),
@@ -43,7 +43,7 @@ def _row(heads: str, variant: str, **options: Any) -> Row:
 
 
 def reductions(table: Table, baseline: Row) -> str:
-    """By how much FLOPs and parameters of the other rows are below the baseline's, ours and the paper's, in percent."""
+    """How far FLOPs and parameters of the other rows are below the baseline's, in percent: ours and the paper's."""
     lines = []
     for row in (row for row in table.rows if row is not baseline):
         flops = row.flops / baseline.flops - 1, row.paper_flops / baseline.paper_flops - 1

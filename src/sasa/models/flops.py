@@ -1,4 +1,4 @@
-"""What a network costs."""
+"""The cost of a network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 def count_flops(network: nn.Module, shape: Sequence[int]) -> int:
     """FLOPs of one forward for an input of ``shape``; a multiply-add is 2. Softmax, norms and pools are not counted.
 
-    Nothing is computed where the network's parameters are on the ``"meta"`` device.
+    Nothing is computed if the network's parameters are on the ``"meta"`` device.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a while
 

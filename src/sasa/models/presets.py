@@ -1,4 +1,4 @@
-"""Sizes of the networks, one row each. :func:`sasa.models.create_model` builds them; those of the paper, timm too."""
+"""Sizes of the networks, one row each, for :func:`sasa.models.create_model`; timm builds those of the paper too."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class SmallResNetSize(NamedTuple):
 
     Attributes:
         stem_width: channels after the stem, which also halves the image.
-        blocks: bottleneck blocks a stage. Every stage but the first halves the image.
-        widths: channels a stage of the spatial layers, inside the bottlenecks.
+        blocks: bottleneck blocks per stage. Every stage but the first halves the image.
+        widths: channels of the spatial layers inside the bottlenecks, per stage.
         expansion: channels between the blocks, as a multiple of the width.
         stem_kernel: window of the stem's attention layer.
-        stem_heads: its heads. Grey pixels have little content to attend to: the stem wants many small windows.
+        stem_heads: its heads. Grey pixels have little content to attend to, so the stem needs many small windows.
         attention_kernel: window of the other attention layers.
         attention_heads: their heads.
         convolution_kernel: kernel of the convolutional twin's layers.
@@ -33,7 +33,7 @@ class SmallResNetSize(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Layers as a ResNet's are counted: one for the stem, three a block, one for the classifier."""
+        """Number of layers, counted as for a ResNet: one for the stem, three per block, one for the classifier."""
         return 2 + 3 * sum(self.blocks)
 
 
@@ -52,10 +52,10 @@ RESNET14 = SmallResNetSize(
 
 
 def scaled(size: SmallResNetSize, width: float = 1.0) -> SmallResNetSize:
-    """The same depth with all widths multiplied by ``width``, to whole channels a head, two at least: row and column.
+    """The same depth with all widths multiplied by ``width``, rounded to whole channels per head, at least two.
 
     Raises:
-        ValueError: ``width`` is no positive number.
+        ValueError: ``width`` is not a positive number.
     """
     heads = math.lcm(size.stem_heads, size.attention_heads)
     if not isinstance(width, (int, float)) or not 0 < width < math.inf:
@@ -64,7 +64,7 @@ def scaled(size: SmallResNetSize, width: float = 1.0) -> SmallResNetSize:
     return size._replace(stem_width=stem, widths=tuple(widths))
 
 
-# name -> (sizes, the spatial layer it is built of). Twins have equal depth and widths.
+# name -> (sizes, the spatial layer it is built from). Twins have equal depth and widths.
 SMALL_MODELS: dict[str, tuple[SmallResNetSize, str]] = {
     "sasa_resnet14": (RESNET14, "attention"),
     "resnet14": (RESNET14, "convolution"),
@@ -73,7 +73,7 @@ SMALL_MODELS: dict[str, tuple[SmallResNetSize, str]] = {
 # Blocks of the four stages by depth: the paper's section 4.1.
 PAPER_DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
 
-# End of the name -> what attends: the columns of the paper's table 1.
+# Suffix of the name -> what attends: the columns of the paper's table 1.
 PAPER_VARIANTS: dict[str, dict[str, Any]] = {
     "": {"attention_stem": True, "attention_stages": (1, 2, 3, 4)},
     "_convstem": {"attention_stem": False, "attention_stages": (1, 2, 3, 4)},

@@ -1,4 +1,4 @@
-"""The weights that ship with the package, and the small network in timm. Files are read, never the network.
+"""The weights that ship with the package, and the small network in timm. Nothing is downloaded.
 
 ``timm.create_model("sasa_resnet14.clothing", pretrained=True)``, after ``import sasa.models``.
 """
@@ -32,13 +32,13 @@ def find_weights(weights: Path | str) -> Path:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a weights file says of its network: see :func:`sasa.train.load_model`."""
+    """A weights file's metadata about its network: see :func:`sasa.train.load_model`."""
     with safe_open(str(path), framework="pt") as file:
         return {name: json.loads(fact) for name, fact in (file.metadata() or {}).items() if name != "format"}
 
 
 def _configuration(path: Path) -> dict[str, Any]:
-    """What timm wants to know of weights."""
+    """Configuration of the weights for timm."""
     facts = read_facts(path)
     size = facts["image_size"]
     return {
@@ -63,7 +63,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def sasa_resnet14(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The small attention network: as it is, or with a tag (``sasa_resnet14.clothing``) as it was trained."""
+    """The small attention network: untrained, or with a tag (``sasa_resnet14.clothing``) as it was trained."""
     tag = kwargs.get("pretrained_cfg")
     if tag is None and pretrained:
         tag = next(iter(shipped_weights()), None)

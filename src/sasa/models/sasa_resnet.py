@@ -24,9 +24,9 @@ from .saved_in_folder import SavedInFolder
 
 STAGES = (1, 2, 3, 4)
 STEM_WIDTH = 64
-_PLACE = ("device", "dtype")  # arguments that say where the parameters are, not what network it is
+_PLACE = ("device", "dtype")  # arguments that determine where the parameters are, not what network it is
 
-# torch.fx (timm's feature extraction with it) takes the layers as they are: what they compute depends on their input.
+# torch.fx (and timm's feature extraction) must not trace into the layers: what they compute depends on their input.
 register_notrace_module(RelativeSelfAttention)
 register_notrace_module(AttentionStem)
 
@@ -38,7 +38,7 @@ class SasaResNet(
     tags=["image-classification", "self-attention"],
     paper_url="https://arxiv.org/abs/1906.05909",
 ):
-    """A ResNet of bottleneck blocks in which attention takes the place of the convolutions larger than 1x1.
+    """A ResNet of bottleneck blocks in which attention replaces the convolutions larger than 1x1.
 
     Everything else is timm's ``ResNet``, with its methods: ``forward_features``, ``forward_head``,
     ``forward_intermediates``, ``get_classifier``, ``reset_classifier``, ``set_grad_checkpointing``.
@@ -63,8 +63,8 @@ class SasaResNet(
         (B, in_chans, H, W) to (B, num_classes), for any H and W.
 
     Raises:
-        ValueError: an argument out of range, naming it.
-        TypeError: an argument of the wrong type.
+        ValueError: an argument is out of range; the message names it.
+        TypeError: an argument has the wrong type.
     """
 
     needs = "layers"
@@ -121,20 +121,20 @@ class SasaResNet(
                 dtype=kwargs.get("dtype"),
             )
             put_stem(self, stem)
-        # Arguments that no file can hold: a network with them can be trained, but not saved by save_pretrained.
+        # Arguments that can't be stored in a file: such a network can be trained, but not saved by save_pretrained.
         self._unsaved = sorted(
             name for name, value in kwargs.items() if name not in _PLACE and not self._is_jsonable(value)
         )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write ``model.safetensors`` and ``config.json``, from which :meth:`from_pretrained` builds the network again.
+        """Write ``model.safetensors`` and ``config.json``, from which :meth:`from_pretrained` rebuilds the network.
 
         Args:
-            save_directory: folder to write to, made if missing.
+            save_directory: folder to write to, created if missing.
             **kwargs: as in huggingface_hub's mixin, which can upload too: ``push_to_hub``, ``repo_id``.
 
         Raises:
-            ValueError: the network was built with an argument that JSON can't hold, a class of layers say.
+            ValueError: the network was built with an argument that JSON can't represent, e.g. a class of layers.
         """
         if self._unsaved:
             raise ValueError(
@@ -169,7 +169,7 @@ def _checked_stages(stages: Sequence[int]) -> tuple[int, ...]:
 
 
 def _configuration(attention_stem: bool) -> dict[str, Any]:
-    """What timm wants to know of a network: sizes and normalisation of its images, names of its ends."""
+    """Configuration of a network for timm: size and normalisation of its images, names of its first and last layers."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -189,7 +189,7 @@ default_cfgs = {name: _configuration(arguments["attention_stem"]) for name, argu
 
 
 def _register(name: str) -> None:
-    """Make ``timm.create_model(name)`` build the network of that name."""
+    """Register the network, so that ``timm.create_model(name)`` builds it."""
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_model_with_cfg(SasaResNet, name, pretrained, **PAPER_MODELS[name] | kwargs)

@@ -1,4 +1,4 @@
-"""Networks kept in folders as Hugging Face keeps them: ``config.json`` with the arguments, ``model.safetensors``."""
+"""Networks stored in folders in Hugging Face's format: ``config.json`` with the arguments, ``model.safetensors``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_OF_TIMM = ("architecture", "pretrained_cfg", "model_args")  # what timm reads of a configuration
+_OF_TIMM = ("architecture", "pretrained_cfg", "model_args")  # what timm reads from a configuration
 _OF_THE_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 
 
 class SavedInFolder(PyTorchModelHubMixin):
-    """Reads what ``save_pretrained`` of Hugging Face's mixin wrote, from folders alone, and refuses what doesn't fit.
+    """Reads what ``save_pretrained`` of Hugging Face's mixin wrote, from folders only, and rejects what doesn't fit.
 
     Attributes:
         needs: the argument without which a configuration isn't one of this class.
@@ -30,13 +30,13 @@ class SavedInFolder(PyTorchModelHubMixin):
 
         Args:
             pretrained_model_name_or_path: the folder.
-            **kwargs: arguments of the network, to change what ``config.json`` says; ``map_location``: device to load
-                to; ``strict=False``: leave parameters that are missing in the file as they are, ignore those unknown.
+            **kwargs: arguments of the network, overriding those in ``config.json``; ``map_location``: device to load
+                to; ``strict=False``: leave parameters that are missing from the file unchanged and ignore unknown ones.
 
         Raises:
-            FileNotFoundError: no such folder, or one without ``config.json`` or ``model.safetensors``. Pickled weights,
-                which could run any code, are not read.
-            ValueError: a configuration that can't be read, or weights that don't fit the network, naming them.
+            FileNotFoundError: there is no such folder, or it lacks ``config.json`` or ``model.safetensors``. Pickled
+                weights, which could run arbitrary code, are not read.
+            ValueError: the configuration can't be read, or weights don't fit the network; the message names them.
         """
         folder = Path(pretrained_model_name_or_path)
         for file in (CONFIG, WEIGHTS):
@@ -55,9 +55,9 @@ class SavedInFolder(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs: Any) -> Self:
-        """Called by the mixin, with the configuration and what it knows of the Hub."""
+        """Called by the mixin, with the configuration and its Hub arguments."""
         arguments = {name: value for name, value in kwargs.items() if name not in (*_OF_THE_HUB, *_OF_TIMM)}
-        model: Any = cls(**arguments)  # an nn.Module: the mixin itself is none
+        model: Any = cls(**arguments)  # an nn.Module, which the mixin itself is not
         model.to(map_location)
         file = Path(model_id) / WEIGHTS
         try:
@@ -66,6 +66,6 @@ class SavedInFolder(PyTorchModelHubMixin):
             raise ValueError(f"{file}: expected safetensors, {error}") from error
         try:
             model.load_state_dict(weights, strict=strict)
-        except RuntimeError as error:  # names all that is missing, unknown or of another shape
+        except RuntimeError as error:  # names everything missing, unknown or of another shape
             raise ValueError(f"{file}: weights of another network. {error}") from error
         return model.eval()

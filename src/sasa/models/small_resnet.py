@@ -1,4 +1,4 @@
-"""Residual networks for small images, of attention or of convolution: the same network but for the spatial layer.
+"""Residual networks for small images, of attention or of convolutions: identical except for the spatial layer.
 
 Source: the paper (arXiv 1906.05909), section 3.2: every convolution of a ResNet larger than 1x1 becomes attention;
 where it had stride 2, attention runs at stride 1 and a 2x2 average pool of stride 2 follows.
@@ -19,7 +19,7 @@ from ..ops import checks
 from .presets import SmallResNetSize
 
 SpatialLayer = Callable[[int, int, int], nn.Module]
-"""(in_channels, out_channels, stride) -> module: what looks at a pixel's neighbours."""
+"""(in_channels, out_channels, stride) -> module: the layer that looks at a pixel's neighbours."""
 
 
 def attention_layer(
@@ -32,7 +32,7 @@ def attention_layer(
     strength: float | None = STRENGTH,
     **options: Any,
 ) -> nn.Module:
-    """Local self-attention; in the place of a stride, of every pixel and then averaged."""
+    """Local self-attention; instead of a stride, every pixel attends and the outputs are averaged."""
     layer = RelativeSelfAttention(in_channels, out_channels, kernel_size, num_heads, pool=stride, **options)
     if strength != STRENGTH:
         layer.reset_parameters(strength)
@@ -84,22 +84,23 @@ class SmallResNet(nn.Module):
 
     Args:
         size: the sizes.
-        spatial: ``"attention"`` or ``"convolution"``: of every layer that the next two don't make another.
+        spatial: ``"attention"`` or ``"convolution"``: for every layer not changed by ``attention_stages`` or
+            ``attention_stem``.
         num_classes: outputs of the classifier.
         in_chans: channels of the images.
         attention_stages: numbers of the stages, from 1, that attend; the others convolve. None: by ``spatial``.
         attention_stem: whether the stem attends. None: by ``spatial``.
-        kernel_size: window of the attention behind the stem; None: the size's.
+        kernel_size: window of the attention after the stem; None: that of ``size``.
         position: of the attention; this and the next two as in :class:`sasa.RelativeSelfAttention`.
         position_split: likewise.
         border: likewise.
-        start: how heads start: the strength of :meth:`sasa.RelativeSelfAttention.reset_parameters`; None for its None.
+        start: how heads start: the ``strength`` of :meth:`sasa.RelativeSelfAttention.reset_parameters`, None included.
 
     Shape:
         (B, in_chans, H, W) to (B, num_classes), for any H and W.
 
     Raises:
-        ValueError: an unknown ``spatial``, a stage that is not there, or an argument out of range.
+        ValueError: ``spatial`` is unknown, a stage doesn't exist, or an argument is out of range.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class SmallResNet(nn.Module):
         self.stem = nn.Sequential(
             OrderedDict(
                 spatial=stem(in_chans, size.stem_width, 1),
-                # An attention head can only average its window; edges are differences of heads, made here.
+                # An attention head can only average its window; edges are differences between heads, computed here.
                 mix=nn.Conv2d(size.stem_width, size.stem_width, 1, bias=False),
                 bn=nn.BatchNorm2d(size.stem_width),
                 act=nn.ReLU(inplace=True),
@@ -163,11 +164,11 @@ class SmallResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
 
     def get_classifier(self) -> nn.Module:
-        """The last layer, as timm's networks give it."""
+        """The last layer, as in timm's networks."""
         return self.fc
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the last layer by a fresh one of so many classes."""
+        """Replace the last layer by a fresh one for ``num_classes`` classes."""
         self.num_classes = checks.positive("num_classes", num_classes)
         self.fc = nn.Linear(self.fc.in_features, num_classes).to(self.fc.weight)
 

@@ -1,4 +1,4 @@
-"""The paper's tables 1, 3 and 4 counted again on this package's networks, beside the paper's figures.
+"""The paper's tables 1, 3 and 4, recomputed for this package's networks, next to the paper's figures.
 
 Source of the figures: arXiv 1906.05909, tables 1, 3 and 4. Accuracies need training and are not here.
 """
@@ -21,7 +21,7 @@ class Row(NamedTuple):
     """A network and what it costs.
 
     Attributes:
-        name: as the table calls it.
+        name: as in the table.
         flops: of one image, in 10^9; a multiply-add is 2.
         parameters: in 10^6.
         paper_flops: the paper's figure, rounded to 0.1.
@@ -52,7 +52,7 @@ class Table(NamedTuple):
     rows: tuple[Row, ...]
 
 
-# (depth, end of the network's name) -> the paper's FLOPs and parameters.
+# (depth, suffix of the network's name) -> the paper's FLOPs and parameters.
 TABLE_1 = {
     (26, "_conv"): (4.7, 13.7),
     (26, "_convstem"): (4.5, 10.3),
@@ -81,7 +81,7 @@ WHAT = {"_conv": "convolution", "_convstem": "convolution stem + attention", "":
 
 
 def paper_tables() -> tuple[Table, ...]:
-    """Tables 1, 3 and 4, counted."""
+    """Tables 1, 3 and 4, recomputed."""
     return (
         Table(
             "Table 1: ImageNet networks",

@@ -1,4 +1,4 @@
-"""Convolutions that a network also keeps outside its module tree, where a conversion does not reach."""
+"""Convolutions that a network also references outside its module tree, where a conversion can't reach them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 from .replace import is_spatial
 
-_DEPTH = 4  # of containers in containers
+_DEPTH = 4  # of nested containers
 
 
 def not_reached(modules: Mapping[str, nn.Module], replaced: Mapping[int, str]) -> list[str]:
-    """A sentence for each attribute that holds a convolution which a conversion leaves there.
+    """One sentence for each attribute holding a convolution that a conversion won't replace.
 
     Args:
         modules: of the network, by name.
@@ -39,7 +39,7 @@ def not_reached(modules: Mapping[str, nn.Module], replaced: Mapping[int, str]) -
 
 
 def _modules_in(value: Any, path: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in a value, in containers and bound methods too, with the path that leads to them."""
+    """Modules in a value, including those in containers and bound methods, each with the path to it."""
     if isinstance(value, nn.Module):
         yield path, value
     elif depth == 0:

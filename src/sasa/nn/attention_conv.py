@@ -1,4 +1,4 @@
-"""Attention that starts as a convolution, whose function it has exactly, and learns from there."""
+"""Attention that starts out computing exactly what a convolution computes, and learns from there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .read_convolution import Convolution, Pads, read, same_pads
 
 STRENGTH = 2.0
 MARGIN = 10.0
-_PLANES = 8  # heads times images that fill the vectors of every instruction set
+_PLANES = 8  # heads times images, enough to fill the vectors of every instruction set
 
 
 @fx.wrap
@@ -37,7 +37,7 @@ def pad(
     dilation: Pair,
     beyond: Pads,
 ) -> Tensor:
-    """The image with the padding of a convolution, and zeros beyond it; raises if it doesn't fit the layer."""
+    """The image with a convolution's padding, and zeros beyond it; raises if it doesn't fit the layer."""
     checks.layer_input(x, in_channels, weight)
     if pads is None:
         height, width = x.shape[-2:]
@@ -65,7 +65,7 @@ def attend_by_taps(
     implementation: str | None,
     recompute: bool,
 ) -> Tensor:
-    """The output of :class:`AttentionConv2d`: of a few heads at a time, each of which sees the whole input."""
+    """The output of :class:`AttentionConv2d`, computed a few heads at a time, each of which sees the whole input."""
     batched = x.dim() == 4
     if not batched:
         x, query, key = x.unsqueeze(0), query.unsqueeze(0), key.unsqueeze(0)
@@ -75,14 +75,14 @@ def attend_by_taps(
     some = functools.partial(_some_heads, kernel_size, stride, dilation, border, groups, implementation)
     if recompute and needs_gradient(x, query, key, row, col, weight) and not is_transformed():
         some = functools.partial(checkpoint, some, use_reentrant=False, preserve_rng_state=False)
-    # Exported programs take all at once: steps would bind them to the size of the batch.
+    # Exported programs compute all heads at once: a loop would specialize them to the batch size.
     step = heads if torch.compiler.is_exporting() else max(1, -(-_PLANES // max(1, x.shape[0])))
     output = None
     for first in range(0, heads, step):
         part = slice(first, first + step)
         rows, cols = (None if half is None else half[part] for half in (row, col))
         y = some(x, query[:, part], key[:, part], rows, cols, weight[part])
-        output = y if output is None else output.add_(y)  # no backward needs what it was
+        output = y if output is None else output.add_(y)  # no backward needs its previous value
     assert output is not None  # noqa: S101  (for the type checker: there is a head)
     if bias is not None:
         output = output + bias.to(output.dtype)[:, None, None]
@@ -111,7 +111,7 @@ def _some_heads(
 
 
 class AttentionConv2d(nn.Module):
-    r"""Local attention of one head for each tap of a convolution, computing that convolution until it is trained on.
+    r"""Local attention with one head per tap of a convolution, computing that convolution until it is trained.
 
     .. math::
         y_p = \beta + \sum_h M_h \sum_t P_{pht} \, x_{p+t}, \qquad
@@ -119,27 +119,27 @@ class AttentionConv2d(nn.Module):
         q = W_Q x + b, \quad k = W_K x
 
     over the taps t of the window; the values are the input itself. At the start :math:`W_Q = W_K = 0` and
-    :math:`b \cdot r_{ht} = s \, [t_y = h_y] + s \, [t_x = h_x]`, so that head h looks mostly at tap h, in every pixel
-    alike: P is the Kronecker product of two matrices :math:`A = (1 - a) / (1 + (k - 1) a) \, I + a / (1 + (k - 1) a)
-    \, 1 1^T` with :math:`a = e^{-s}`. With :math:`M P = C` the layer is the convolution C, for every strength s > 0:
-    a large one leaves the softmax no gradient, a small one makes M large (the condition number of A for k = 3 is 7.5
-    at s = 1, 2.2 at s = 2, 1.3 at s = 3). That attention can be a convolution in the limit of s is by Cordonnier et
-    al. 2020 (arXiv 1911.03584).
+    :math:`b \cdot r_{ht} = s \, [t_y = h_y] + s \, [t_x = h_x]`, so that head h looks mostly at tap h, equally at every
+    pixel: P is the Kronecker product of two matrices :math:`A = (1 - a) / (1 + (k - 1) a) \, I + a / (1 + (k - 1) a) \,
+    1 1^T` with :math:`a = e^{-s}`. With :math:`M P = C` the layer is the convolution C, for every strength s > 0: a
+    large one leaves the softmax with no gradient, a small one makes M large (the condition number of A for k = 3 is 7.5
+    at s = 1, 2.2 at s = 2, 1.3 at s = 3). That attention can express a convolution in the limit of large s was shown by
+    Cordonnier et al. 2020 (arXiv 1911.03584).
 
     A window larger than the kernel starts with the logit :math:`-L` (``margin``) at each row and column beyond it.
-    These taps are then the one thing that the layer has and the convolution has not: their weights, and the gradients
-    by which they learn, are about :math:`e^{-L}` of the others'.
+    These taps are then the only difference from the convolution: their weights, and the gradients they learn from, are
+    about :math:`e^{-L}` times those of the others.
 
     Args:
         conv: the convolution: any kernel size, stride, padding, ``padding_mode``, dilation and groups; also a subclass
-            that standardizes its weight, or that pads by the size of the image (TensorFlow's "same").
+            that standardizes its weight, or whose padding depends on the image size (TensorFlow's "same").
         strength: s.
         kernel_size: window of the attention, int or (height, width), at least the convolution's; None: the
             convolution's.
         margin: L.
         implementation: as in :func:`sasa.local_attention`.
-        recompute: compute the heads again in the backward, a few at a time, rather than keep their outputs, each as
-            large as the input.
+        recompute: recompute the heads in the backward, a few at a time, instead of saving their outputs, each as large
+            as the input.
         device: where to create the parameters; None: where the convolution's are.
 
     Shape:
@@ -148,7 +148,7 @@ class AttentionConv2d(nn.Module):
     Attributes:
         query: projection to the queries, N·D channels, with a bias; N is the number of the convolution's taps, D = 2,
             or 1 for a window of one row or column.
-        key: projection to the keys; it has no bias, which would add the same to the logits of all taps.
+        key: projection to the keys, without a bias, which would add the same value to the logits of all taps.
         row_embedding: (N, 1, height of the window), added to the keys' first channel; None if that is 1.
         col_embedding: (N, 1, width of the window), added to their last channel; None if that is 1.
         weight: M, (N, out_channels, in_channels / groups, 1, 1).
@@ -157,11 +157,11 @@ class AttentionConv2d(nn.Module):
         window: (height, width) of the attention.
 
     Raises:
-        TypeError: ``conv`` is no ``nn.Conv2d``, or an argument of the wrong type.
-        ValueError: an argument out of range, a convolution that sees only one pixel, or one that is not understood.
+        TypeError: ``conv`` is not an ``nn.Conv2d``, or an argument has the wrong type.
+        ValueError: an argument is out of range, or the convolution sees only one pixel or is not understood.
     """
 
-    transposed: ClassVar[bool] = False  # this and the next are what networks read of a convolution
+    transposed: ClassVar[bool] = False  # this and the next are attributes that networks read from a convolution
     output_padding: ClassVar[tuple[int, int]] = (0, 0)
     __prepare_scriptable__ = ConvolutionLike.__prepare_scriptable__
 
@@ -219,7 +219,7 @@ class AttentionConv2d(nn.Module):
             self._take(found)
 
     def _place(self, conv: Convolution) -> None:
-        """How to pad for a window that has the kernel in its middle."""
+        """How to pad for a window with the kernel at its centre."""
         kept: list[int] = []
         beyond: list[int] = []
         for axis in (1, 0):
@@ -228,7 +228,7 @@ class AttentionConv2d(nn.Module):
             before = (window - 1) // 2 - (kernel - 1) // 2
             beyond += before * dilation, (window - kernel - before) * dilation
         none = 0, 0, 0, 0
-        # Zeros that keep the size are what the operator has beyond the border of the image.
+        # Zero padding that keeps the size is what the operator itself assumes beyond the border of the image.
         self.border = "zero" if conv.padding_mode == "zeros" and conv.pads == tuple(kept) else "valid"
         self._pads: Pads | None = none if self.border == "zero" else conv.pads
         self._beyond: Pads = none if self.border == "zero" else (beyond[0], beyond[1], beyond[2], beyond[3])
@@ -267,7 +267,7 @@ class AttentionConv2d(nn.Module):
         return attend_by_taps(x, self.query(x), self.key(x), *embeddings, self.weight, self.bias, *sizes, *options)
 
     def extra_repr(self) -> str:
-        """As the convolution's, with what is its own."""
+        """Like the convolution's, plus the layer's own arguments."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", "strength": STRENGTH}
         defaults |= {"window": self.kernel_size, "margin": MARGIN, "implementation": None, "recompute": True}

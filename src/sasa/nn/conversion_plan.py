@@ -28,14 +28,14 @@ OPTIONS_KEPT = ("strength", "margin", "implementation", "recompute")  # of Atten
 
 
 class ConversionPlan:
-    """The convolutions of a model and what becomes of them. The model is only read.
+    """The convolutions of a model and what becomes of them. The model is not modified.
 
     Args: see :func:`sasa.convert`.
 
     Attributes:
         names: the convolutions to be replaced, in the order of ``model.named_modules()``.
         resnet: name of the module whose stem becomes an :class:`AttentionStem`; None for none.
-        report: all that was found.
+        report: everything that was found.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ConversionPlan:
             raise ValueError(f"model: expected a convolution larger than 1x1 that can be converted{found}")
 
     def _decide(self, name: str, conv: nn.Conv2d, stem_names: set[str], wanted: bool) -> Entry:
-        """What becomes of one convolution; it is added to ``names`` if it is to be replaced."""
+        """Decides about one convolution; it is added to ``names`` if it is to be replaced."""
         was = _describe(conv)
         if not (wanted or (name not in stem_names if self.where is None else bool(self.where(name, conv)))):
             return (
@@ -145,7 +145,7 @@ class ConversionPlan:
         return Entry(name, was, becomes, divide if conv.out_channels % self.num_heads else narrow)
 
     def build(self, conv: nn.Module, **device: Any) -> nn.Module:
-        """What takes a convolution's place."""
+        """The replacement for a convolution."""
         assert isinstance(conv, nn.Conv2d)  # noqa: S101  (names holds no other)
         if self.keep_function:
             return AttentionConv2d(conv, kernel_size=self._window(conv), **self.options, **device).train(conv.training)
@@ -155,14 +155,14 @@ class ConversionPlan:
         return replace.replacement(conv, found, window, self.num_heads, self.stride_mode, self.options | device)
 
     def _window(self, conv: nn.Conv2d) -> tuple[int, int] | None:
-        """The window that keeps the function of a convolution: along an axis of one tap, one tap."""
+        """The window for keeping a convolution's function: along an axis of one tap, one tap."""
         if self.kernel_size is None:
             return None
         height, width = (w if k > 1 else 1 for w, k in zip(self.kernel_size, conv.kernel_size, strict=True))
         return height, width
 
     def build_stem(self, resnet: nn.Module, **device: Any) -> AttentionStem:
-        """What takes the place of the stem of a ResNet."""
+        """The replacement for the stem of a ResNet."""
         conv = resnet.get_submodule("conv1")
         assert isinstance(conv, nn.Conv2d)  # noqa: S101  (see _has_resnet_stem)
         heads = replace.nearest_heads(self.num_heads, conv.out_channels)
@@ -172,7 +172,7 @@ class ConversionPlan:
 
 
 def _channels_last_note(modules: dict[str, nn.Module]) -> tuple[str, ...]:
-    """A warning of convolutions whose backward, PyTorch 2.15's own, corrupts memory in channels_last on a CPU."""
+    """A warning about convolutions whose backward, PyTorch 2.15's own, corrupts memory in channels_last on a CPU."""
     names = [
         name
         for name, m in modules.items()
@@ -185,7 +185,7 @@ def _channels_last_note(modules: dict[str, nn.Module]) -> tuple[str, ...]:
 
 
 def _stem(modules: dict[str, nn.Module]) -> set[str]:
-    """Names of the convolutions before a network's first stage: the first one, and those in a stem with it."""
+    """Names of the convolutions before a network's first stage: the first one, and any in the same stem."""
     convs = [name for name, module in modules.items() if isinstance(module, nn.Conv2d) and name]
     if not convs or not replace.is_spatial(modules[convs[0]]):
         return set()
@@ -198,7 +198,7 @@ def _stem(modules: dict[str, nn.Module]) -> set[str]:
 
 
 def _has_resnet_stem(module: nn.Module) -> bool:
-    """Whether a module begins as the ResNets of timm and torchvision do, its image four times smaller in the end."""
+    """Whether a module starts like timm's and torchvision's ResNets, with a stem that shrinks the image four times."""
     conv, norm, pool = (getattr(module, name, None) for name in ("conv1", "bn1", "maxpool"))
     return (
         isinstance(conv, nn.Conv2d)
@@ -212,12 +212,12 @@ def _has_resnet_stem(module: nn.Module) -> bool:
 
 
 def put_stem(resnet: nn.Module, stem: AttentionStem) -> None:
-    """Put an attention stem in the place of a ResNet's convolution, batch norm, activation and max pool."""
+    """Replace a ResNet's convolution, batch norm, activation and max pool by an attention stem."""
     resnet.add_module("conv1", stem)
     for name in ("bn1", "act1", "relu", "maxpool"):
         if isinstance(getattr(resnet, name, None), nn.Module):
             resnet.add_module(name, nn.Identity())
-    info = getattr(resnet, "feature_info", None)  # timm's: module and how many times smaller its output is
+    info = getattr(resnet, "feature_info", None)  # timm's: module names and their reduction factors
     if isinstance(info, list) and info and info[0].get("module") == "act1":
         info[0] = info[0] | {"reduction": stem.block_size}
 

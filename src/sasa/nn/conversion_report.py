@@ -1,4 +1,4 @@
-"""What a conversion does or would do, in words: a sentence, a table, and what it can't reach."""
+"""Report of what a conversion does or would do: a sentence, a table, and what it can't reach."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Entry:
     """What happens to one module.
 
     Attributes:
-        name: of the module, as ``model.named_modules()`` has it.
-        was: the module in words.
-        becomes: what takes its place, in words; None if it is left alone.
-        why: why it is left alone, or what was changed about what was asked for.
-        kind: why it is left alone in a word or two, alike for alike modules.
+        name: of the module, as in ``model.named_modules()``.
+        was: a description of the module.
+        becomes: a description of its replacement; None if it is left alone.
+        why: why it is left alone, or how the replacement differs from what was requested.
+        kind: why it is left alone, in a word or two that are the same for similar modules.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion does with every convolution that sees more than one pixel. Printed: a sentence and a table.
+    """What a conversion does with every convolution that sees more than one pixel. Prints as a sentence and a table.
 
     Attributes:
-        entries: one a module, in the order of ``model.named_modules()``.
+        entries: one per module, in the order of ``model.named_modules()``.
         not_reached: attributes outside the module tree (lists, tuples, dicts, bound methods) that hold a convolution,
-            and what they hold: the conversion leaves it there.
+            and what they hold: the conversion does not replace it there.
         notes: what else to know about the converted network.
     """
 
@@ -52,7 +52,7 @@ class ConversionReport:
 
     @property
     def summary(self) -> str:
-        """All in a sentence, and which argument would convert more."""
+        """A one-sentence summary, and which argument would convert more."""
         left = Counter(entry.kind for entry in self.left_alone)
         if not self.entries:
             return "No convolution larger than 1x1 was found."
@@ -75,7 +75,7 @@ class ConversionReport:
 
     @property
     def few(self) -> bool:
-        """Whether fewer than a third of the ``nn.Conv2d`` that were asked for are converted."""
+        """Whether fewer than a third of the requested ``nn.Conv2d`` are converted."""
         kinds = "stem", "not asked for", "transposed", "1-dimensional", "3-dimensional", "with a kernel of its own"
         refused = [entry for entry in self.left_alone if entry.kind not in kinds]
         return 2 * len(self.converted) < len(refused)

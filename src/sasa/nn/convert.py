@@ -1,4 +1,4 @@
-"""Any convolutional network turned into one of attention."""
+"""Conversion of any convolutional network to attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .conversion_report import ConversionReport
 
 Model = TypeVar("Model", bound=nn.Module)
 
-CONVERSIONS = "sasa_conversions"  # an attribute of converted networks: what they were converted with
+CONVERSIONS = "sasa_conversions"  # attribute of converted networks: the arguments they were converted with
 
 
 def convert(
@@ -33,41 +33,42 @@ def convert(
 ) -> Model:
     """Replace the spatial convolutions of a network by local self-attention, and return it.
 
-    Every map keeps its size, whatever the image's. The attention's parameters are fresh, on the device and in the
-    dtype of the convolution's; train (or fine-tune) the network before use. Source: arXiv 1906.05909, section 3.2.
-    With ``keep_function=True`` the network computes what it did, to rounding, and can be fine-tuned from there.
+    Every feature map keeps its size, whatever the image size. The attention's parameters are freshly initialised, on
+    the device and in the dtype of the convolution's; train (or fine-tune) the network before use. Source: arXiv
+    1906.05909, section 3.2. With ``keep_function=True`` the network computes what it did before, up to rounding, and
+    can be fine-tuned from there.
 
     What becomes of a convolution larger than 1x1, unless its function is kept:
 
-    - stride 1, padding that keeps the size: :class:`RelativeSelfAttention`, with biases whether the convolution has one
-      or not, for that of the queries lets each head start on a tap of its own (``bias=False``: without);
-    - a stride: attention of every pixel, then an average pool of the stride (``stride_mode="pool"``, the paper's), or
-      attention of every stride-th pixel (``"strided"``);
+    - stride 1, padding that keeps the size: :class:`RelativeSelfAttention`, with biases whether or not the convolution
+      has one, since the queries' bias lets each head start on its own tap (``bias=False``: without);
+    - a stride: attention at every pixel, then average pooling with that stride (``stride_mode="pool"``, as in the
+      paper), or attention at every stride-th pixel (``"strided"``);
     - dilation is kept; a 1xk or kx1 kernel gets a window of 1 x ``kernel_size`` or ``kernel_size`` x 1; even kernels
       are treated as odd ones;
-    - less padding than keeps the size: the pixels that the convolution loses are cut off after attention;
-    - more padding than keeps the size, a ``padding_mode`` other than zeros, groups (unless ``grouped``), hooks on the
-      module: left alone;
-    - subclasses of ``nn.Conv2d`` with a forward of their own: converted if, run on a few small images, they compute one
+    - less padding than needed to keep the size: the pixels that the convolution loses are cropped after attention;
+    - more padding than needed to keep the size, a ``padding_mode`` other than zeros, groups (unless ``grouped``), hooks
+      on the module: left alone;
+    - subclasses of ``nn.Conv2d`` with their own forward: converted if, run on a few small images, they compute a single
       convolution of the padded image (standardized weights, TensorFlow's "same" padding), else left alone;
     - transposed, one- and three-dimensional convolutions, convolutions that share parameters with others: left alone.
-      Calls of ``torch.nn.functional.conv2d`` can't be seen; modules that hold weights for one are listed.
+      Calls to ``torch.nn.functional.conv2d`` can't be detected; modules that hold weights for one are listed.
 
     Args:
         model: the network, from timm, torchvision or your own.
         kernel_size: window of the attention, int or (height, width). None: 7, or the convolution's if its function is
             kept.
-        num_heads: heads. Where they don't divide a layer's channels, the nearest number that does.
-        where: which convolutions to replace: ``where(name, module)`` is asked for each that is larger than 1x1, with
-            its name in ``model.named_modules()``. None: all but the stem, the first convolution of the network and
-            those in a ``stem`` or ``conv1`` with it.
-        stem: replace the stem too. The stem of ResNets as timm and torchvision build them (7x7 convolution, batch norm,
-            activation, max pool) becomes :class:`AttentionStem`; others are treated as all convolutions are.
+        num_heads: number of heads; if it doesn't divide a layer's channels, the nearest number that does.
+        where: which convolutions to replace: ``where(name, module)`` is called for each that is larger than 1x1, with
+            its name in ``model.named_modules()``. None: all but the stem, i.e. the first convolution of the network and
+            any in the same ``stem`` or ``conv1``.
+        stem: replace the stem too. The stem of timm's and torchvision's ResNets (7x7 convolution, batch norm,
+            activation, max pool) becomes an :class:`AttentionStem`; others are treated like all other convolutions.
         stride_mode: ``"pool"`` or ``"strided"``.
-        grouped: also convert depthwise and grouped convolutions, though attention has projections of all channels.
-        keep_function: put :class:`AttentionConv2d` in the place of convolutions, which computes the same until it is
-            trained on: of any stride, padding, ``padding_mode`` and dilation, grouped and depthwise ones too. It has a
-            head for each tap of the convolution, and its window unless ``kernel_size`` says another.
+        grouped: also convert depthwise and grouped convolutions, although attention projects all channels.
+        keep_function: replace convolutions by :class:`AttentionConv2d`, which computes the same until it is trained: of
+            any stride, padding, ``padding_mode`` and dilation, including grouped and depthwise ones. It has one head
+            per tap of the convolution, and its window unless ``kernel_size`` gives another.
         inplace: change ``model`` itself. By default a copy is changed.
         verbose: print a table of what was converted, what was left alone, and why: see :func:`conversion_report`.
         **options: ``position``, ``position_split``, ``border``, ``bias``, ``scale``, ``implementation``,
@@ -78,13 +79,13 @@ def convert(
         The converted network: ``model`` itself if ``inplace``.
 
     Warns:
-        UserWarning: fewer than a third of the ``nn.Conv2d`` asked for could be converted, or an attribute outside the
+        UserWarning: fewer than a third of the requested ``nn.Conv2d`` could be converted, or an attribute outside the
             module tree (a list, a bound method) still holds a convolution.
 
     Raises:
-        ValueError: nothing to convert, or an argument out of range. The model is unchanged.
-        TypeError: an argument of the wrong type, or ``where`` accepts a class of convolution that can't be rebuilt. The
-            model is unchanged.
+        ValueError: there is nothing to convert, or an argument is out of range. The model is unchanged.
+        TypeError: an argument has the wrong type, or ``where`` accepts a class of convolution that can't be rebuilt.
+            The model is unchanged.
 
     Example:
         >>> network = sasa.convert(timm.create_model("resnet50"))
@@ -103,7 +104,7 @@ def convert(
     if not inplace:
         model = copy.deepcopy(model)
     modules = dict(model.named_modules())
-    # All are built before any is put in: an error leaves the model as it was.
+    # All are built before any is inserted, so that an error leaves the model unchanged.
     built = {id(modules[name]): plan.build(modules[name]) for name in plan.names}
     attention_stem = None if plan.resnet is None else plan.build_stem(modules[plan.resnet])
     for parent in modules.values():
@@ -120,7 +121,7 @@ def convert(
 
 
 def _warn(report: ConversionReport) -> None:
-    """Say what a user may not expect: that little was converted, or that code may still call a convolution."""
+    """Warn of what a user may not expect: that little was converted, or that code may still call a convolution."""
     if report.few:
         warnings.warn(f"model: {report.summary}", UserWarning, stacklevel=3)
     if report.not_reached:
@@ -142,7 +143,7 @@ def conversion_report(
     """What :func:`convert` would do with these arguments, without doing it.
 
     Args:
-        model: as all others, as in :func:`convert`.
+        model: this and all others as in :func:`convert`.
         kernel_size: window of the attention.
         num_heads: heads.
         where: which convolutions to replace.

@@ -1,4 +1,4 @@
-"""What code around a network reads of its convolutions, answered by what takes their place."""
+"""Attributes that other code reads from a network's convolutions, provided by their replacements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._compat import has_hooks, replaces_forward
 
 
 class ConvolutionLike(nn.Module):
-    """Attributes of ``nn.Conv2d`` that follow from attention being what it is.
+    """Attributes of ``nn.Conv2d`` whose values are the same for all attention layers.
 
     Subclasses have ``in_channels``, ``out_channels``, ``kernel_size``, ``stride``, ``padding`` and ``dilation``.
     """
@@ -19,7 +19,7 @@ class ConvolutionLike(nn.Module):
     groups: ClassVar[int] = 1
     transposed: ClassVar[bool] = False
     output_padding: ClassVar[tuple[int, int]] = (0, 0)
-    shows_bias: bool = True  # False in the place of a convolution without one, whatever the projections have
+    shows_bias: bool = True  # False when replacing a convolution without one, whatever the projections have
 
     def _projection(self) -> nn.Module:
         raise NotImplementedError
@@ -28,7 +28,7 @@ class ConvolutionLike(nn.Module):
     def weight(self) -> Tensor:
         """The projections' weight, for its dtype and device; not the kernel of a convolution."""
         projection = self._projection()
-        found = getattr(projection, "weight", None)  # what wraps a convolution may have none
+        found = getattr(projection, "weight", None)  # a wrapper around a convolution may have none
         return found if isinstance(found, Tensor) else next(projection.parameters())
 
     @property
@@ -36,23 +36,23 @@ class ConvolutionLike(nn.Module):
         """The projections' bias; None if they have none, or if this replaces a convolution that had none."""
         return getattr(self._projection(), "bias", None) if self.shows_bias else None
 
-    def __prepare_scriptable__(self) -> nn.Module:  # what torch.jit.script looks for
+    def __prepare_scriptable__(self) -> nn.Module:  # called by torch.jit.script
         raise NotImplementedError(
             f"{type(self).__name__}: TorchScript is not supported; use torch.export.export or torch.compile"
         )
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is a 1x1 convolution as PyTorch has it: its forward is not replaced, its weight not computed."""
+    """Whether a module is PyTorch's own 1x1 convolution: its forward not replaced, its weight not computed."""
     return (
-        type(module) is nn.Conv2d  # parametrized modules have a class of their own
+        type(module) is nn.Conv2d  # parametrized modules have their own class
         and not replaces_forward(module)
         and (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
     )
 
 
 def runs_alone(module: nn.Module, globally: bool = True) -> bool:
-    """Whether calling a module runs a plain 1x1 convolution and nothing else: its weight and bias then say all.
+    """Whether calling a module runs a plain 1x1 convolution and nothing else, so its weight and bias are all there is.
 
     ``globally``: hooks on all modules count too.
     """

@@ -1,4 +1,4 @@
-"""Attention in the place of a convolution whose output is smaller: what crops and pools it to that size."""
+"""Attention in place of a convolution whose output is smaller: it is cropped and pooled to that size."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ fx.wrap("average_pool")
 
 
 class AttentionInPlace(nn.Sequential, ConvolutionLike):  # type: ignore[misc]  # PyTorch annotates _modules in two ways
-    """Attention, then what gives its output the size of a convolution's.
+    """Attention, followed by cropping or pooling to the size of a convolution's output.
 
     Args:
         parts: ``attention``, and ``crop`` or ``pool`` or both.
-        conv: the convolution that it replaces; what it says of sizes is kept.
+        conv: the convolution that it replaces; its size attributes are kept.
     """
 
     attention: ConvolutionLike
@@ -35,7 +35,7 @@ class AttentionInPlace(nn.Sequential, ConvolutionLike):  # type: ignore[misc]  #
 
 
 class Crop(nn.Module):
-    """Cuts off the pixels that a convolution with little padding doesn't compute.
+    """Crops the pixels that a convolution with less padding doesn't compute.
 
     Args:
         top: rows to cut off above.
@@ -47,7 +47,7 @@ class Crop(nn.Module):
         (..., H, W) to (..., H - top - bottom, W - left - right).
 
     Raises:
-        ValueError: an image with no pixels left.
+        ValueError: no pixels are left of the image.
     """
 
     def __init__(self, top: int, bottom: int, left: int, right: int) -> None:
@@ -70,12 +70,12 @@ def crop(x: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
     if height <= top + bottom or width <= left + right:
         least = top + bottom + 1, left + right + 1
         raise ValueError(f"x: expected at least {least[0]} x {least[1]} pixels, got {height} x {width}")
-    return F.pad(x, (-left, -right, -top, -bottom))  # no view: reentrant checkpoints let none be changed in place
+    return F.pad(x, (-left, -right, -top, -bottom))  # not a view: reentrant checkpointing forbids in-place changes
 
 
 class AveragePool(nn.Module):
-    """Average pooling whose last windows the border may cut: ``nn.AvgPool2d(kernel_size, ceil_mode=True)``, with the
-    right gradient under torch.compile too.
+    """Average pooling whose last windows may be cut off by the border: ``nn.AvgPool2d(kernel_size, ceil_mode=True)``,
+    with correct gradients under torch.compile too.
 
     Args:
         kernel_size: of the windows, and their stride: int or (height, width).

@@ -1,4 +1,4 @@
-"""Weights of the notebook's ``RelativeSelfAttention`` module, translated to this layer's.
+"""Conversion of weights of the notebook's ``RelativeSelfAttention`` module to this layer's.
 
 That module keeps three 1x1 convolutions (``qx``, ``kx``, ``vx``) and cuts the embedding into a row half and a column
 half *before* it splits the channels into heads.
@@ -18,7 +18,7 @@ _EMBEDDINGS = ["row_embeddings", "col_embeddings"]
 
 
 def read_notebook_weights(state_dict: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """Arguments of the layer that the weights imply, and its own state dict.
+    """The layer's arguments implied by the weights, and its own state dict.
 
     Raises:
         ValueError: keys missing or unknown, shapes that don't fit each other, or an even window.

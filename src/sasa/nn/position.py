@@ -1,4 +1,4 @@
-"""How a query knows where its neighbours are: relative embeddings, or an absolute encoding of the pixels.
+"""How a query knows where its neighbours are: relative embeddings, or an absolute encoding of pixel positions.
 
 Sources: the paper (arXiv 1906.05909), section 3.1 for the relative embeddings and the ablation of position encodings
 for the absolute one, which takes the sinusoids of Vaswani et al. 2017 (arXiv 1706.03762), section 3.5.
@@ -34,7 +34,7 @@ def embeddings_by_head(row: Tensor, col: Tensor, num_heads: int, position_split:
         num_heads: N.
         position_split: ``"per_head"``: every head has a row half and a column half; ``"across_heads"``: the halves
             are cut first, so the first half of the heads sees rows only and the second columns only;
-            ``"last_head"``: as ``"across_heads"``, but every head is given the last head's r.
+            ``"last_head"``: as ``"across_heads"``, but every head gets the last head's r.
 
     Returns:
         (N·Dr, kh) of every head's first Dr channels and (N·Dc, kw) of its last Dc. Split across heads, (N, D, kh) and

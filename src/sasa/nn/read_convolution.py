@@ -1,4 +1,4 @@
-"""What a convolution computes, of subclasses too: one convolution of the padded input, found by running them."""
+"""What a convolution computes, subclasses included: one convolution of the padded input, found by running them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .._compat import TorchDispatchMode, computes_as_conv2d, replaces_forward
 from ..ops import checks
 
-Pads = tuple[int, int, int, int]  # left, right, above, below, as torch.nn.functional.pad has them
+Pads = tuple[int, int, int, int]  # left, right, top, bottom, as in torch.nn.functional.pad
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Convolution:
     """A convolution of the padded input.
 
     Attributes:
-        weight: (out_channels, in_channels / groups, kh, kw), as it is applied: standardized, if it is.
+        weight: (out_channels, in_channels / groups, kh, kw), as applied, i.e. after any standardization.
         bias: (out_channels), likewise; None for none.
         stride: of rows and columns.
         dilation: of rows and columns.
@@ -61,10 +61,10 @@ def same_pads(
 def read(conv: nn.Conv2d) -> Convolution | str:
     """What a convolution computes, or why that is not known.
 
-    PyTorch's own class says so by its attributes. Subclasses that compute in a way of their own (weight
-    standardization, padding that depends on the image) are run in evaluation on a few small random images: they are
-    understood if they compute one convolution of the padded image, with the same weight for each image, and give
-    its output as it is.
+    For PyTorch's own class its attributes say. Subclasses with their own forward (weight standardization,
+    image-dependent padding) are run in evaluation mode on a few small random images: they are understood if they
+    compute a single convolution of the padded image, with the same weight for each image, and return its output
+    unchanged.
     """
     if is_parametrized(conv):
         return "its parameters are parametrized, as by weight or spectral norm"
@@ -91,7 +91,7 @@ def _pads(conv: nn.Conv2d) -> Pads:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps what convolutions are called with, and their outputs."""
+    """Records the arguments that convolutions are called with, and their outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _read_by_running(conv: nn.Conv2d) -> Convolution | None:
-    """What a module with a forward of its own computes; None if that is not one convolution of the padded input."""
+    """What a module with its own forward computes; None if that is not one convolution of the padded input."""
     if conv.weight.is_meta:
         return None  # no values to compare
     least = [d * (k - 1) + 2 + max(conv.stride) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
@@ -132,7 +132,7 @@ def _read_by_running(conv: nn.Conv2d) -> Convolution | None:
                 total = tuple(a + b for a, b in zip(pads, call.pads or pads, strict=True))
                 call = replace(call, pads=total, padding_mode=conv.padding_mode)
             found.append((size, call))
-    except Exception:  # whatever a stranger's module raises: it is not understood
+    except Exception:  # third-party modules may raise anything: not understood
         return None
     first = found[0][1]
     if (first.kernel_size, first.stride, first.dilation) != (conv.kernel_size, conv.stride, conv.dilation):
@@ -147,14 +147,14 @@ def _read_by_running(conv: nn.Conv2d) -> Convolution | None:
 
 
 def _alike(a: Convolution, b: Convolution) -> bool:
-    """Whether two convolutions differ in nothing but their padding."""
+    """Whether two convolutions differ only in their padding."""
     biases = [torch.empty(0) if c.bias is None else c.bias for c in (a, b)]
     numbers = [(c.stride, c.dilation, c.groups, c.padding_mode) for c in (a, b)]
     return torch.equal(a.weight, b.weight) and torch.equal(*biases) and numbers[0] == numbers[1]
 
 
 def _pads_between(x: Tensor, padded: Tensor, conv: nn.Conv2d) -> Pads | None:
-    """The padding that makes ``padded`` of ``x``; None if none does."""
+    """The padding that turns ``x`` into ``padded``; None if none does."""
     height, width = (p - n for p, n in zip(padded.shape[-2:], x.shape[-2:], strict=True))
     if padded.dim() != 4 or min(height, width) < 0:
         return None

@@ -1,4 +1,4 @@
-"""The layer: projections to queries, keys and values, then local attention. It goes where a convolution went."""
+"""The layer: projections to queries, keys and values, then local attention. It can replace a convolution."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .start import CONTENT, STRENGTH, soft_table, soft_taps
 if TYPE_CHECKING:
     from torchinfo import ModelStatistics
 
-_LEAST_SCALE = 2**-10  # that initial weights make up for: below it they would outgrow half precision
+_LEAST_SCALE = 2**-10  # that initial weights compensate for: below it they would overflow half precision
 
 fx.wrap("attend")  # torch.fx.symbolic_trace records the call and does not look inside
 fx.wrap("like_image")
@@ -38,7 +38,7 @@ fx.wrap("like_image")
 
 @fx.wrap
 def prepare(x: Tensor, in_channels: int, weight: Tensor | None, position: str) -> Tensor:
-    """The input with what ``position`` adds to it; raises if it doesn't fit the layer."""
+    """The input with the position encoding, if any, added; raises if it doesn't fit the layer."""
     checks.layer_input(x, in_channels, weight)
     return x + sinusoidal_encoding(x) if position == "absolute" else x
 
@@ -67,24 +67,24 @@ class RelativeSelfAttention(ConvolutionLike):
         out_channels: channels of the output, divisible by ``num_heads``.
         kernel_size: window, int or (height, width).
         num_heads: N; each head has ``out_channels / N`` channels.
-        stride: distance between the pixels that attend; the output shrinks as a convolution's does.
+        stride: distance between the pixels that attend; the output shrinks as a convolution's would.
         dilation: distance between the taps of the window.
         border: ``"zero"``, ``"mask"``, ``"valid"`` or ``"shift"``: see :func:`sasa.local_attention`.
         position: ``"relative"``: r as above; ``"bias"``: r = 0, and a learned table is added to each head's logits, as
             in Swin (arXiv 2103.14030) and the first neighborhood attention (arXiv 2204.07143); ``"absolute"``: r = 0,
             and a fixed sinusoidal encoding of row and column is added to the input; ``"none"``: r = 0; ``"only"``: the
-            logits are q·r alone, the ablation of table 6. There are no keys then: the projections are 2·out channels.
+            logits are q·r alone, the ablation of table 6. There are then no keys: the projections have 2·out channels.
         position_split: where the row and column halves of r fall: in every head (``"per_head"``), or row halves in
-            the first heads and column halves in the last (``"across_heads"``). ``"last_head"`` gives all heads the
-            last head's r, a slip of a well-known notebook kept so that its weights can be used.
+            the first heads and column halves in the last (``"across_heads"``). ``"last_head"`` gives all heads the last
+            head's r, a bug in a well-known notebook, reproduced so that its weights can be used.
         bias: whether the projections have biases.
         scale: factor on the logits; the paper has none.
-        pool: average the outputs over windows of pool x pool with as large a stride: how the paper (section 3.2) puts
-            attention in the place of a convolution of that stride. Every pixel attends, other than with ``stride``.
+        pool: average the outputs over pool x pool windows with stride pool: how the paper (section 3.2) replaces a
+            convolution of that stride by attention. Unlike with ``stride``, every pixel attends.
         implementation: None for the fastest, or a name: see :func:`sasa.local_attention`.
-        recompute: whether to keep only the input for the backward, as a convolution does, and project queries, keys
-            and values again there, for a fraction of the memory. None does so where the implementation says that it is
-            faster too: the CPU kernels, in float32, for numbers of heads that fill vectors.
+        recompute: whether to save only the input for the backward, as a convolution does, and project queries, keys and
+            values again there, for a fraction of the memory. None does so where the implementation reports that it is
+            also faster: the CPU kernels, in float32, for numbers of heads that fill vectors.
         device: where to create the parameters.
         dtype: of the parameters.
 
@@ -100,14 +100,15 @@ class RelativeSelfAttention(ConvolutionLike):
         row_embedding: row half of r, (channels of the half, kh), with the border ``"shift"`` of 2kh - 1 offsets; None
             unless position is ``"relative"`` or ``"only"``.
         col_embedding: column half of r, (channels of the half, kw); likewise.
-        position_bias: what is added to the logits, (num_heads, kh, kw), with the border ``"shift"``
+        position_bias: table added to the logits, (num_heads, kh, kw), with the border ``"shift"``
             (num_heads, 2kh - 1, 2kw - 1); None unless position is ``"bias"``.
-        weight, bias, padding, padding_mode, groups, transposed, output_padding: what code around a network reads of a
-            convolution: weight and bias are those of ``qkv``, the others say that the output is as large.
+        weight, bias, padding, padding_mode, groups, transposed, output_padding: attributes that other code reads from a
+            convolution: weight and bias are those of ``qkv``, the others are those of a convolution that keeps the
+            size.
 
     Raises:
-        ValueError: an argument out of range, or an input that doesn't fit, naming it.
-        TypeError: an argument of the wrong Python type.
+        ValueError: an argument is out of range or the input doesn't fit; the message names it.
+        TypeError: an argument has the wrong Python type.
 
     Example:
         >>> layer = sasa.RelativeSelfAttention(64, 128, kernel_size=7, num_heads=8)
@@ -197,10 +198,10 @@ class RelativeSelfAttention(ConvolutionLike):
 
     @torch.no_grad()
     def reset_parameters(self, strength: float | None = STRENGTH) -> None:
-        r"""Draw new parameters: each head starts softly on a tap of its own, and activations keep their spread.
+        r"""Draw new parameters: each head starts softly on its own tap, and activations keep their variance.
 
         Args:
-            strength: s below, 2.5 unless given; 0: no head prefers a tap; None: as described last.
+            strength: s below, 2.5 by default; 0: no head prefers a tap; None: as described in the last paragraph.
 
         With b the queries' bias and :math:`t_h` the tap of head h, one of the central 3x3 of the window,
 
@@ -208,22 +209,23 @@ class RelativeSelfAttention(ConvolutionLike):
             b \cdot r_t = -s \, |t - t_h|_1, \qquad P_{ht} \approx \prod_{y, x} e^{-s |t - t_h|} / Z
 
         At s = 2.5 a head gives 0.85 of its weight to its own row, and as much to its own column, whatever the
-        window. So the heads together are what a 3x3 convolution is (Cordonnier et al. 2020, arXiv 1911.03584). A flat
-        softmax is a blur: over k x k pixels that don't correlate it divides the variance by k², which vanishes with
-        depth, or is made up for by batch norm, whose gradients then explode; and beyond the border of a small map the
-        window would see mostly zeros. The softmax stays soft enough to learn from.
+        window. So together the heads act like a 3x3 convolution (Cordonnier et al. 2020, arXiv 1911.03584). A flat
+        softmax is a blur: over k x k uncorrelated pixels it divides the variance by k², so the signal vanishes with
+        depth, or is restored by batch norm, whose gradients then explode; and near the border of a small map the window
+        would see mostly zeros. The softmax stays soft enough to learn from.
 
-        Values have variance 2, for ReLUs that halve it, as in He et al. 2015 (arXiv 1502.01852). It is not raised by
-        what averaging loses, :math:`1 / \sum_t P_t^2`: neighbouring pixels correlate, more so with depth, and what
-        correlates isn't lost. Where images and maps correlate this would grow without bound.
+        Values have variance 2, for ReLUs that halve it, as in He et al. 2015 (arXiv 1502.01852). It is not increased to
+        compensate for the variance that averaging loses, :math:`1 / \sum_t P_t^2`: neighbouring pixels are correlated,
+        more so with depth, and correlated signals aren't averaged out. With correlated images and maps the variance
+        would grow without bound.
 
-        q·k starts small: it grows with the square of the input, which residual branches let grow.
+        q·k starts small: it grows with the square of the input, which grows along residual branches.
 
         With ``position="bias"`` the table itself holds -s |t - t_h|. Otherwise, without a strength, a bias or
-        embeddings, or with ``position_split="last_head"``, no head can look at a tap of its own in every pixel. Then
+        embeddings, or with ``position_split="last_head"``, no head can prefer its own tap at every pixel. Then
         q·k and q·r start with variance 1 each for an input of variance 1, where the usual initialisation would give D:
-        the factor that scaled dot-product attention puts on the logits lies in W_Q (as in T5, arXiv 1910.10683). Half
-        of the queries' variance is their bias, if they have one.
+        the factor by which scaled dot-product attention scales the logits is folded into W_Q (as in T5, arXiv
+        1910.10683). Half of the queries' variance is their bias, if they have one.
         """
         scale = self.scale if abs(self.scale) >= _LEAST_SCALE else 1.0
         width = self.out_channels // self.num_heads
@@ -267,7 +269,7 @@ class RelativeSelfAttention(ConvolutionLike):
             x = prepare(x, self.in_channels, qkv.weight if is_plain(qkv) else None, self.position)
         if alone and self.position != "only":
             weight, bias = qkv.weight, qkv.bias
-        else:  # hooks, and whatever took the convolution's place, are honoured
+        else:  # hooks, and whatever replaced the convolution, are respected
             x, weight, bias = like_image(self.projected(x), x), None, None
         sizes = self.kernel_size, self.stride, self.dilation, self.border
         options = self.scale, self.pool, self.implementation, self.recompute
@@ -285,8 +287,8 @@ class RelativeSelfAttention(ConvolutionLike):
         return weights if x.dim() == 4 else weights.squeeze(0)
 
     def projected(self, x: Tensor) -> Tensor:
-        """Queries, keys and values, (B, 3·out_channels, H, W), of an input with what position adds to it; keys that the
-        layer doesn't have are zero.
+        """Queries, keys and values, (B, 3·out_channels, H, W), of an input with any position encoding added; keys that
+        the layer doesn't have are zero.
         """
         qkv = self.qkv(x)
         return with_zero_keys(qkv) if self.position == "only" else qkv
@@ -300,13 +302,13 @@ class RelativeSelfAttention(ConvolutionLike):
 
     @property
     def offsets(self) -> tuple[int, int]:
-        """Positions relative to a query, down and across, that the layer tells apart."""
+        """Number of positions relative to a query, vertical and horizontal, that the layer distinguishes."""
         height, width = self.kernel_size
         return (2 * height - 1, 2 * width - 1) if self.border == "shift" else (height, width)
 
     @property
     def padding(self) -> tuple[int, int]:
-        """Of a convolution with this window whose output is as large: nothing for the border ``"valid"``."""
+        """That of a convolution with this window and the same output size: 0 for the border ``"valid"``."""
         if self.border == "valid":
             return 0, 0
         height, width = ((k - 1) * d // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True))
@@ -337,10 +339,10 @@ class RelativeSelfAttention(ConvolutionLike):
         Args:
             state_dict: ``qx.0.weight``, ``qx.0.bias``, the same of ``kx`` and ``vx``, ``row_embeddings``,
                 ``col_embeddings``.
-            num_heads: the module's ``groups``, which its weights don't tell.
+            num_heads: the module's ``groups``, which can't be inferred from its weights.
             stride: the module's stride.
-            last_head_embedding: reproduce the module's slip, which hands the last head's embedding to every head.
-                False gives every head its own, as the paper has it.
+            last_head_embedding: reproduce the module's bug of using the last head's embedding for every head. False
+                gives every head its own, as in the paper.
 
         Raises:
             ValueError: keys missing or unknown, shapes that don't fit each other, or an even window, which the module
@@ -356,7 +358,7 @@ class RelativeSelfAttention(ConvolutionLike):
         return layer
 
     def extra_repr(self) -> str:
-        """Arguments as given to the constructor, defaults left out but for those that ``nn.Conv2d`` shows."""
+        """Arguments as given to the constructor, omitting defaults except those that ``nn.Conv2d`` shows."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
         parts += [f"num_heads={self.num_heads}, stride={self.stride}"]
         defaults = {"dilation": (1, 1), "border": "zero", "position": "relative", "position_split": "per_head"}

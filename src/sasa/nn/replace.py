@@ -1,4 +1,4 @@
-"""What takes the place of one convolution: attention that gives maps of the same size, or why none does."""
+"""The replacement for one convolution: attention with the same output size, or why there is none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STRIDE_MODES = ("pool", "strided")
 
 
 class ConvolutionAxis(NamedTuple):
-    """Rows or columns of a convolution, which makes floor((n - lost - 1) / stride) + 1 pixels of n."""
+    """Rows or columns of a convolution, which turns n pixels into floor((n - lost - 1) / stride) + 1."""
 
     kernel: int
     stride: int
@@ -41,7 +41,7 @@ def is_spatial(module: nn.Module) -> bool:
 
 
 def nearest_heads(num_heads: int, channels: int) -> int:
-    """The divisor of ``channels`` that is nearest to ``num_heads``, as a ratio; of two as near, the smaller.
+    """The divisor of ``channels`` that is nearest to ``num_heads``, as a ratio; the smaller of two equally near.
 
     Heads are at least two channels wide, one for the rows of the window and one for its columns.
     """
@@ -50,7 +50,7 @@ def nearest_heads(num_heads: int, channels: int) -> int:
 
 
 def why_left_alone(conv: nn.Conv2d, found: Convolution, grouped: bool, stride_mode: str) -> tuple[str, str] | None:
-    """Why attention would not do what this convolution does, in a word and in a sentence; None if it would."""
+    """Why attention can't replace this convolution, in a word and in a sentence; None if it can."""
     if found.groups > 1 and not grouped:
         kind = "depthwise" if found.groups == conv.in_channels else "grouped"
         why = "depthwise" if kind == "depthwise" else f"in {found.groups} groups"
@@ -73,13 +73,13 @@ def replacement(
     stride_mode: str,
     options: dict[str, Any],
 ) -> nn.Module:
-    """Attention of fresh parameters whose output has the convolution's size, for every input size.
+    """Attention with fresh parameters whose output has the convolution's size, for every input size.
 
-    Attention keeps the size; pixels that the convolution would lose for want of padding are cut off; the pixels of a
+    Attention keeps the size; pixels that the convolution would lose for lack of padding are cropped; the pixels of a
     stride are averaged (``"pool"``), or only every stride-th pixel attends (``"strided"``).
 
     Args:
-        conv: none of those that :func:`why_left_alone` speaks of.
+        conv: a convolution for which :func:`why_left_alone` returns None.
         found: what it computes.
         kernel_size: window, where the convolution's own kernel is larger than 1.
         num_heads: heads, if they divide the channels.
@@ -88,14 +88,14 @@ def replacement(
     """
     both = axes(found)
     strides = both[0].stride, both[1].stride
-    # Windows of pooled pixels are all whole if the convolution leaves out what is over; else the last may be cut.
+    # Pooling windows are all complete if the convolution drops the remainder; otherwise the last may be cut off.
     whole = all(axis.lost >= axis.stride - 1 for axis in both)
     cut = [axis.lost - (axis.stride - 1 if whole else 0) for axis in both]
     pooled = stride_mode == "pool" and strides != (1, 1)
     by_layer = pooled and strides[0] == strides[1] and not whole and not any(cut)
     arguments = {
         "dilation": tuple(axis.dilation if axis.kernel > 1 else 1 for axis in both),
-        "bias": True,  # of the queries it says which tap a head starts at, whatever the convolution has
+        "bias": True,  # the queries' bias sets the tap a head starts at, whatever the convolution has
         "device": conv.weight.device,
         "dtype": conv.weight.dtype,
     }
@@ -110,7 +110,7 @@ def replacement(
     )
     parts = OrderedDict[str, nn.Module](attention=attention)
     if any(cut):
-        # A kernel of even size reaches one pixel further after its centre than before, and so begins at pixel 0.
+        # An even kernel reaches one pixel further after its centre than before, and so begins at pixel 0.
         (top, left), (bottom, right) = [c // 2 for c in cut], [c - c // 2 for c in cut]
         parts["crop"] = Crop(top, bottom, left, right)
     if pooled and not by_layer:
@@ -121,7 +121,7 @@ def replacement(
 
 
 def describe(layer: nn.Module) -> str:
-    """A replacement in a line."""
+    """A one-line description of a replacement."""
     if isinstance(layer, AttentionConv2d):
         return f"the same function as attention, {layer.num_heads} heads"
     attention = layer[0] if isinstance(layer, nn.Sequential) else layer
@@ -143,6 +143,6 @@ def describe(layer: nn.Module) -> str:
 
 
 def holds_a_kernel(module: nn.Module) -> bool:
-    """Whether a module that is no ``nn.Conv2d`` has a weight of its own that looks like a convolution's."""
+    """Whether a module that is not an ``nn.Conv2d`` has its own weight that looks like a convolution's."""
     kernels = [p for p in module.parameters(recurse=False) if not isinstance(p, UninitializedParameter)]
     return any(p.dim() == 4 and max(p.shape[2:]) > 1 and min(p.shape[:2]) > 1 for p in kernels)

@@ -1,4 +1,4 @@
-"""Converted networks on disk: weights as safetensors, and the conversions that lead to them as JSON."""
+"""Converted networks on disk: weights as safetensors, and the conversions that led to them as JSON."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def save_converted(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     it replaced. Files of an earlier call are replaced.
 
     Args:
-        model: a network that :func:`sasa.convert` gave, or one that has such networks in it; also in
-            ``DistributedDataParallel``, or compiled.
+        model: a network returned by :func:`sasa.convert`, or one that contains such networks; it may be wrapped in
+            ``DistributedDataParallel`` or compiled.
         folder: where to write; created if it doesn't exist.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: nothing in ``model`` was converted.
         ImportError: safetensors is not installed; it comes with the extra ``models``.
     """
@@ -47,7 +47,7 @@ def save_converted(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     safetensors = require("safetensors.torch", extra="models")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Each file is whole or not there, whatever stops this.
+    # Each file is either complete or absent, even if this is interrupted.
     safetensors.save_model(model, str(folder / f"{WEIGHTS}.part"), metadata={"format": "pt"})
     text = json.dumps({"conversions": conversions}, indent=1, default=lambda number: number.item())  # NumPy's
     (folder / f"{SETTINGS}.part").write_text(f"{text}\n")
@@ -56,11 +56,11 @@ def save_converted(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load_converted(model: Model, folder: str | os.PathLike[str]) -> Model:
-    """The network in ``folder``, which :func:`save_converted` wrote: ``model`` converted likewise, with those weights.
+    """The network that :func:`save_converted` wrote to ``folder``: ``model`` converted likewise, with those weights.
 
     Args:
-        model: the network as it was before conversion: of the same class and sizes, whatever its weights. It stays as
-            it is; a copy is converted.
+        model: the network as it was before conversion: of the same class and sizes, with any weights. It is left
+            unchanged; a copy is converted.
         folder: with ``model.safetensors`` and ``conversion.json``. Neither can run code.
 
     Returns:
@@ -94,7 +94,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # as torch.compile gives it
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # as returned by torch.compile
             model = inner
         else:
             return model
@@ -117,7 +117,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _convert_again(model: Model, module: str, arguments: dict[str, Any], names: list[str]) -> Model:
-    """A network with one module of it converted as it was."""
+    """A network with one of its modules converted as recorded."""
     modules = dict(model.named_modules())
     wanted = [".".join(filter(None, (module, name))) for name in names]
     missing = [name for name in wanted if not isinstance(modules.get(name), nn.Conv2d)]

@@ -1,4 +1,4 @@
-"""How attention starts: every head looks softly at one neighbour of the pixel, as each tap of a convolution does."""
+"""Initialisation of attention: every head looks softly at one neighbour of the pixel, like a convolution's tap."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CENTRE = (0, 0)
 def own_taps(num_heads: int, kernel_size: tuple[int, int], position_split: str) -> list[tuple[int, int]]:
     """Row and column of the window that each head starts at.
 
-    They lie in the central 3x3 and come in pairs of opposites, so that the heads' mean looks nowhere in particular; an
-    odd number of heads has one at the centre. From the tenth head on they come again.
+    They lie in the central 3x3 and come in opposite pairs, so that the heads' mean has no preferred direction; an odd
+    number of heads has one at the centre. From the tenth head on they repeat.
     """
-    # Heads that know only rows or only columns tell corners apart, not all edges.
+    # Heads that see only rows or only columns can distinguish corners, but not all edges.
     order = _CORNERS + _EDGES if position_split == "across_heads" else _EDGES + _CORNERS
     order = (_CENTRE, *order) if num_heads % 2 else (*order, _CENTRE)
     centre = [(size - 1) // 2 for size in kernel_size]
@@ -47,7 +47,7 @@ def soft_taps(
     """Queries' biases b, (channels), and the row and column halves of r with ``b·r_t = -strength · distance``.
 
     The distance is that of tap t from the head's own, along rows for the row half and along columns for the other.
-    What is left of r is small noise at right angles to b. b has length 1 in each half of a head, a random direction.
+    The rest of r is small noise orthogonal to b. b has length 1 in each half of a head, a random direction.
     """
     width = channels // num_heads
     own = own_taps(num_heads, kernel_size, position_split)

@@ -1,4 +1,4 @@
-"""The paper's attention stem: attention inside blocks of 4x4 pixels, with values that know their place in the block."""
+"""The paper's attention stem: attention inside blocks of 4x4 pixels, with values that depend on the place in it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..ops.attend import attend
 from ..ops.block_attention import block_attention, is_fast
 from .convolution_like import ConvolutionLike, is_plain, runs_alone
 
-# Bytes of one part of the batch where no gradient is wanted: outputs that are pooled before they leave the cache.
+# Bytes of one part of the batch when no gradient is needed: outputs that are pooled before they leave the cache.
 PART_BYTES = 2**24
 
 
 class AttentionStem(ConvolutionLike):
-    r"""Attention that takes the place of a network's first convolution and the max pool behind it.
+    r"""Attention that replaces a network's first convolution and the max pool after it.
 
-    Pixels of an image have little content of their own, so what a pixel gives depends on its place (a, b) in the block:
+    Pixels of an image carry little content of their own, so a pixel's value depends on its place (a, b) in the block:
 
     .. math::
         y_p = \sum_{(a, b)} \operatorname{softmax}_{(a, b)}(q_p \cdot k_{ab}) \, v_{ab}, \qquad
@@ -36,8 +36,8 @@ class AttentionStem(ConvolutionLike):
         in_channels: channels of the image.
         out_channels: channels of the output, divisible by ``num_heads``.
         num_heads: heads; a head has ``out_channels / num_heads`` channels.
-        block_size: pixels along a block; also how many times smaller the output is.
-        mixtures: M, value projections that are mixed. 1 gives values that don't know their place.
+        block_size: pixels along a block; also the factor by which the output is smaller.
+        mixtures: M, number of value projections that are mixed. With 1, values don't depend on their place.
         implementation: None for the fastest, or a name: see :func:`sasa.local_attention`.
         device: where to create the parameters.
         dtype: of the parameters.
@@ -55,8 +55,8 @@ class AttentionStem(ConvolutionLike):
         norm: the batch norm.
 
     Raises:
-        ValueError: an argument out of range, or an input that doesn't fit, naming it.
-        TypeError: an argument of the wrong Python type.
+        ValueError: an argument is out of range or the input doesn't fit; the message names it.
+        TypeError: an argument has the wrong Python type.
 
     Example:
         >>> sasa.AttentionStem(3, 64)(torch.randn(8, 3, 224, 224)).shape
@@ -112,7 +112,7 @@ class AttentionStem(ConvolutionLike):
 
     @property
     def kernel_size(self) -> tuple[int, int]:
-        """Of a convolution that would see what the stem sees: a block."""
+        """That of a convolution that sees what the stem sees: a block."""
         return self.block_size, self.block_size
 
     @property
@@ -139,7 +139,7 @@ class AttentionStem(ConvolutionLike):
         checks.layer_input(x, self.in_channels, self.qk.weight if is_plain(self.qk) else None)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        if not alone:  # hooks, and whatever took a convolution's place, are honoured
+        if not alone:  # hooks, and whatever replaced a convolution, are respected
             tensors = self.row_embedding, self.col_embedding, self.mixture_embedding
             y = attend_in_blocks(self._projected(x), None, None, *tensors, None, *self._options())
             return max_of_blocks(self.norm(y), self.block_size)
@@ -167,17 +167,17 @@ class AttentionStem(ConvolutionLike):
         return self.num_heads, self.block_size, self.implementation
 
     def _wants_parts(self, x: Tensor) -> bool:
-        """Whether the images may be taken one after the other, which saves memory and time without gradients."""
+        """Whether the images may be processed one by one, which saves memory and time without gradients."""
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu")
 
     def _runs_in_one_pass(self, x: Tensor) -> bool:
-        """Whether there is a kernel for it: everything in float32 on the CPU, and the batch norm PyTorch's own."""
+        """Whether there is a kernel for it: everything in float32 on the CPU, and PyTorch's own batch norm."""
         norm, pixels = self.norm, x.numel() // self.in_channels
         return (
             is_fast(x, self.block_size, self.implementation)
             and self._has_plain_norm()
             and (norm.momentum is not None or not norm.training)
-            and pixels > (1 if norm.training else 0)  # PyTorch's batch norm has an error for a single number
+            and pixels > (1 if norm.training else 0)  # PyTorch's batch norm raises for a single number
             and all(
                 (y.dtype, y.device) == (x.dtype, x.device) for y in (*self.parameters(), *norm.buffers()) if y.dim()
             )
@@ -219,21 +219,21 @@ class AttentionStem(ConvolutionLike):
         factor, offset = self._normalisation()
         heights, widths = cuts(x.shape[2], self.block_size), cuts(x.shape[3], self.block_size)
         if len(heights) == len(widths) == 1 and not torch.compiler.is_compiling():
-            # Equal blocks need not be put together to an image, which would be written and read once more.
+            # Equal blocks need not be assembled into an image, which would cost another write and read.
             (rows, height), (cols, width) = heights[0], widths[0]
             y = attend_in_equal_blocks(blocks_of(x, *heights, *widths), *self._tensors(), factor, *self._options())
             y = F.max_pool2d(y if offset is not None else self.norm(y), (height, width))
             y = y.view(len(x), rows, cols, self.out_channels).permute(0, 3, 1, 2)
-            y = y.clone() if offset is None else y  # reentrant checkpoints don't let views be changed in place
+            y = y.clone() if offset is None else y  # reentrant checkpointing forbids changing views in place
         else:
             y = attend_in_blocks(x, *self._tensors(), factor, *self._options())
             y = max_of_blocks(y if offset is not None else self.norm(y), self.block_size)
         return y if offset is None else y + offset.to(y.dtype)  # batch norms are often left in float32
 
     def _normalisation(self) -> tuple[Tensor | None, Tensor | None]:
-        """Batch norm as a factor on the values and an offset of the output where it is no more than that: in
-        evaluation, without gradients. The weights of attention sum to 1, and the largest of sums is the sum with the
-        largest. (None, None) where it has to be computed.
+        """Batch norm as a factor on the values and an offset on the output, where that is all it does: in evaluation
+        mode, without gradients. The attention weights sum to 1, and the offset commutes with the maximum. (None, None)
+        if it has to be computed.
         """
         norm = self.norm
         if self.training or norm.training or torch.is_grad_enabled() or not self._has_plain_norm():
@@ -245,7 +245,7 @@ class AttentionStem(ConvolutionLike):
         return factor[:, None], offset[:, None, None]
 
     def _has_plain_norm(self) -> bool:
-        """Whether calling the batch norm computes what its numbers say, and nothing else."""
+        """Whether calling the batch norm computes just what its parameters and buffers imply."""
         return type(self.norm) is nn.BatchNorm2d and "forward" not in self.norm.__dict__ and not has_hooks(self.norm)
 
     def extra_repr(self) -> str:
@@ -261,9 +261,9 @@ def mixture_weights(row: Tensor, col: Tensor, mixture: Tensor) -> Tensor:
 
 
 def cuts(pixels: int, size: int) -> list[tuple[int, int]]:
-    """An axis as a number of whole blocks and one that the image's edge cuts: (blocks, pixels of a block) each."""
+    """An axis as a number of complete blocks and one cut off by the image's edge: (blocks, pixels of a block) each."""
     whole = pixels // size
-    # One of a few numbers, so that compiled code is specialised on it and on nothing else.
+    # One of a few values, so that compiled code is specialised on it and on nothing else.
     rest = next(n for n in range(size) if pixels % size == n)
     return ([(whole, size)] if whole else []) + ([(1, rest)] if rest else [])
 
@@ -277,7 +277,7 @@ def blocks_of(x: Tensor, height: tuple[int, int], width: tuple[int, int]) -> Ten
 def max_of_blocks(y: Tensor, size: int) -> Tensor:
     """Maximum of each block and channel."""
     if not torch.compiler.is_compiling():
-        size = min(size, max(y.shape[2:]))  # blocks larger than the image are cut to it
+        size = min(size, max(y.shape[2:]))  # blocks larger than the image are cropped to it
     return F.max_pool2d(y, size, size, ceil_mode=True)
 
 
@@ -316,9 +316,9 @@ def attend_in_blocks(
 def attend_in_padded_blocks(
     x: Tensor, qk: Tensor, value: Tensor, row: Tensor, col: Tensor, mixture: Tensor, num_heads: int, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Attention inside blocks in plain PyTorch, for exported programs: the same code whatever the image's edges cut.
+    """Attention inside blocks in plain PyTorch, for exported programs: the same code for every image size.
 
-    Each place in a block has its own projection, q, k and the mixed v, so that all are one grouped convolution of the
+    Each place in a block has its own projection to q, k and the mixed v, so that all are one grouped convolution of the
     blocks. The image is padded to whole blocks; no pixel attends to the padding.
 
     Returns:
@@ -358,9 +358,9 @@ def attend_in_equal_blocks(
 ) -> Tensor:
     """Attention inside each of equal blocks: (blocks, height, width, C) to (blocks, out_channels, height, width).
 
-    As a layer's, of images as small as a block, whose windows reach over all of it from every pixel and whose borders
-    are masked. Its input is the image weighed by p, M·C numbers a pixel, where weighing the values would take M maps of
-    the output's size: v = sum over m of W^m (p_m x), and as the p_m sum to 1, W_Q x is the sum of W_Q (p_m x).
+    This is a layer on images the size of a block, with masked borders and windows that cover the whole block from every
+    pixel. Its input is the image weighted by p, M·C numbers per pixel, whereas weighting the values would take M maps
+    of the output's size: v = sum over m of W^m (p_m x), and since the p_m sum to 1, W_Q x is the sum of W_Q (p_m x).
     """
     height, width, channels = blocks.shape[1:]
     reach = 2 * size - 1

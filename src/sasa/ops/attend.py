@@ -1,8 +1,8 @@
-"""The way from arguments that were checked to an implementation: :func:`attend`, which layers call, and its core.
+"""From validated arguments to an implementation: :func:`attend`, which layers call, and its core.
 
 attend ── project ── attend_heads ── autograd.apply ── operator ── implementation
-├── both at once, where the implementation projects: autograd.apply ── operator ── implementation
-└── where a plain call of the same layout came before: what prepared.py kept of it ── implementation
+├── both in one step, if the implementation projects: autograd.apply ── operator ── implementation
+└── after an earlier plain call of the same layout: what prepared.py cached for it ── implementation
 """
 
 from __future__ import annotations
@@ -57,14 +57,16 @@ def attend(
         scale: factor on the logits.
         pool: size and stride of an average pooling of the output; 1 for none.
         implementation: a name or None.
-        recompute: whether to keep only ``x`` for the backward and to project again there; None where that is faster.
+        recompute: whether to save only ``x`` for the backward and project again there; None to do so where it is
+            faster.
 
     Returns:
         (B, N·D, H', W'), or (N·D, H', W'), in the memory format of ``x``.
 
     Raises:
-        ValueError: ``x`` or a parameter doesn't fit the rest, or the implementation doesn't support the call.
-        TypeError: ``x`` is no tensor.
+        ValueError: ``x`` or a parameter is inconsistent with the others, or the implementation doesn't support the
+            call.
+        TypeError: ``x`` is not a tensor.
     """
     options = num_heads, kernel_size, stride, dilation, border, scale, pool, implementation
     output = None if weight is None else prepared(x, weight, bias, row, col, table, options, recompute)
@@ -78,7 +80,7 @@ def attend(
     by_equation = is_the_equation(implementation) or is_transformed() or is_transformed_forward()
     tracked = needs_gradient(x, weight, bias, row, col, table)
     if weight is not None and (
-        by_equation  # then PyTorch's own convolution projects, which has every derivative
+        by_equation  # PyTorch's own convolution, which has every derivative, then projects
         or not projects_inside(x, weight, num_heads, implementation, recompute, tracked)
     ):
         x, weight, bias = project(x, weight, bias), None, None
@@ -86,7 +88,7 @@ def attend(
         sizes = kernel_size, stride, dilation, border
         row, col = by_head(row, num_heads), by_head(col, num_heads)
         y = attend_heads(*split_heads(x, num_heads), row, col, table, *sizes, scale, implementation)
-        # No view: reentrant checkpoints let none be changed in place.
+        # Not a view: under reentrant checkpointing, views can't be changed in place.
         return average_pool(torch.ops.aten._unsafe_view(y, (y.shape[0], y.shape[1] * y.shape[2], *y.shape[3:])), pool)
     checks.scale_of(scale, x.dtype)
     kernel_size, stride, dilation, taps = checks.window_sizes(x.shape[2:], kernel_size, stride, dilation, border)
@@ -133,7 +135,7 @@ def attend_heads_with_lse(
     scale: float,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same and the log-sum-exp of the logits, (B, N, H', W')."""
+    """The same, plus the log-sum-exp of the logits, (B, N, H', W')."""
     sizes, row, col, table = _fitted(query, row, col, table, kernel_size, stride, dilation, border, scale)
     options = *sizes, border, scale, implementation
     y, lse = log_sum_exp.attention_and_lse(options, query, key, value, row, col, table)
@@ -157,12 +159,12 @@ def attend_weights(
     row, col = by_head(row, query.shape[1]), by_head(col, query.shape[1])
     checks.scale_of(scale, query.dtype)
     fitted, stride, dilation, _ = checks.window_sizes(query.shape[3:], kernel_size, stride, dilation, border)
-    if fitted != kernel_size:  # every tap has its weight, also one that is always hidden
+    if fitted != kernel_size:  # every tap gets a weight, even one that is always hidden
         checks.most_taps(query.shape[3:], kernel_size, dilation)
     with without_autocast(query):
         window = window_of(query, kernel_size, stride, dilation, border)
         weights = equation.weights(query, key, row, col, table, window, scale)
-    # The softmax's own result is saved for its backward; who receives a copy may change it in place.
+    # The softmax saves its own result for the backward; the caller gets a copy, which may be changed in place.
     return weights.clone() if needs_gradient(weights) else weights
 
 
@@ -187,7 +189,7 @@ def _fitted(
 def _taps(
     row: Tensor | None, col: Tensor | None, table: Tensor | None, taps: tuple[slice, slice] | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The entries of embeddings and table that are left of the window: rows and columns; None for all."""
+    """The entries of embeddings and table that remain in the cropped window: rows and columns; None for all."""
     if taps is None:
         return row, col, table
     rows, cols = taps

@@ -1,9 +1,9 @@
 """How PyTorch differentiates the operators: one ``autograd.Function`` over a forward and a backward operator.
 
-torch.func transforms the Function; it loses derivatives that only an operator has. Exported programs call an operator
-directly, so each forward operator has the Function's derivatives too: see :func:`register`. The output is not saved, so
-that it may be changed in place. Derivatives of the backward are those of the equation, in plain ATen operations. So
-is all of forward mode: see :func:`is_transformed_forward`.
+torch.func transforms the Function, but would lose derivatives defined only on an operator. Exported programs call an
+operator directly, so each forward operator has the Function's derivatives too: see :func:`register`. The output is not
+saved, so it may be changed in place. Derivatives of the backward are those of the equation, in plain ATen operations;
+so is all of forward mode: see :func:`is_transformed_forward`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Operator(NamedTuple):
         backward: of the output's gradient, the tensors, the log-sum-exp and the options, to a gradient for each tensor,
             empty for missing ones.
         equation: of tensors and options, to the output, in plain ATen operations.
-        fold: the vmap rule, of Function, number of samples, mapped dimensions, tensors and options; None to take the
-            samples one after the other.
+        fold: the vmap rule, of Function, number of samples, mapped dimensions, tensors and options; None to process the
+            samples one by one.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -72,12 +72,12 @@ def apply(operator: Operator, options: tuple[Any, ...], *tensors: *tuple[Tensor,
 
 
 def apply_here(operator: Operator, *tensors: Tensor | None, options: tuple[Any, ...] = ()) -> Tensor:
-    """The operator's output, differentiable, where no transform is active and nothing is compiled."""
+    """The operator's output, differentiable, when no transform is active and nothing is being compiled."""
     return _Untransformed.apply(operator, options, *tensors)
 
 
 def register(forward: OpOverload, operator: Operator) -> None:
-    """Give an operator derivatives where it is called directly, by an exported program or as ``torch.ops.sasa``."""
+    """Give an operator derivatives for direct calls, by an exported program or as ``torch.ops.sasa``."""
 
     def differentiable(*arguments: Any) -> tuple[Tensor, ...]:
         tensors, options = arguments[:TENSORS], arguments[TENSORS:]
@@ -95,7 +95,7 @@ def register(forward: OpOverload, operator: Operator) -> None:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a backward through a result of these will be wanted."""
+    """Whether a result computed from these may need a backward pass."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -108,8 +108,8 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.Size, tuple, int, float, s
 
 
 def is_observed(arguments: tuple[Any, ...]) -> bool:
-    """Whether anything but the result of an operator counts: it is traced, profiled, transformed or counted by a mode,
-    or its tensors are no plain ones with memory.
+    """Whether an operator call is observed, so that more than its result matters: it is traced, profiled, transformed
+    or counted by a mode, or its tensors are not plain tensors with storage.
     """
     return (
         torch.compiler.is_compiling()
@@ -124,8 +124,8 @@ def is_observed(arguments: tuple[Any, ...]) -> bool:
 def is_transformed_forward() -> bool:
     """Whether derivatives in forward mode are being taken, by torch.func or dual numbers.
 
-    A derivative in forward mode costs as much as the equation that it is taken along with, so a kernel would spare
-    nothing; and a Function's own ``jvp`` cannot be nested: PyTorch then loses the outer tangents without an error.
+    A forward-mode derivative costs as much as the equation it is computed along with, so a kernel would save nothing;
+    and a Function's own ``jvp`` cannot be nested: PyTorch then silently loses the outer tangents.
     """
     return forward_ad._current_level >= 0
 
@@ -163,7 +163,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Untransformed(torch.autograd.Function):
-    """The same without ``setup_context``, which transforms need and which takes as long as a small layer to call."""
+    """The same without ``setup_context``, which only transforms need and which costs as much as a small layer."""
 
     @staticmethod
     def forward(ctx, operator: Operator, options: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
@@ -199,7 +199,7 @@ class _Backward(torch.autograd.Function):
 
 
 def _vmap(function, samples, in_dims, operator, options, *tensors):
-    """A Function of many samples: folded together, or one after the other."""
+    """A Function of many samples: folded together, or one by one."""
     if operator.fold is not None:
         return operator.fold(function, samples, in_dims, operator, options, tensors)
     unbound = [

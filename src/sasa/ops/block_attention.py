@@ -1,11 +1,11 @@
-"""Attention inside the blocks of an image, and what a batch norm and a max pool behind it need to know: one operator.
+"""Attention inside the blocks of an image, and what a following batch norm and max pool need: one operator.
 
     logit_pj = x_p^T F x_j          for the pixels p and j of a block; F = W_Q^T W_K, one matrix a head
-    y_p      = sum over j of softmax_j(logit_pj) · V_j x_j          V_j: one matrix for each place in a block
+    y_p      = sum over j of softmax_j(logit_pj) · V_j x_j          V_j: one matrix for each position in a block
 
-Returned are the extreme of y in each block, and its mean and variance over all pixels: y itself never exists in
-memory. An image has few channels C, so that C numbers stand for the D channels of a head's queries and keys.
-The compiled kernels compute float32 on the CPU; everything else, and all derivatives but the first, :func:`equation`.
+Returned are the extreme of y in each block, and its mean and variance over all pixels: y itself is never stored in
+memory. An image has few channels C, so C numbers stand in for the D channels of a head's queries and keys. The compiled
+kernels handle float32 on the CPU; :func:`equation` handles everything else, and all derivatives beyond the first.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Extremes(NamedTuple):
 
 
 def is_fast(x: Tensor, block_size: int, implementation: str | None) -> bool:
-    """Whether the compiled kernels compute it, and nothing active asks for more than a first derivative."""
+    """Whether the compiled kernels support the call, and nothing active needs more than a first derivative."""
     return (
         implementation in (None, "cpu")
         and cpu_blocks.supports(x, block_size)
         and not (is_active("cpu") or is_transformed() or is_transformed_forward())
-        and not torch.onnx.is_in_onnx_export()  # ONNX has operations for local attention, and blocks are a case of it
+        and not torch.onnx.is_in_onnx_export()  # ONNX has operations for local attention, and blocks are a special case
         and (torch.compiler.is_compiling() or cpu_blocks.is_available())  # compiled code leaves that to the operator
     )
 
@@ -66,7 +66,7 @@ def block_attention(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block
 
 
 def equation(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in plain ATen operations, for blocks that are filled up with hidden pixels."""
+    """The same in plain ATen operations, with blocks padded with hidden pixels."""
     heads = form.shape[0]
     below, right = -x.shape[2] % block_size, -x.shape[3] % block_size
     inside = F.pad(torch.ones_like(x[:1, :1], requires_grad=False), (0, right, 0, below)) > 0

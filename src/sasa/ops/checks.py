@@ -1,4 +1,4 @@
-"""Errors for users' mistakes: each names the argument, what was expected and what came."""
+"""Errors for invalid arguments: each names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pair(name: str, value: int | Sequence[int], minimum: int = 1) -> tuple[int, 
 
 
 def _is_int(value: object) -> TypeGuard[int]:
-    """Whether this is an int, or one of NumPy's; a bool is none."""
+    """Whether this is an int, Python's or NumPy's; a bool doesn't count."""
     return type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
 
 
@@ -49,7 +49,7 @@ def choice(name: str, value: object, allowed: Sequence[str | bool | None]) -> No
 
 
 def implementation(name: str | None) -> None:
-    """Raise ValueError unless an implementation has this name, or none is asked for."""
+    """Raise ValueError unless an implementation has this name, or none is requested."""
     if name is not None and (not isinstance(name, str) or name not in names()):
         raise ValueError(f"implementation: expected None or one of {', '.join(map(repr, names()))}, got {name!r}")
 
@@ -76,7 +76,7 @@ def number(name: str, value: float) -> float:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not isinstance(value, (int, float)):
         value = float(value)  # one of NumPy's
-    # A comparison, unlike math.isfinite and float(), also takes a number that torch.compile traces as a symbol.
+    # Unlike math.isfinite and float(), a comparison also works on a number that torch.compile traces as a symbol.
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {value if isinstance(value, float) else repr(value)}")
     return value * 1.0
@@ -90,14 +90,14 @@ def scale_of(scale: float, dtype: torch.dtype) -> None:
 
 
 def parameters(count: int, **arguments: object) -> None:
-    """Raise ValueError if ``arguments`` ask for more parameters than could be meant."""
+    """Raise ValueError if ``arguments`` imply more parameters than anyone could intend."""
     if count > MOST_PARAMETERS:
         given = ", ".join(f"{name}={value}" for name, value in arguments.items())
         raise ValueError(f"{', '.join(arguments)}: expected at most {MOST_PARAMETERS} parameters in all, got {given}")
 
 
 def same_kind(**tensors: Tensor | None) -> None:
-    """Raise unless all given are tensors of one floating dtype and on one device (those of the first)."""
+    """Raise unless all given are tensors with the floating-point dtype and the device of the first."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor is None and (name == "bias" or name.endswith("embedding")):
@@ -113,8 +113,8 @@ def same_kind(**tensors: Tensor | None) -> None:
 
 
 def parameters_fit(x: Tensor, **parameters: Tensor | None) -> None:
-    """Raise ValueError unless a layer's parameters have the dtype of ``x`` and are on its device: kernels are given
-    addresses alone.
+    """Raise ValueError unless a layer's parameters have the dtype of ``x`` and are on its device: kernels only see
+    addresses.
     """
     same_kind(x=x, **{name: parameter for name, parameter in parameters.items() if parameter is not None})
 
@@ -174,18 +174,19 @@ def shapes(
 def window_sizes(
     size: Sequence[int], kernel_size: Pair, stride: Pair, dilation: Pair, border: str
 ) -> tuple[Pair, Pair, Pair, tuple[slice, slice] | None]:
-    """Kernel size, stride and dilation no larger than an image needs them, and the taps of rows and columns that are
-    left of the window; None for all.
+    """Kernel size, stride and dilation cut to what the image needs, and the taps of rows and columns that remain in the
+    window; None for all.
 
-    Results are exactly those of the sizes given: steps beyond the image mean the same as steps as long as it, and taps
-    that a ``"mask"`` border hides from every pixel don't count.
+    Results are exactly those of the sizes given: steps longer than the image are equivalent to steps of its length, and
+    taps that a ``"mask"`` border hides from every pixel have no effect.
 
     Raises:
-        ValueError: the image holds no window (``"valid"``, ``"shift"``), or the window has more taps than are computed.
+        ValueError: the image holds no window (``"valid"``, ``"shift"``), or the window has more taps than are
+            supported.
     """
     if not torch.compiler.is_compiling():
         return _window_sizes(size[0], size[1], kernel_size, stride, dilation, border)
-    # Symbolic sizes are not compared, which would bind compiled code to them; the operators' sizes have 64 bits.
+    # Symbolic sizes are not compared: that would specialize compiled code to them; the operators' sizes have 64 bits.
     if max(kernel_size) >= _LONGEST:
         raise ValueError(f"kernel_size: expected fewer than {_LONGEST} taps, got {kernel_size}")
     stride, dilation = ((min(y, _LONGEST - 1), min(x, _LONGEST - 1)) for y, x in (stride, dilation))
@@ -223,7 +224,7 @@ def _window_sizes(
 
 
 def most_taps(size: Sequence[int], kernel_size: Pair, dilation: Pair) -> None:
-    """Raise ValueError if a window has more taps beyond the image than are computed."""
+    """Raise ValueError if a window has more taps beyond the image than are supported."""
     most = tuple(max(MOST_TAPS, 2 * reach(n, d) + 2) for n, d in zip(size, dilation, strict=True))
     if kernel_size[0] > most[0] or kernel_size[1] > most[1]:
         raise ValueError(

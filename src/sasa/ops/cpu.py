@@ -29,7 +29,7 @@ def _warn_once(reason: str) -> None:
 
 
 def unsupported(images: Tensor, widest: int) -> str | None:
-    """Why the kernels can't compute these; None when they can. Heads may have any width."""
+    """Why the kernels can't compute these; None if they can. Heads may have any width."""
     if images.device.type != "cpu":
         return f"it computes on the CPU, the query is on {images.device}"
     if images.dtype not in DTYPES:

@@ -1,6 +1,6 @@
 """Calls of the C++ library (``csrc/local_attention.h``) with the addresses of CPU tensors.
 
-What a call says of its tensors besides their addresses is filled in once for tensors of one layout.
+Everything but the addresses is filled in once per tensor layout.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def layout(
         window: geometry.
         scale: factor on the logits.
         pool: 1 or 2.
-        threads: at most so many.
+        threads: maximum number of threads.
         capability: the instruction set.
         images: strides of query, key and value, or of a layer's input, as (B, N, D, H, W).
         layer: a layer's input channels and its weight's strides; or None.
@@ -122,7 +122,7 @@ def call(function: Callable[[int, int], int], kept: Layout, *tensors: Tensor | i
 
 
 def machine() -> tuple[int, int]:
-    """What a call depends on besides its arguments: number of threads and instruction set."""
+    """What a call depends on besides its arguments: the number of threads and the instruction set."""
     return torch.get_num_threads(), capability_index()
 
 
@@ -156,12 +156,12 @@ def _table(strides: tuple[int, ...] | None, window: Window) -> CEmbedding:
 
 
 def axis_of(axis: Axis) -> CAxis:
-    """Geometry of an axis as the library takes it."""
+    """Geometry of an axis, as the library expects it."""
     return CAxis(axis.size, axis.outputs, axis.kernel, axis.stride, axis.dilation, axis.before, axis.shifted)
 
 
 def check(status: int) -> None:
-    """Raise for a status that says that nothing was computed."""
+    """Raise if the status says that nothing was computed."""
     if status == 1:
         raise MemoryError("local attention on the CPU: not enough memory for the workspace of a thread")
     if status:
@@ -169,8 +169,8 @@ def check(status: int) -> None:
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
-    """``fresh``, a new dense tensor, backed by huge pages where the system has them: half of the time of writing a
-    large tensor for the first time is page faults.
+    """``fresh``, a new dense tensor, backed by huge pages where the system has them: page faults take half the time of
+    the first write to a large tensor.
     """
     size = fresh.numel() * fresh.element_size()
     if size >= _HUGE_PAGES_FROM:

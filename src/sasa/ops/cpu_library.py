@@ -1,7 +1,7 @@
 """The library of the C++ kernels (``csrc/``): finding and loading it, and the choice of an instruction set.
 
 The library knows nothing of PyTorch: it is built once by CMake when the package is installed, and holds the same
-kernels for several instruction sets. Without it the package works too, in plain PyTorch.
+kernels for several instruction sets. Without it the package falls back to plain PyTorch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FILES = ("libsasa_cpu.so", "libsasa_cpu.dylib")
 
 
 def _places() -> Iterator[Path]:
-    """Where the library may lie: beside this file, or where an editable installation puts what it builds."""
+    """Where the library may be: next to this file, or where an editable installation puts its build output."""
     package = sys.modules[__package__ or "sasa.ops"]
     for folder in dict.fromkeys([str(Path(__file__).parent), *package.__path__]):
         for name in _FILES:
@@ -31,7 +31,7 @@ def _places() -> Iterator[Path]:
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and why there is none."""
+    """The library, or None and the reason it is missing."""
     found = [path for path in _places() if path.is_file()]
     if not found:
         return None, (
@@ -78,11 +78,11 @@ def _declare(library: ctypes.CDLL) -> None:
 def _openmp_of_torch() -> int | None:
     """Address of ``GOMP_parallel`` in the OpenMP runtime that PyTorch runs on, so that both share one pool of threads.
 
-    None where PyTorch has another kind of runtime: the library then starts threads of its own for each call.
+    None if PyTorch uses another runtime: the library then starts its own threads for each call.
     """
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        # Looking a name up in PyTorch's library also searches the libraries it was linked with.
+        # Looking up a symbol in PyTorch's library also searches the libraries it is linked against.
         runtime = ctypes.CDLL(str(torch_library) if torch_library.is_file() else None)
         return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
@@ -130,7 +130,7 @@ def capability() -> str | None:
     """The instruction set in use: the fastest, or what ``SASA_CPU_CAPABILITY`` names; None without a library.
 
     Raises:
-        ValueError: the variable names something else.
+        ValueError: the variable names no available instruction set.
     """
     names = capabilities()
     if not names:
@@ -145,7 +145,7 @@ def set_capability(name: str, argument: str = "name") -> None:
 
     Args:
         name: one of :func:`capabilities`.
-        argument: what to call it in an error.
+        argument: its name in error messages.
 
     Raises:
         ValueError: not one of them.

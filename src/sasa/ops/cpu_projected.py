@@ -1,5 +1,5 @@
-"""The compiled kernels on a layer's input: queries, keys and values are projected tile by tile and never exist in
-memory; their gradients exist for a few images at a time.
+"""The compiled kernels on a layer's input: queries, keys and values are projected tile by tile and never stored in
+full; their gradients are held for a few images at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .window import Window
 
 
 def can_project(x: Tensor, weight: Tensor | None, num_heads: int) -> bool:
-    """Whether :func:`forward` and its backward compute a layer: to be projected, heads must fill vectors."""
+    """Whether :func:`forward` and its backward support a layer: to be projected, heads must fill whole vectors."""
     return weight is None or _can_project(x.dtype, num_heads, weight.shape[0] // 3 // num_heads, capability_index())
 
 
@@ -57,7 +57,7 @@ def _layer(dtype: torch.dtype, heads: int, channels: int, capability: int) -> CP
 
 @functools.lru_cache(maxsize=1024)
 def _pooled_inside(window: Window, pool: int) -> int:
-    """The part of ``pool`` that the kernels take while the output is in the cache: 2, or 1 for none."""
+    """The part of ``pool`` that the kernels apply while the output is in cache: 2, or 1 for none."""
     problem = CProblem(rows=axis_of(window.rows), cols=axis_of(window.cols))
     return 2 if pool == 2 and library().sasa_can_pool(problem) else 1
 
@@ -74,7 +74,7 @@ def forward(
     scale: float,
     pool: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, N·D, H', W') of queries, keys and values that are projected tile by tile and never exist in memory,
+    """Output (B, N·D, H', W') of queries, keys and values that are projected tile by tile and never stored in full,
     averaged over ``pool`` x ``pool`` windows, and the log-sum-exp (B, N, h, w).
     """
     layer = (x.shape[1], None) if weight is None else (weight.shape[0], weight.stride())
@@ -100,8 +100,8 @@ def prepare(
     threads: int,
     capability: int,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The forward of a layer's input of this layout, as a function of input, weight, bias, row, col and table; all that
-    needs only be worked out once.
+    """The forward for inputs of this layout, as a function of input, weight, bias, row, col and table, with everything
+    precomputed that depends on the layout alone.
     """
     batch, width = shape[0], outputs // 3
     channels = width // num_heads
@@ -153,7 +153,7 @@ def backward(
     scale: float,
     pool: int,
 ) -> projected.LayerGradients:
-    """Gradients of the input and the parameters. Those of the projections exist for a few images at a time."""
+    """Gradients of the input and the parameters. Those of the projections are held for a few images at a time."""
     inside = _pooled_inside(window, pool)
     grad_output = projected.before_pool(grad_output, window, pool // inside)
     grad_input, lse = in_huge_pages(torch.empty_like(x)), lse.contiguous()

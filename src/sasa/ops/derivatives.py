@@ -1,4 +1,4 @@
-"""Derivatives by PyTorch of a function with optional tensors: what the equation's own derivatives are taken with."""
+"""PyTorch's derivatives of a function with optional tensors: used to differentiate the equation itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Tensors = Sequence[Tensor | None]
 def gradients(
     function: Callable[..., Tensor], options: tuple[Any, ...], grad: Tensor, tensors: Tensors
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``function(*tensors, *options)`` by its tensors, differentiable again; None for missing tensors."""
+    """Gradients of ``function(*tensors, *options)`` w.r.t. its tensors, again differentiable; None for missing ones."""
 
     def of_present(*present: Tensor) -> Tensor:
         return function(*_like(tensors, present), *options)
@@ -26,14 +26,14 @@ def gradients(
 def second_gradients(
     function: Callable[..., Tensor], options: tuple[Any, ...], grad: Tensor, tensors: Tensors, grad_grads: Tensors
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of :func:`gradients` by ``grad`` and the tensors.
+    """Gradients of :func:`gradients` w.r.t. ``grad`` and the tensors.
 
     Args:
         function: of tensors and options.
         options: its further arguments.
         grad: gradient of its result.
         tensors: its tensors, None for missing ones.
-        grad_grads: gradients of the results of :func:`gradients`; those of missing tensors don't count.
+        grad_grads: gradients of the results of :func:`gradients`; those of missing tensors are ignored.
     """
 
     def of_present(grad: Tensor, *present: Tensor) -> tuple[Tensor, ...]:
@@ -50,6 +50,6 @@ def _present(tensors: Tensors) -> tuple[Tensor, ...]:
 
 
 def _like(tensors: Tensors, present: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """What is ``present`` in the places of the tensors that are."""
+    """``present`` put back at the positions of the tensors that are not None."""
     rest = iter(present)
     return tuple(None if x is None else next(rest) for x in tensors)

@@ -1,10 +1,10 @@
-"""The fallback: the equation and its gradients in plain PyTorch, chunk by chunk and in memory that is used again.
+"""The fallback: the equation and its gradients in plain PyTorch, chunk by chunk, reusing buffers.
 
 It runs on any device, in any floating dtype, for any window. ``equation.py`` is the specification and what PyTorch
-differentiates; this file computes the same numbers where no compiled kernel does, in a quarter of the time.
+differentiates; this file computes the same numbers in a quarter of the time, where no compiled kernel applies.
 
 Shapes: B batch, N heads, D head width (Dv of the values), H x W image, h x w = H' x W' windows, K = kh·kw taps.
-Inside, the batch comes last (NDHWB): a shifted view of small images then still has long contiguous runs.
+Internally the batch comes last (NDHWB), so that even a shifted view of small images has long contiguous runs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from .equation import at_taps
 from .window import Axis, Window
 
-# Elements of one chunk's keys. The taps read a chunk kh·kw times over, so it should stay in the second-level cache:
-# on the notebook's input this is four times as fast as the whole batch at once.
+# Elements of one chunk's keys. The taps read a chunk kh·kw times, so it should stay in the L2 cache: on the notebook's
+# input this is four times as fast as processing the whole batch at once.
 CHUNK = 2**19
 
 
@@ -112,10 +112,10 @@ def backward(
 def _embedding_gradients(
     embedding: Tensor, ds_NthwB: Tensor, q: Tensor, dq: Tensor, gradient: Tensor, axis: Axis, pixel: int
 ) -> None:
-    """Adds an embedding's part to its channels of the queries' gradient, and to its own; ``pixel`` is the dimension of
-    the axis' windows.
+    """Adds an embedding's contribution to its channels of the queries' gradient, and to its own gradient; ``pixel`` is
+    the dimension of the axis's windows.
     """
-    if axis.shifted:  # by taps: what is not finite at an offset reaches only the queries that have it
+    if axis.shifted:  # by taps: a non-finite entry affects only the queries that have its offset
         ds_Ntpm, q_NDpm = (x.movedim(pixel, 2).flatten(3) for x in (ds_NthwB, q))
         taps_NDtp = embedding[..., axis.offsets_of_taps(q.device)]
         part = torch.einsum("ndtp,ntpm->ndpm", taps_NDtp, ds_Ntpm)
@@ -166,7 +166,7 @@ def _last(x_NDhwB: Tensor, embedding: Tensor) -> Tensor:
 
 
 def _by_tap(x: Tensor, offset: int, pixel: int, axis: Axis) -> Tensor:
-    """Dimension ``offset``, entries of an embedding, by taps; ``pixel`` is the dimension of the axis' windows."""
+    """Dimension ``offset``, entries of an embedding, as taps; ``pixel`` is the dimension of the axis's windows."""
     if not axis.shifted:
         return x
     index, shape = _offsets(x, offset, pixel, axis)
@@ -174,7 +174,7 @@ def _by_tap(x: Tensor, offset: int, pixel: int, axis: Axis) -> Tensor:
 
 
 def _by_offset(x: Tensor, tap: int, pixel: int, axis: Axis) -> Tensor:
-    """Dimension ``tap`` by entries of an embedding, zeros where a window has no such tap."""
+    """Dimension ``tap`` as entries of an embedding, with zeros where a window has no such tap."""
     if not axis.shifted:
         return x
     index, shape = _offsets(x, tap, pixel, axis)
@@ -193,7 +193,7 @@ def _offsets(x: Tensor, tap: int, pixel: int, axis: Axis) -> tuple[Tensor, list[
 def _dot_taps(x_NDhwB: Tensor, image_NDHWB: Tensor, window: Window) -> Tensor:
     """Product x · (image shifted by each tap), summed over the channels: (N, K, h, w, B).
 
-    The products share one buffer: fresh memory for each costs page faults, half of the time.
+    The products share one buffer: with a new one each time, page faults would take half the time.
     """
     dots = x_NDhwB.new_empty((x_NDhwB.shape[0], window.rows.kernel * window.cols.kernel, *x_NDhwB.shape[2:]))
     product = torch.empty_like(x_NDhwB)
@@ -280,5 +280,5 @@ def _batch_last(dtype: torch.dtype, *tensors_BNDHW: Tensor) -> list[Tensor]:
 
 
 def _batch_first(dtype: torch.dtype, chunks: list[Tensor]) -> Tensor:
-    """The chunks, batch last, joined to one contiguous tensor with the batch first."""
+    """The chunks, batch last, joined into one contiguous tensor with the batch first."""
     return torch.cat([chunk.movedim(-1, 0).to(dtype) for chunk in chunks]).contiguous()

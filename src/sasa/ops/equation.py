@@ -4,8 +4,8 @@
     y[p]    = sum over t of  softmax_t(logit) · v[p + t]
 
 r_t is row[dy] on the first Dr channels of a head plus col[dx] on its last Dc, b_t is table[dy, dx]. PyTorch
-differentiates it to any order, in reverse and forward mode. For each of the K = kh·kw taps it takes the shifted image
-as a view: K logits a pixel exist, never K copies of keys or values, but with the border ``"shift"``, whose images are
+differentiates it to any order, in reverse and forward mode. For each of the K = kh·kw taps the shifted image is a view:
+there are K logits per pixel but never K copies of keys or values, except with the border ``"shift"``, whose images are
 gathered. Half precision is computed in float32 and rounded once.
 
 Shapes: query and key (B, N, D, H, W), value (B, N, Dv, H, W), row (N, Dr, kh), col (N, Dc, kw), table (N, kh, kw);
@@ -106,7 +106,7 @@ def at_taps(table: Tensor, window: Window) -> Tensor:
 
 
 def _at_offsets(embedding: Tensor, axis: Axis) -> Tensor:
-    """The last dimension, offsets, by taps and windows where windows are moved."""
+    """The last dimension, offsets, as taps and windows if windows are moved."""
     return embedding[..., axis.offsets_of_taps(embedding.device)] if axis.shifted else embedding
 
 

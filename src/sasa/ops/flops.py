@@ -17,7 +17,7 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def _attended(size: Sequence[int], kernel_size, stride, dilation, border: str) -> int:
-    """Pairs of a query and a tap of its window. Behind a mask taps outside the image take no part; zeros do."""
+    """Pairs of a query and a tap of its window. Masked taps outside the image don't count; zeros do."""
     pairs = [(pair[0], pair[-1]) for pair in (kernel_size, stride, dilation)]
     rows, cols, _ = window(size[0], size[1], pairs[0], pairs[1], pairs[2], border)
     if border != "mask":
@@ -34,9 +34,9 @@ def _inside(axis: Axis) -> int:
 def forward_flops(
     query, key, value, row, col, table, kernel_size, stride=(1,), dilation=(1,), border="zero", *args, **kwargs
 ) -> int:
-    """FLOPs of the forward: 2·D a query, head and tap for q·k, as many for q·(row + col), 2·Dv for the weighted sum.
+    """FLOPs of the forward, per query, head and tap: 2·D for q·k, 2·D for q·(row + col), 2·Dv for the weighted sum.
 
-    So 6·k²·D a query and head for the layer of the paper, and 4·k²·D without embeddings.
+    That is 6·k²·D per query and head for the layer of the paper, and 4·k²·D without embeddings.
     """
     batch, heads, width = query[:3]
     terms = 1 + (row is not None or col is not None)
@@ -92,9 +92,9 @@ def _pairs_in_blocks(x: Sequence[int], size: int) -> int:
 
 
 def register() -> None:
-    """Give the formulas to the counter: now if it is imported, else when it is.
+    """Register the formulas with the counter: now if it is already imported, else when it is.
 
-    Importing it here would import Triton with it, which takes five times as long as all of sasa.
+    Importing it here would also import Triton, which takes five times as long as all of sasa.
     """
     when_imported(_COUNTER, _register_with)
 

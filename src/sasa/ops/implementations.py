@@ -1,7 +1,7 @@
 """The implementations of the operators and the choice between them.
 
 Each takes the same arguments and computes the same equation. A kernel is added by appending an
-:class:`Implementation` to :data:`IMPLEMENTATIONS`; it states itself what it can do, and no caller changes.
+:class:`Implementation` to :data:`IMPLEMENTATIONS`; it declares what it supports, so callers need not change.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | N
 
 
 class Projected(NamedTuple):
-    """Attention of a layer's projections as one step: queries, keys and values need not exist in memory.
+    """Projection and attention in one step: queries, keys and values need not be stored in memory.
 
     Attributes:
         supports: given a layer's input, weight and number of heads, whether it computes them.
         preferred: given the same, whether projecting again in the backward is faster
             than keeping queries, keys and values.
-        prepare: all of forward that needs only be worked out once for inputs of one layout: see
+        prepare: the part of forward that is computed only once for inputs of one layout: see
             :func:`sasa.ops.cpu_projected.prepare`.
         forward: of input, weight, bias, row, col, table, number of heads, window, scale and pool: the output
             (B, N·D, H', W') and the log-sum-exp (B, N, h, w).
@@ -50,9 +50,9 @@ class Implementation(NamedTuple):
             differentiates and traces it.
         backward: as :func:`sasa.ops.eager.backward`; likewise.
         unsupported: given a tensor of images (..., H, W) and the channels of the widest head, of queries or values, why
-            they can't be computed this way; None when they can.
-        automatic: given such a tensor, whether it may be chosen unless another is asked for by name.
-        projected: what it can do with a layer's projections; None for nothing.
+            they can't be computed this way; None if they can.
+        automatic: given such a tensor, whether it may be chosen when none is requested by name.
+        projected: its support for a layer's projections; None if it has none.
     """
 
     name: str
@@ -128,7 +128,7 @@ def names() -> list[str]:
 
 
 def is_the_equation(name: str | None) -> bool:
-    """Whether ``name`` asks for the equation itself, which is called without an operator."""
+    """Whether ``name`` means the equation itself, which is called without an operator."""
     return name is not None and _BY_NAME[name].forward is None
 
 

@@ -1,4 +1,4 @@
-"""Local self-attention with relative row and column embeddings: the function users call.
+"""Local self-attention with relative row and column embeddings: the user-facing function.
 
 The equation, for a query at pixel p and one head::
 
@@ -83,14 +83,14 @@ def local_attention(
         y_p = \sum_t \operatorname{softmax}_t\bigl(
         \text{scale}\; q_p \cdot (k_{p+t} + row_{dy} + col_{dx}) + bias_{dy, dx}\bigr) \, v_{p+t}
 
-    N heads attend on their own. ``(B, C, H, W)`` tensors become ``(B, N, D, H, W)`` by ``x.unflatten(1, (N, D))``,
+    The N heads are independent. ``(B, C, H, W)`` tensors become ``(B, N, D, H, W)`` by ``x.unflatten(1, (N, D))``,
     a view for contiguous and channels_last tensors alike.
 
     Args:
         query: (B, N, D, H, W), any strides; float16, bfloat16, float32 or float64.
         key: (B, N, D, H, W).
         value: (B, N, Dv, H, W).
-        kernel_size: window size, int or (kh, kw). An even window reaches one further after its centre than before.
+        kernel_size: window size, int or (kh, kw). An even window reaches one tap further after its centre than before.
         row_embedding: (N, D, kh), added to the keys by row of the window.
         col_embedding: (N, D, kw), added to the keys by column of the window.
         bias: (N, kh, kw), added to the logits by tap, after ``scale``: a table of relative position biases.
@@ -103,11 +103,11 @@ def local_attention(
             et al. 2023, arXiv 2204.07143). A tap is then at an offset of up to k - 1 from its query, on either side:
             embeddings and bias are indexed by offset, -(k - 1) first, and have 2kh - 1 and 2kw - 1 entries.
         scale: factor on the logits; 1 in the paper.
-        implementation: ``None`` takes the fastest that supports the call. One asked for by name (see ``sasa info``) is
-            never replaced by another: if it can't compute the call, an error is raised. ``"reference"`` is the equation
-            itself, in PyTorch's own operations.
+        implementation: ``None`` takes the fastest that supports the call. One requested by name (see ``sasa info``) is
+            never replaced by another: if it doesn't support the call, an error is raised. ``"reference"`` is the
+            equation itself, in PyTorch's own operations.
         return_lse: whether to return the log-sum-exp of each query's logits too. With it, attention over several sets
-            of keys can be merged: the outputs weighed by the softmax of their log-sum-exps.
+            of keys can be merged: weight the outputs by the softmax of their log-sum-exps.
 
     Returns:
         (B, N, Dv, H', W') in the memory format of ``query``; with ``return_lse`` also (B, N, H', W') in float32, or
@@ -115,8 +115,8 @@ def local_attention(
         ``"mask"`` and ``"shift"``; floor((H - (kh - 1)·dilation - 1) / stride) + 1 for ``"valid"``.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that don't fit, naming the argument; with ``"shift"`` also an
-            image of fewer than kh · dilation rows or kw · dilation columns.
+        ValueError: invalid or inconsistent shapes, dtypes, devices or options, naming the argument; with ``"shift"``
+            also an image of fewer than kh · dilation rows or kw · dilation columns.
         TypeError: an argument of the wrong Python type.
 
     Note:
@@ -155,7 +155,7 @@ def local_attention_weights(
     scale: float = 1.0,
     implementation: str | None = None,
 ) -> Tensor:
-    """The attention weights of :func:`local_attention`, to look at.
+    """The attention weights of :func:`local_attention`, for inspection.
 
     Args:
         query: (B, N, D, H, W); this and all others as in :func:`local_attention`.

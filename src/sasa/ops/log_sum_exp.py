@@ -2,11 +2,11 @@ r"""Attention together with the log-sum-exp of its logits, both differentiable: 
 
     lse_p = log sum over t of exp(logit_t),    d lse_p / d logit_t = w_t
 
-Output and log-sum-exp are one tensor, (B, N, Dv + 1, H', W'), so that they take the way of every other operator. The
-gradient of the log-sum-exp needs no kernel of its own. Kernels recompute weights as exp(logit - lse) and give a logit
-w (dp - sum of w dp), where dp = g·v. For values of 1, c as their gradient and lse + log 2 in the place of lse, weights
-are halved: w/2 (c - c/2) = w c/4. The taps outside a ``"zero"`` border must have values of 1 as well: there the images
-are padded, and windows inside the padded images are asked for.
+Output and log-sum-exp are one tensor, (B, N, Dv + 1, H', W'), so that they take the same path as every other operator.
+The gradient of the log-sum-exp needs no kernel of its own. Kernels recompute weights as exp(logit - lse) and give a
+logit w (dp - sum of w dp), where dp = g·v. For values of 1, c as their gradient and lse + log 2 in place of lse,
+weights are halved: w/2 (c - c/2) = w c/4. The taps outside a ``"zero"`` border must have values of 1 as well: there the
+images are padded, and the windows are taken inside the padded images.
 """
 
 from __future__ import annotations

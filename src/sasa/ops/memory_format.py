@@ -11,7 +11,7 @@ EmbeddingLayout = tuple[tuple[int, ...], int]  # strides of (N, channels, taps),
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of (B, N, D, H, W) are next to each other in memory, as in a view of a channels_last
+    """Whether the channels of (B, N, D, H, W) are adjacent in memory, as in a view of a channels_last
     (B, N·D, H, W) tensor.
     """
     channels = 1 if x.shape[2] == 1 else 2  # the stride of a dimension of size 1 says nothing
@@ -22,17 +22,17 @@ def empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An empty (B, N, channels, height, width) tensor in the memory format of ``like``."""
     batch, heads = like.shape[:2]
     size = batch, heads, channels, height, width
-    if is_channels_last(like):  # no permuted view: an autograd.Function's output may then not be changed in place
+    if is_channels_last(like):  # not a permuted view: an autograd.Function's output could then not be changed in place
         image = heads * channels
         return like.new_empty_strided(size, (height * width * image, channels, 1, width * image, image))
     return like.new_empty(size)
 
 
 def in_format_of(like: Tensor, x: Tensor) -> Tensor:
-    """``x`` in the memory format of ``like``: itself, if it has it."""
+    """``x`` in the memory format of ``like``: ``x`` itself if it already has it."""
     if x.is_contiguous() if not is_channels_last(like) else x.permute(0, 3, 4, 1, 2).is_contiguous():
         return x
-    if is_transformed():  # vmap writes into no tensor of one sample
+    if is_transformed():  # vmap can't write into a tensor of a single sample
         return (
             x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2) if is_channels_last(like) else x.contiguous()
         )

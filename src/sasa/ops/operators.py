@@ -147,7 +147,7 @@ def _projected_backward(
 def _projecting(
     name: str | None, x: Tensor, weight: Tensor | None, num_heads: int
 ) -> tuple[Forward, Backward, Projected | None]:
-    """The kernels, and those that project if they compute these."""
+    """The implementation's kernels, and its projecting ones if they support these arguments."""
     forward, backward, ours = _kernels(name, x, channels_of(x, weight) // num_heads)
     return forward, backward, ours if ours is not None and ours.supports(x, weight, num_heads) else None
 
@@ -160,7 +160,7 @@ def by_head(embedding: Tensor | None, num_heads: int) -> Tensor | None:
 
 
 def not_empty(embedding: Tensor | None) -> Tensor | None:
-    """None for an embedding of no channels, as the row half of heads of width 1 is: implementations need not know."""
+    """None for an embedding of no channels, as in the row half of heads of width 1: no special case is needed."""
     return None if embedding is None or embedding.numel() == 0 else embedding
 
 

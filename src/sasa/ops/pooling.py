@@ -1,8 +1,8 @@
-"""Average pooling whose last windows may be cut by the border, as ``nn.AvgPool2d(size, ceil_mode=True)``.
+"""Average pooling whose last windows may be cut off by the border, like ``nn.AvgPool2d(size, ceil_mode=True)``.
 
-That module is not used: Inductor's backward of ``avg_pool2d(ceil_mode=True)`` divides the gradients of windows that the
-border cuts by the size of whole ones (seen with PyTorch 2.15). Here the image is padded to whole windows, and the means
-of those that are cut are corrected.
+That module is not used because Inductor's backward of ``avg_pool2d(ceil_mode=True)`` divides the gradients of cut
+windows by the size of full ones (seen with PyTorch 2.15). Here the image is padded to full windows, and the means of
+those that are cut are corrected.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def average_pool(x: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Means over windows of ``size`` with as large a stride: (..., H, W) to (..., ceil(H / size), ceil(W / size))."""
+    """Means over windows of ``size`` with the same stride: (..., H, W) to (..., ceil(H / size), ceil(W / size))."""
     height, width = x.shape[-2:]
     rows, cols = (size, size) if isinstance(size, int) else size
     if rows == cols == 1:
         return x
-    if not torch.compiler.is_compiling():  # compiled code serves every size
+    if not torch.compiler.is_compiling():  # compiled code must work for every size
         rows, cols = min(rows, height), min(cols, width)
         if height % rows == 0 and width % cols == 0:
             return F.avg_pool2d(x, (rows, cols))
@@ -28,6 +28,6 @@ def average_pool(x: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def _correction(length: int, size: int, windows: int, like: Tensor) -> Tensor:
-    """Size of each window over the number of its pixels inside the image."""
+    """Size of each window divided by the number of its pixels inside the image."""
     starts = torch.arange(windows, device=like.device) * size
     return (size / (length - starts).clamp(max=size)).to(like.dtype)

@@ -1,6 +1,6 @@
-"""Calls of a layer with the layouts of an earlier call: what depends on the layouts alone is computed once.
+"""Repeated calls of a layer with the same layouts: whatever depends on the layouts alone is computed once.
 
-In a small layer that takes longer than the attention. The results are those of the whole way,
+In a small layer that takes longer than the attention itself. The results are those of the full path,
 :func:`sasa.ops.attend.attend`.
 """
 
@@ -36,8 +36,8 @@ def prepared(
     options: tuple[Any, ...],
     recompute: bool | None,
 ) -> Tensor | None:
-    """The output, if the call is a plain one that an implementation prepares; else None. Arguments as of ``attend``;
-    ``options`` are those between ``table`` and ``recompute``.
+    """The output, if the call is a plain one that an implementation can prepare; else None. Arguments as for
+    ``attend``; ``options`` are those between ``table`` and ``recompute``.
     """
     tensors = x, weight, bias, row, col, table
     if not isinstance(x, Tensor) or is_observed(tensors) or is_active(x.device.type):
@@ -55,14 +55,14 @@ def projects_inside(
 ) -> bool:
     """Whether projections and attention are one step, so that queries, keys and values are not kept.
 
-    ``tracked``: whether there will be a backward. The rest is as in :func:`sasa.ops.attend.attend`.
+    ``tracked``: whether there may be a backward. The rest is as in :func:`sasa.ops.attend.attend`.
     """
     if torch.compiler.is_compiling() or (tracked and recompute is not None):
         return bool(recompute) if tracked else x.device.type == "cpu"
     kernels = choose(implementation, x, weight.shape[0] // 3 // num_heads).projected
     if kernels is not None and kernels.supports(x, weight, num_heads):
         return not tracked or kernels.preferred(x, weight, num_heads)
-    # Where nothing is kept, the queries, keys and values of a few images at a time take less memory.
+    # If nothing is saved, it takes less memory to hold queries, keys and values of only a few images at a time.
     return not tracked and x.device.type == "cpu" and is_large(x, weight)
 
 
@@ -88,7 +88,7 @@ def _prepare(
     tracked: bool,
     machine: tuple[int, ...],
 ) -> Call | None:
-    """The call for these layouts; None for those that are checked, cast or cropped each time."""
+    """The prepared call for these layouts; None if they must be checked, cast or cropped each time."""
     fits = len(shape) == 4 and shape[1] == weight_shape[1] and 0 not in shape
     if kinds[0] is None or len(set(kinds) - {None}) > 1 or not fits or is_the_equation(implementation):
         return None

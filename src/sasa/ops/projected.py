@@ -1,9 +1,9 @@
-"""Attention of a layer's projections by an implementation that knows nothing of them, a few images at a time.
+"""Projection and attention, a few images at a time, for implementations that don't project themselves.
 
     q, k, v = W x + b per pixel,        y = local attention of q, k, v
 
-Queries, keys and values are three times the output. They exist for a few images at a time only, and the backward
-projects them again: only the input is kept.
+Queries, keys and values take three times the memory of the output. They are held for only a few images at a time, and
+the backward projects them again: only the input is saved.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 LayerGradients = tuple[Tensor, *tuple[Tensor | None, ...]]  # of input and parameters
 
-# Bytes of queries, keys and values that exist at once: enough for all cores, and few enough that the memory is used
-# again from one part to the next.
+# Bytes of queries, keys and values held at once: enough to keep all cores busy, and few enough that each part reuses
+# the memory of the previous one.
 PART_BYTES = 2**26
 
 
@@ -129,7 +129,7 @@ def backward(
 
 
 def before_pool(grad: Tensor, window: Window, pool: int) -> Tensor:
-    """Gradient of what was pooled."""
+    """Gradient of the pooling's input."""
     if pool == 1:
         return grad
     size = window.rows.outputs, window.cols.outputs
@@ -159,7 +159,7 @@ class Totals:
                 self.sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32))
 
     def rounded(self) -> tuple[Tensor | None, ...]:
-        """The gradients in the shape and dtype of what they belong to; zeros for an empty batch."""
+        """The gradients in the shape and dtype of their parameters; zeros for an empty batch."""
         pairs = zip(self.likes, self.sums, strict=True)
         return tuple(
             None if x is None else x.new_zeros(x.shape) if total is None else total.to(x.dtype).view_as(x)

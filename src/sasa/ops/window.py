@@ -19,7 +19,7 @@ BORDERS = ("zero", "mask", "valid", "shift")  # in the order of sasa_border
 Pair = tuple[int, int]
 
 # Taps along an axis that a window may always have. Behind a "zero" border every tap takes part in the softmax, also
-# those that no image reaches, so that a longer window would need memory that grows with the window, not the image.
+# those that no image reaches, so a longer window would need memory that grows with the window, not with the image.
 MOST_TAPS = 255
 
 
@@ -48,7 +48,7 @@ class Axis(NamedTuple):
 
     @property
     def offsets(self) -> int:
-        """Positions that a tap can have relative to its query, each with its own entry of an embedding."""
+        """Positions that a tap can have relative to its query; each has its own embedding entry."""
         return 2 * self.kernel - 1 if self.shifted else self.kernel
 
     @property
@@ -108,7 +108,7 @@ class Window(NamedTuple):
 
     @property
     def skips_pixels(self) -> bool:
-        """Whether no window is centred on some pixels: their queries are not used."""
+        """Whether some pixels are no window's centre, so that their queries are unused."""
         return (self.rows.outputs, self.cols.outputs) != (self.rows.size, self.cols.size)
 
     @property
@@ -125,7 +125,7 @@ def axis(size: int, kernel: int, stride: int, dilation: int, border: str) -> Axi
     floor((H - (kh - 1)·dilation - 1) / stride) + 1 for ``"valid"``, whose first window starts at the corner.
     """
     if isinstance(size, int) and not torch.compiler.is_compiling():  # no guards on symbolic sizes
-        # Steps longer than the image all mean the same: one window, and taps beyond the image but for the centre.
+        # All steps longer than the image are equivalent: one window, and every tap but the centre outside the image.
         stride, dilation = min(stride, size), min(dilation, size)
     if border == "valid":
         return Axis(size, kernel, stride, dilation, 0, 0, (size - (kernel - 1) * dilation - 1) // stride + 1)
@@ -176,7 +176,7 @@ def reach(size: int, dilation: int) -> int:
 
 
 def cropped(kernel: int, size: int, dilation: int) -> slice:
-    """The taps of an axis that can lie inside the image from some pixel; the window keeps its centre."""
+    """The taps of an axis that lie inside the image for at least one pixel; the window keeps its centre."""
     most = reach(size, dilation)
     if kernel // 2 <= most:
         return slice(0, kernel)

@@ -1,4 +1,4 @@
-"""Studies: grids of short trainings, run and gathered. Needs the extra ``study``."""
+"""Studies: grids of short training runs, and their combined results. Needs the extra ``study``."""
 
 from .gather import gather
 from .plan import StudyError

@@ -9,7 +9,7 @@ from .run import study as run
 
 
 def study(program: str, arguments: list[str]) -> int:
-    """``sasa study``: a plan, and where its runs go. Exit status 1 means that trainings failed, 2 a mistake."""
+    """``sasa study``: a plan, and the folder for its runs. Exit status 1 means failed training runs, 2 a user error."""
     from ..train.command import run_function
 
     try:

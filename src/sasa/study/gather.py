@@ -1,4 +1,4 @@
-"""What a study came to: means and deviations over the seeds, differences between lines, as JSON, table and plot."""
+"""Results of a study: means and deviations over the seeds, differences between lines, as JSON, table and plot."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .plan import LOWER_IS_BETTER, StudyError, StudyPlan, Training, as_text, lab
 from .read import read_plan
 
 ALSO = {"ap": ("ap50",)}
-"""Further figures of the same trainings that are shown beside a metric."""
+"""Further figures of the same runs that are shown next to a metric."""
 
 PERCENT = frozenset(("top1", "top5", "ap", "ap50", "ap75"))
 
 
 def gather(out: Path) -> dict[str, Any]:
-    """Gather what a study's trainings came to so far, finished or not.
+    """Gather the results of a study so far, finished or not.
 
     Writes ``results.json``, ``table.md`` and ``plot.png`` to ``out``.
 
@@ -35,7 +35,7 @@ def gather(out: Path) -> dict[str, Any]:
         What is in results.json.
 
     Raises:
-        StudyError: there is no study.
+        StudyError: there is no study in the folder.
     """
     from .._files import write_whole
     from .plot import plot
@@ -63,7 +63,7 @@ def gather(out: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, default: Any) -> Any:
-    """A file that the study wrote before, of the default's type, or the default if there is none."""
+    """The contents of a file that the study wrote earlier, of the default's type, or the default if there is none."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -76,10 +76,10 @@ def read_json(path: Path, default: Any) -> Any:
 
 
 def metric_of(plan: StudyPlan, out: Path, training: Training) -> float:
-    """What a training came to.
+    """The result of a training run.
 
     Raises:
-        ValueError: nothing, or no finite number.
+        ValueError: there is none, or it is not a finite number.
     """
     path = out / "runs" / training.key / "result.json"
     value: Any = _result(path).get(plan.metric)
@@ -89,14 +89,14 @@ def metric_of(plan: StudyPlan, out: Path, training: Training) -> float:
 
 
 def choose(plan: StudyPlan, out: Path) -> dict[str, Any]:
-    """The tuned options of the best mean, among those whose trainings all have a result; {} if there are none."""
+    """The tuned options with the best mean, among those whose runs all have a result; {} if there are none."""
     whole = [cell for cell in _cells(plan, out, plan.searched()) if not cell["missing_seeds"]]
     best = min if plan.metric in LOWER_IS_BETTER else max
     return best(whole, key=lambda cell: cell["mean"])["options"] if whole else {}
 
 
 def formatted(metric: str, value: float) -> str:
-    """A value of the metric as readers want it."""
+    """A value of the metric, formatted for readers."""
     return f"{value:.1%}" if metric in PERCENT else f"{value:.4g}"
 
 
@@ -113,7 +113,7 @@ def _finite(value: Any) -> bool:
 
 
 def _cells(plan: StudyPlan, out: Path, trainings: Sequence[Training]) -> list[dict[str, Any]]:
-    """The trainings of equal options together, in the order of the plan."""
+    """The runs grouped by equal options, in the order of the plan."""
     groups: dict[str, list[Training]] = {}
     for training in trainings:
         groups.setdefault(json.dumps(training.options), []).append(training)
@@ -149,14 +149,14 @@ def _cell(plan: StudyPlan, out: Path, trainings: list[Training]) -> dict[str, An
 
 
 def _spread(values: list[Any]) -> dict[str, float | None]:
-    """Mean and deviation, where there are any."""
+    """Mean and deviation, if there are values."""
     numbers = [value for value in values if _finite(value)]
     mean = statistics.fmean(numbers) if numbers else None
     return {"mean": mean, "standard_deviation": statistics.stdev(numbers) if len(numbers) > 1 else None}
 
 
 def _differences(plan: StudyPlan, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the means, between any two values of the line's key at equal other options, with Welch's standard error."""
+    """Differences of means between any two values of the line's key, other options equal, with Welch's error."""
     line = plan.plot["line"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
@@ -172,7 +172,7 @@ def _differences(plan: StudyPlan, cells: list[dict[str, Any]]) -> list[dict[str,
 
 
 def welch(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Two means of unequal deviations, as Welch (1947) compares them; chance: half of the 95 % confidence interval."""
+    """Welch's (1947) comparison of two means with unequal variances; chance: half of the 95 % confidence interval."""
     from scipy import stats
 
     found: dict[str, Any] = dict.fromkeys(("difference", "standard_error", "degrees_of_freedom", "chance"))
@@ -267,6 +267,6 @@ def _words(metric: str, spread: dict[str, Any]) -> str:
 
 
 def _markdown(left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table whose columns on the right are numbers."""
+    """A table whose right-hand columns are numbers."""
     lines = [(*left, *right), (":--",) * len(left) + ("--:",) * len(right), *rows]
     return "\n".join(f"| {' | '.join(as_text(word).replace('|', '&#124;') for word in line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""What a study was trained on."""
+"""The machine that a study was trained on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .. import __version__
 
 @dataclass(frozen=True)
 class Slots:
-    """Where trainings run at once.
+    """Slots for concurrent training runs.
 
     Attributes:
-        gpus: the GPU of each, as CUDA_VISIBLE_DEVICES names it; None for the CPU.
+        gpus: the GPU of each, as in CUDA_VISIBLE_DEVICES; None for the CPU.
         threads: of each.
     """
 
@@ -27,7 +27,7 @@ class Slots:
 
 
 def find_slots(parallel: int, on_cpu: bool) -> Slots:
-    """The visible GPUs, each ``parallel`` times; without any, or ``on_cpu``, the CPU that often."""
+    """The visible GPUs, each ``parallel`` times; the CPU that many times if there are none, or with ``on_cpu``."""
     import torch
 
     count = 0 if on_cpu else torch.cuda.device_count()
@@ -62,14 +62,14 @@ def study_machine(slots: Slots) -> dict[str, Any]:
 
 
 def machine_line(found: dict[str, Any]) -> str:
-    """The machine in a line."""
+    """A one-line description of the machine."""
     threads = f"{found['threads_a_run']} thread{'' if found['threads_a_run'] == 1 else 's'}"
     where = ", ".join(found["gpus"]) or f"{found['cpu']} ({found['capability']}), {threads} a training"
     return f"{where}, {found['runs_at_once']} at once, PyTorch {found['torch']}, sasa {found['sasa']}"
 
 
 def _gpu_names(gpus: list[str]) -> list[str]:
-    """From the driver's tool: PyTorch would open the GPUs in this process, which computes nothing."""
+    """Queried with the driver's tool: PyTorch would initialise the GPUs in this process, which computes nothing."""
     if not gpus:
         return []
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", f"--id={','.join(gpus)}"]

@@ -1,4 +1,4 @@
-"""What a study trains: a grid of options and seeds, and a search before it, laid out in trainings with names."""
+"""The plan of a study: a grid of options and seeds, preceded by a search, expanded into named training runs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..train import UserError
 LOWER_IS_BETTER = frozenset(("val_loss", "seconds_per_epoch"))
 
 KEY_LENGTH = 160
-"""Longest name of a run: its files' names are longer, and file systems take 255 bytes."""
+"""Longest name of a run: its file names are longer, and file systems allow 255 bytes."""
 
 
 class StudyError(UserError, ValueError):
-    """A mistake in a plan: the message names the file, the key, what was expected and what came."""
+    """An error in a plan: the message names the file, the key, what was expected and what was given."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a study.
+    """One training run of a study.
 
     Attributes:
         key: its name, and that of its files.
-        options: what distinguishes it apart from the seed; a key ``a.b`` is b in the mapping a.
-        seed: of the training.
+        options: what distinguishes it besides the seed; a key ``a.b`` is b in the mapping a.
+        seed: of the training run.
         recipe: all of its options.
     """
 
@@ -44,8 +44,8 @@ class Search:
     """A grid trained before the study's own, which uses the best of its options.
 
     Attributes:
-        fixed: options of these trainings alone.
-        grid: the options that are sought, with the values to try.
+        fixed: options that apply only to these runs.
+        grid: the options to search, with the values to try.
         seeds: of each combination.
     """
 
@@ -60,7 +60,7 @@ class StudyPlan:
 
     Attributes:
         title: of the plot and the table.
-        recipe: every option of the trainings, before the grid changes some.
+        recipe: every option of the runs, before the grid changes some.
         tune: the search before the grid, if any.
         grid: options with their values; all combinations are trained.
         seeds: each combination is trained with every one of them.
@@ -77,12 +77,12 @@ class StudyPlan:
     plot: dict[str, str]
 
     def trainings(self, tuned: Mapping[str, Any]) -> list[Training]:
-        """Those of the grid, all combinations with one seed before the next: a first picture comes early."""
+        """Runs of the grid, all combinations with one seed before the next, so that first results come early."""
         every = itertools.product(self.seeds, combinations(self.grid))
         return [self._training("", options, seed, tuned) for seed, options in every]
 
     def searched(self) -> list[Training]:
-        """Those of the search before the grid."""
+        """Runs of the search before the grid."""
         if self.tune is None:
             return []
         every = itertools.product(combinations(self.tune.grid), self.tune.seeds)
@@ -98,7 +98,7 @@ class StudyPlan:
 
 
 def combinations(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """All of a grid's, the last key's values changing fastest."""
+    """All combinations of a grid, the last key's values changing fastest."""
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
@@ -114,8 +114,8 @@ def merged(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 def run_key(options: Mapping[str, Any], seed: int) -> str:
     """A readable name that is safe for a file: ``model=resnet14,model_options.width=0.5,seed=0``.
 
-    It depends on nothing but the options and the seed, so that a study that grows finds its runs again. Where a value
-    had to be changed or cut, a hash distinguishes it from others.
+    It depends only on the options and the seed, so that an extended study finds its runs again. If a value had to be
+    changed or truncated, a hash distinguishes it from others.
     """
     values = {key: as_text(options[key]) for key in sorted(options)}
     safe = {key: re.sub(r"[^A-Za-z0-9._-]", "-", value) for key, value in values.items()}
@@ -128,7 +128,7 @@ def run_key(options: Mapping[str, Any], seed: int) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A value as a file of YAML has it."""
+    """A value as in a YAML file."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -141,7 +141,7 @@ def labels(values: list[Any]) -> list[str]:
 
 
 def changes(before: StudyPlan, now: StudyPlan) -> list[str]:
-    """Why ``now`` can't continue ``before``. More values and seeds can, and a result shown in another way."""
+    """Why ``now`` can't continue ``before``. It may add values and seeds, and present the result differently."""
     from ..train.recipe import FREE_TO_CHANGE
 
     # The images of one run may move, but runs on different images are not compared.

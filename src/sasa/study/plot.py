@@ -1,4 +1,4 @@
-"""A study's picture: the metric along x, with the spread over the seeds, one line for each value compared."""
+"""A study's plot: the metric along x, with the spread over the seeds, one line for each value compared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AXES = {
 
 
 def plot(results: dict[str, Any]) -> Figure:
-    """Draw what was gathered: means with standard deviations, and each seed's value as a faint dot."""
+    """Plot the gathered results: means with standard deviations, and each seed's value as a faint dot."""
     metric, plan = results["metric"], results["plan"]
     x, line, seeds = plan["plot"]["x"], plan["plot"]["line"], len(plan["seeds"])
     cells = [cell for cell in results["cells"] if cell["n"] and cell["x"] is not None]
@@ -34,7 +34,7 @@ def plot(results: dict[str, Any]) -> Figure:
     label, unit = AXES.get(x, (x, 1))
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    beside = offset_copy(axes.transData, figure, x=5, units="points")  # or the error bars would hide the seeds
+    beside = offset_copy(axes.transData, figure, x=5, units="points")  # otherwise the error bars would hide the seeds
     for marker, (name, points) in enumerate(_lines(cells, x, line, plan["grid"][line]).items()):
         if numeric:
             points.sort(key=lambda cell: cell["x"])
@@ -58,7 +58,7 @@ def plot(results: dict[str, Any]) -> Figure:
 
 
 def _lines(cells: list[dict[str, Any]], x: str, line: str, values: list[Any]) -> dict[str, list[dict[str, Any]]]:
-    """The points of each line. Along an option of the grid, cells that differ in a third option are lines apart."""
+    """The points of each line. Along an option of the grid, cells that differ in a third option form separate lines."""
     found: dict[str, list[dict[str, Any]]] = {}
     names = dict(zip(map(as_text, values), labels(values), strict=True))
     for cell in cells:

@@ -1,4 +1,4 @@
-"""A study's plan, read and checked as a whole before anything is trained."""
+"""A study's plan, read and validated as a whole before anything is trained."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .plan import Search, StudyError, StudyPlan, combinations, merged, run_key
 KEYS = ("title", "recipe", "options", "tune", "grid", "seeds", "metric", "plot")
 
 MOST = 10_000
-"""Trainings of a study."""
+"""Maximum number of training runs in a study."""
 
 UNKNOWN: Any = SimpleNamespace(classes=["?"] * 10, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
-"""What stands for images that are not looked at yet."""
+"""Placeholder for images that have not been read yet."""
 
 
 def shipped_plans() -> dict[str, Path]:
@@ -31,7 +31,7 @@ def shipped_plans() -> dict[str, Path]:
 
 
 def find_plan(name: Path) -> Path:
-    """The study of the package that has that name, or the file."""
+    """The packaged study of that name, or the file."""
     shipped = shipped_plans()
     path = shipped.get(str(name), name)
     if not path.is_file():
@@ -43,7 +43,7 @@ def read_plan(path: Path) -> StudyPlan:
     """Read a study's file, or the ``plan.json`` of its folder.
 
     Raises:
-        StudyError: a mistake in it.
+        StudyError: there is an error in it.
     """
     found = _load(path)
     _known(f"{path}: ", found, KEYS)
@@ -60,7 +60,7 @@ def read_plan(path: Path) -> StudyPlan:
     else:
         own, where = _mapping(f"{path}: recipe", given), f"{path}: recipe."
     own.pop("seed", None)
-    if path.suffix == ".json":  # of an earlier version, perhaps, which had other options
+    if path.suffix == ".json":  # possibly from an earlier version, with other options
         own = {key: value for key, value in own.items() if key in get_type_hints(Recipe)}
     recipe = merged(Recipe().as_dict(), _options(where, own))
     options = _options(f"{path}: options.", _mapping(f"{path}: options", found.get("options")))
@@ -95,10 +95,10 @@ def read_plan(path: Path) -> StudyPlan:
 
 
 def check_trainings(plan: StudyPlan, path: Path) -> None:
-    """Make sure that every training of a study can begin.
+    """Check that every training run of a study can start.
 
     Raises:
-        StudyError: one can't; the message names the file, the training and what is wrong with it.
+        StudyError: one can't; the message names the file, the run and what is wrong with it.
     """
     import torch
 
@@ -127,7 +127,7 @@ def check_trainings(plan: StudyPlan, path: Path) -> None:
             try:
                 with torch.device("meta"):  # shapes without values
                     task_of(recipe.model).build(Classification().facts(recipe, UNKNOWN))
-            except Exception as error:  # whatever a network raises for a wrong option
+            except Exception as error:  # a network may raise anything for an invalid option
                 raise StudyError(f"{where}: model_options: {error}") from error
 
 
@@ -164,7 +164,7 @@ def _options(where: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(where: str, key: str, value: Any) -> Any:
-    """A value of a recipe's option, checked as a recipe's is."""
+    """A value of a recipe's option, validated as in a recipe."""
     name, dot, inner = key.partition(".")
     hints = get_type_hints(Recipe)
     if name == "seed":

@@ -1,4 +1,4 @@
-"""A whole study: its plan is checked, its options are tuned, its grid is trained, its results are gathered."""
+"""A complete study: validate its plan, tune its options, train its grid, gather its results."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from .trainings import TrainingProcesses
 
 
 class TrainingsFailed(RuntimeError):  # noqa: N818
-    """Some trainings of a study came to no result: the message names them."""
+    """Some training runs of a study have no result: the message names them."""
 
 
 def study(plan: Path, out: Path | None = None, parallel: int = 1) -> dict[str, Any]:
     """Train a grid of networks, options and seeds, and gather means and standard deviations.
 
-    Started again, it leaves out what is finished and resumes what was cut off. Writes to ``out``: ``runs/`` (each
-    training with its recipe and log), ``results.json``, ``table.md`` and ``plot.png``; and ``plan.json``,
-    ``tuned.json`` and ``machines.json``, which keep what was done.
+    When restarted, it skips finished runs and resumes interrupted ones. Writes to ``out``: ``runs/`` (each with its
+    recipe and log), ``results.json``, ``table.md`` and ``plot.png``; and ``plan.json``, ``tuned.json`` and
+    ``machines.json``, which record what was done.
 
     Args:
-        plan: a study of the package (widths) or a YAML file.
-        out: folder to write to; default: runs/ and the plan's name.
-        parallel: trainings at once on a CPU, which share its cores; with GPUs, on each of them.
+        plan: a packaged study (widths) or a YAML file.
+        out: folder to write to; default: runs/ followed by the plan's name.
+        parallel: concurrent training runs on a CPU, which share its cores; with GPUs, on each of them.
 
     Returns:
         What is in results.json.
 
     Raises:
-        StudyError: a mistake in the plan, or the folder holds another study.
-        OutputError: out can't be written, or another study works in it.
-        TrainingsFailed: some trainings came to no result; the others did.
-        Stopped: a signal asked to stop; what ran has saved.
+        StudyError: there is an error in the plan, or the folder contains another study.
+        OutputError: out can't be written, or is in use by another study.
+        TrainingsFailed: some training runs have no result; the others do.
+        Stopped: a signal requested a stop; the active runs have saved their state.
     """
     from ..train import Stopped
     from ..train.fit import prepare_folder
@@ -79,7 +79,7 @@ def study(plan: Path, out: Path | None = None, parallel: int = 1) -> dict[str, A
 
 
 def _train(plan: StudyPlan, out: Path, processes: TrainingProcesses, parallel: int) -> dict[str, str]:
-    """Train the grid, with options that are tuned first; returns the failures of both."""
+    """Tune the options, then train the grid; returns the failures of both."""
     slots = find_slots(parallel, plan.recipe["accelerator"] == "cpu")
     here, before = study_machine(slots), read_json(out / "machines.json", [])
     if here not in before:
@@ -95,7 +95,7 @@ def _train(plan: StudyPlan, out: Path, processes: TrainingProcesses, parallel: i
         tuned = {} if processes.signalled else choose(plan, out)
         if not tuned:
             return failures
-        _write(out / "tuned.json", tuned)  # for good: the trainings of the grid have it
+        _write(out / "tuned.json", tuned)  # final: the grid's runs depend on it
     elif plan.tune is not None and tuned not in combinations(plan.tune.grid):
         raise OutputError(f"out: expected options of tune.grid in {out / 'tuned.json'}, got {tuned}")
     return failures | processes.run("grid", plan.trainings(tuned), slots, result)

@@ -1,4 +1,4 @@
-"""Trainings as processes of their own, so many at once, and how they are stopped."""
+"""Training runs as separate processes, a limited number at a time, and how they are stopped."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ COMMAND = [sys.executable, "-m", "sasa", "train"]
 STOPPING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 
 LINES = 12
-"""Of a failed training's log that are shown."""
+"""Number of lines shown of a failed run's log."""
 
-# What a launcher gives to the processes of one training; here each training is one process.
+# Variables that a launcher sets for the processes of one training run; here each run is one process.
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _LAUNCHERS_PREFIXES = ("SLURM_", "TORCHELASTIC_")
 
@@ -45,13 +45,13 @@ class _Started:
 
 
 class TrainingProcesses:
-    """Runs trainings in a study's folder, which no other study can use meanwhile.
+    """Executes training runs in a study's folder, which no other study can use at the same time.
 
     Args:
-        out: the folder; each training has ``runs/KEY``, and its recipe and log beside it.
+        out: the folder; each run has ``runs/KEY``, with its recipe and log next to it.
 
     Attributes:
-        signalled: the signal that asked to stop, if any.
+        signalled: the signal that requested a stop, if any.
     """
 
     def __init__(self, out: Path) -> None:
@@ -61,16 +61,16 @@ class TrainingProcesses:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Within, no other study works in the folder, and signals that ask to stop are passed to the trainings.
+        """Context in which no other study uses the folder, and signals to stop are forwarded to the training runs.
 
         Raises:
-            OutputError: another one does, or trainings that it left when it was killed.
+            OutputError: the folder is in use by another study, or by runs that it left behind when it was killed.
         """
         with alone_in(self._out, 0.0, "study", inherited=True) as self._lock:
             before: dict[signal.Signals, Any] = {}
             if threading.current_thread() is threading.main_thread():
                 for number in STOPPING:
-                    if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+                    if signal.getsignal(number) is not signal.SIG_IGN:  # as set by nohup
                         before[number] = signal.signal(number, self._stop)
             try:
                 yield
@@ -81,13 +81,13 @@ class TrainingProcesses:
     def run(
         self, stage: str, trainings: list[Training], slots: Slots, result: Callable[[Training], str]
     ) -> dict[str, str]:
-        """Train what has no result yet, until all have ended or a signal asks to stop; returns why some failed, by key.
+        """Train what has no result yet, until all have ended or a signal requests a stop; returns failures by key.
 
         Args:
-            stage: what to call the trainings.
+            stage: display name of this group of runs.
             trainings: all of them, finished or not.
-            slots: where they run at once.
-            result: what a training came to, in words; raises ValueError if it has come to none.
+            slots: for concurrent runs.
+            result: returns a run's result in words; raises ValueError if it has none.
         """
         waiting = deque(training for training in trainings if _reason(result, training))
         done, began, left = len(trainings) - len(waiting), time.monotonic(), len(waiting)
@@ -144,11 +144,11 @@ class TrainingProcesses:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                process_group=0,  # Ctrl-C is for this process, which passes it on
-                pass_fds=(self._lock.fileno(),),  # the folder is locked as long as the training lives
+                process_group=0,  # Ctrl-C goes to this process, which forwards it
+                pass_fds=(self._lock.fileno(),),  # the folder stays locked while the run is alive
             )
         self._running.append(_Started(training, gpu, process, time.monotonic()))
-        if self.signalled:  # before it could be passed on
+        if self.signalled:  # before it could be forwarded
             process.terminate()
         note_holders(self._lock, os.getpid(), *(one.process.pid for one in self._running))
 
@@ -158,7 +158,7 @@ class TrainingProcesses:
             with contextlib.suppress(ProcessLookupError):
                 if again:
                     os.killpg(one.process.pid, signal.SIGKILL)
-                else:  # to the training alone: its workers' deaths would look like a failure to it
+                else:  # to the run's main process only: it would take its workers' deaths for a failure
                     one.process.terminate()
         if self._running and not again:
             # Not through rich, whose locks the interrupted code may hold.
@@ -172,7 +172,7 @@ class TrainingProcesses:
 
 
 def _reason(result: Callable[[Training], str], training: Training) -> str | None:
-    """Why the training has come to no result, or None."""
+    """Why the run has no result, or None."""
     try:
         result(training)
     except ValueError as error:

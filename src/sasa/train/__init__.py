@@ -33,7 +33,7 @@ _HEAVY = {"Result": ".fit", "load_model": ".weights", "train": ".fit"}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs Lightning or timm."""
+    """Import on first use what needs Lightning or timm."""
     if name not in _HEAVY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HEAVY[name], __name__), name)

@@ -1,4 +1,4 @@
-"""What a loader gives: images with labels, names, and what could not be read."""
+"""A loader's output: images with labels, names, and read errors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .sources import Images
 from .transforms import Transform
 
 IGNORED = -1
-"""Label of what is in a batch but no image: padding, and images that can't be read."""
+"""Label of batch entries that are not images: padding, and images that can't be read."""
 
 
 class Batch(NamedTuple):
-    """A batch as it comes from the loader.
+    """A batch as produced by the loader.
 
     Attributes:
         images: (B, C, S, S) bytes; after the transfer to the device, normalised floats.
         labels: (B,) classes, or :data:`IGNORED`; with mixup, (B, classes) shares of each.
         names: what to call each image.
-        unreadable: of each image, "", or the file that could not be read and why.
+        unreadable: for each image, "", or the file that could not be read and why.
     """
 
     images: Tensor
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """One image of a batch: the same four."""
+    """One image of a batch: the same four fields."""
 
     image: Tensor
     label: Any
@@ -50,22 +50,22 @@ def collate(samples: list[Taken]) -> Batch:
 
 
 class LabelledImages(Dataset):
-    """Takes images by (epoch, index), with random draws that follow from seed, epoch and index alone.
+    """Looks up images by (epoch, index), with random draws determined by seed, epoch and index alone.
 
-    An image that can't be read is a blank one labelled :data:`IGNORED` in validation; in training the next readable one
+    In validation an unreadable image becomes a blank one labelled :data:`IGNORED`; in training the next readable one
     takes its place. Both are reported in the batch.
 
     Args:
-        images: to take from.
-        fit: brings an image to its size.
-        vary: changes it at random; None: doesn't.
-        blank: (C, S, S) bytes: what stands for an image that is not there.
+        images: source of images.
+        fit: resizes an image.
+        vary: augments it at random; None for no augmentation.
+        blank: (C, S, S) bytes: the stand-in for a missing image.
         seed: of the draws.
         training: whether unreadable images are replaced.
         strict: raise for them instead.
     """
 
-    nothing: Any = IGNORED  # the label of what is no image
+    nothing: Any = IGNORED  # the label of entries that are not images
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class LabelledImages(Dataset):
         raise UnreadableImage("data", "not one of the images can be read")
 
     def transformed(self, image: Any, number: int, place: tuple[int, int]) -> tuple[Tensor, Any]:
-        """An image that was read, as the network takes it, and its label; random draws follow from ``place``."""
+        """An image that was read, as the network expects it, and its label; ``place`` determines random draws."""
         if self.fit is not None:
             image = self.fit(image)
         if self.vary is not None:

@@ -1,4 +1,4 @@
-"""What happens beside the training steps: checkpoints, signals, losses that are not finite, speed."""
+"""Callbacks around the training steps: checkpoints, signals, non-finite losses, speed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .launch import SIGNALS
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's way to files, written as :func:`save_checkpoint` does."""
+    """Lightning's checkpoint plugin, writing files as :func:`save_checkpoint` does."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         """Write ``checkpoint``."""
@@ -34,15 +34,15 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 ONE_PRESS = 2.0
-"""Seconds within which SIGINT counts once: torchrun passes on a Ctrl-C that the terminal has sent to all already."""
+"""Seconds within which SIGINT counts once: torchrun forwards a Ctrl-C that the terminal has already sent to all."""
 
 
 class SaveAndStop(Checkpoint):
-    """Writes checkpoints every so many steps, before and after validation, and when a signal asks to stop.
+    """Writes checkpoints every ``every`` steps, before and after validation, and on a signal to stop.
 
-    Only between two steps, or after an epoch: there Lightning's loops resume exactly. (Lightning's ModelCheckpoint
-    saves neither one step before the end of an epoch, which keeps a run that is killed in a long validation from
-    losing more than that step, nor on a signal.) A second Ctrl-C doesn't wait for the step.
+    It does so only between two steps, or after an epoch, where Lightning's loops resume exactly. (Lightning's
+    ModelCheckpoint saves neither on a signal nor one step before the end of an epoch, so that a run killed during a
+    long validation loses only that step.) A second Ctrl-C doesn't wait for the step to finish.
 
     Args:
         out: the run's folder.
@@ -56,15 +56,15 @@ class SaveAndStop(Checkpoint):
     def __init__(self, out: Path, every: int, start: Path | None = None) -> None:
         self.out, self.every, self.start = out, every, start
         self.signalled: signal.Signals | None = None
-        self._interrupted = math.inf  # when SIGINT came
+        self._interrupted = math.inf  # when SIGINT arrived
         self._first = False
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Listen for signals, in the place of Lightning's handlers.
+        """Handle signals, instead of Lightning's handlers.
 
-        Lightning's start a collective operation from within the handler, in the middle of whatever the process does,
-        which can leave the processes waiting for each other.
+        Lightning's start a collective operation inside the handler, in the middle of whatever the process is doing,
+        which can deadlock the processes.
         """
         starts = trainer.strategy.broadcast(self.start)
         if starts != self.start:
@@ -72,7 +72,7 @@ class SaveAndStop(Checkpoint):
         self._first = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             for number in (*SIGNALS, signal.SIGINT):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as shells leave it in the background
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as shells set it for background jobs
                     self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
@@ -87,7 +87,7 @@ class SaveAndStop(Checkpoint):
             self._interrupted = min(self._interrupted, now)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Save if it is time to, or if a process was signalled."""
+        """Save if a checkpoint is due, or if a process was signalled."""
         accumulate = trainer.accumulate_grad_batches
         if (batch_idx + 1) % accumulate:
             return
@@ -101,23 +101,23 @@ class SaveAndStop(Checkpoint):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop at once if signalled: the checkpoint of the last step but one is there."""
+        """Stop at once if signalled: there is a checkpoint from the last step but one."""
         if not trainer.sanity_checking and self.signalled and trainer.world_size == 1:
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Save after the validation of an epoch; after the last, the weights themselves are about to be written."""
+        """Save after an epoch's validation; after the last one, the weights themselves are about to be written."""
         if trainer.current_epoch + 1 == trainer.max_epochs:
             return
-        # The first process's progress bar has just summed the epoch's metrics over all processes, which the others do
-        # later; what is collective below has to come after that everywhere.
+        # The first process's progress bar has just reduced the epoch's metrics over all processes, which the others do
+        # later; collective operations below must come after that in every process.
         _ = trainer.progress_bar_metrics
         self._save(trainer)
         if self._asked_to_stop(trainer):
             self._stop(trainer)
 
     def _asked_to_stop(self, trainer: lightning.Trainer) -> bool:
-        """Whether any process was signalled. All have to answer alike, for all of them save."""
+        """Whether any process was signalled. The answer must be the same in all, since they save together."""
         if trainer.world_size == 1:
             return self.signalled is not None
         asked = torch.tensor(float(self.signalled is not None), device=trainer.strategy.root_device)
@@ -134,21 +134,21 @@ class SaveAndStop(Checkpoint):
         raise Stopped(message, self.signalled or signal.SIGTERM)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
 
 
 class FiniteLoss(Callback):
-    """Stops when a loss is infinite or not a number.
+    """Stops training when a loss is infinite or NaN.
 
-    Losses stay on their device and are looked at together every few steps and before each checkpoint is written, so
-    that a GPU is not waited for at every step, and no checkpoint holds what a bad step made of the weights.
+    Losses stay on their device and are checked together every few steps and before each checkpoint is written, so that
+    there is no GPU synchronisation at every step, and no checkpoint contains weights from after a bad step.
 
     Args:
         out: the run's folder, for the message.
-        every: steps between looks.
+        every: steps between checks.
     """
 
     def __init__(self, out: Path, every: int) -> None:
@@ -156,17 +156,17 @@ class FiniteLoss(Callback):
         self._pending: list[tuple[Tensor, int, list[str]]] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Note the loss."""
+        """Record the loss."""
         self._pending.append((outputs["loss"].detach(), trainer.global_step, batch.names))
         if len(self._pending) >= self.every or trainer.strategy.root_device.type == "cpu":
             self.look()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Nothing bad may be saved."""
+        """Check the losses before anything is saved."""
         self.look()
 
     def look(self) -> None:
-        """Raise for the first loss that is no number."""
+        """Raise for the first non-finite loss."""
         pending, self._pending = self._pending, []
         if not pending:
             return
@@ -184,14 +184,14 @@ class FiniteLoss(Callback):
 
 
 class Watch(Callback):
-    """Logs images/s over all processes, the share of time that training waits for data, memory, and warns of images.
+    """Logs images/s over all processes, share of time spent waiting for data, memory; warns of unreadable images.
 
-    ``images_per_second``, ``data_wait`` (from 0 to 1), ``memory_gb`` (the most of this process: of the GPU where there
-    is one), ``learning_rate``; every few steps.
+    ``images_per_second``, ``data_wait`` (from 0 to 1), ``memory_gb`` (this process's peak: on the GPU if there is one),
+    ``learning_rate``; every few steps.
 
     Args:
         every: steps between lines.
-        batch_size: images a step, over all processes.
+        batch_size: images per step, over all processes.
     """
 
     def __init__(self, every: int, batch_size: int) -> None:
@@ -202,7 +202,7 @@ class Watch(Callback):
         self._waited, self._steps = 0.0, 0
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Validation isn't counted."""
+        """Don't count validation."""
         self._restart()
 
     def _restart(self) -> None:
@@ -210,12 +210,12 @@ class Watch(Callback):
         self._waited, self._steps = 0.0, 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
-        """The batch is there: the wait is over."""
+        """The batch has arrived: stop the waiting clock."""
         self._waited += time.perf_counter() - self._ended
         self._note(batch, self.unreadable)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log, if it is time to."""
+        """Log if due."""
         self._ended = time.perf_counter()
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -237,7 +237,7 @@ class Watch(Callback):
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Look for images that could not be read."""
+        """Check for images that could not be read."""
         self._note(batch, self.unreadable_val)
 
     def _note(self, batch: Batch, found: set[str]) -> None:
@@ -248,7 +248,7 @@ class Watch(Callback):
 
 
 def _memory(device: torch.device) -> float:
-    """The most bytes that this process has held: on the GPU, or resident in memory."""
+    """This process's peak memory in bytes: on the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

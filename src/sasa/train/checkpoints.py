@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and the newest sound one."""
+"""Checkpoints that are either complete or absent, and the newest intact one."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .._files import write_whole
 from .errors import OutputError
 
 KEPT = 3
-"""Checkpoints of a run that are kept: the last ones."""
+"""Number of most recent checkpoints of a run that are kept."""
 
 PATIENCE = 20.0
-"""Seconds that a training waits for another one in its folder to end."""
+"""Seconds that a training run waits for another one in its folder to end."""
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{9})\.ckpt")
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
-    """Where the checkpoint after that many steps is."""
+    """Path of the checkpoint after ``step`` steps."""
     return out / FOLDER / f"step-{step:09d}.ckpt"
 
 
 def step_of(path: Path) -> int:
-    """Steps done when the checkpoint was written."""
+    """Number of steps completed when the checkpoint was written."""
     found = _NAME.fullmatch(path.name)
     if not found:
         raise ValueError(f"path: expected a name as step-000000500.ckpt, got {path.name}")
@@ -41,15 +41,15 @@ def step_of(path: Path) -> int:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The run's checkpoints, sound or not, the newest first."""
+    """The run's checkpoints, intact or not, newest first."""
     return sorted(filter(lambda path: _NAME.fullmatch(path.name), (out / FOLDER).glob("step-*.ckpt")), reverse=True)
 
 
 def why_broken(path: Path) -> str | None:
-    """What is wrong with a checkpoint's file, or None.
+    """What is wrong with a checkpoint file; None if it is intact.
 
-    It ends with its checksum, behind the zip archive that ``torch.load`` reads. (The archive's own checksums do not do:
-    readers of zip files differ in what they make of damaged headers.)
+    It ends with its checksum, after the zip archive that ``torch.load`` reads. (The archive's own checksums are not
+    enough: zip readers differ in how they handle damaged headers.)
     """
     try:
         content = path.read_bytes()
@@ -63,11 +63,11 @@ def _checksum(content: bytes | memoryview) -> bytes:
 
 
 def newest_whole(out: Path, tell: Callable[[str], None] = warnings.warn) -> Path | None:
-    """The newest sound checkpoint.
+    """The newest intact checkpoint.
 
     Args:
         out: the run's folder.
-        tell: is called with a line for each newer checkpoint that is broken.
+        tell: called with a message for each newer checkpoint that is damaged.
     """
     for path in checkpoints(out):
         reason = why_broken(path)
@@ -81,13 +81,13 @@ def newest_whole(out: Path, tell: Callable[[str], None] = warnings.warn) -> Path
 def alone_in(
     out: Path, patience: float = PATIENCE, what: str = "training", inherited: bool = False
 ) -> Iterator[IO[str]]:
-    """Within, no other training works in the folder; one that is about to end is waited for.
+    """Context in which no other training uses the folder; one that is about to end is waited for.
 
-    The lock vanishes with the process, however it ends. Those that load its images don't inherit it, unless
-    ``inherited``: then every process that is given the file holds it too. Who holds it is in the file.
+    The lock is released with the process, however it ends. Its data-loading workers don't inherit it, unless
+    ``inherited``: then every process that receives the file holds it too. The file records its holder.
 
     Raises:
-        OutputError: another one does, still after ``patience`` seconds.
+        OutputError: another one still uses it after ``patience`` seconds.
     """
     take = fcntl.flock if inherited else fcntl.lockf
     with (out / ".lock").open("a+") as file:
@@ -103,14 +103,14 @@ def alone_in(
                     message = f"out: expected no other {what} at work in {out}, got process {holders}"
                     raise OutputError(f"{message}; on SIGTERM it saves and ends") from None
                 time.sleep(0.2)
-            except OSError:  # a file system without locks
+            except OSError:  # a file system without locking
                 break
         note_holders(file, os.getpid())
         yield file
 
 
 def note_holders(file: IO[str], *processes: int) -> None:
-    """Write to a folder's lock who holds it."""
+    """Record in a folder's lock file who holds it."""
     with contextlib.suppress(OSError):  # a full disk
         file.truncate(0)
         file.write(" ".join(map(str, processes)))
@@ -120,8 +120,9 @@ def note_holders(file: IO[str], *processes: int) -> None:
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint, and remove all but the last ones.
 
-    A file system that refuses (a full disk) does not end the training: all other checkpoints but the newest sound one
-    make room; if that isn't enough, there is a warning, and training continues with the checkpoints there are.
+    A failed write (a full disk) does not end the training: all other checkpoints except the newest intact one are
+    removed to make room; if that isn't enough, there is a warning, and training continues with the existing
+    checkpoints.
     """
     import torch
 

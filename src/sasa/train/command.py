@@ -1,6 +1,6 @@
-"""The commands that train, evaluate and predict: their options, read and checked by jsonargparse.
+"""The commands that train, evaluate and predict; jsonargparse parses and validates their options.
 
-Lightning, timm and torchvision take seconds to import: that waits until the options are read.
+Lightning, timm and torchvision take seconds to import, so they are imported only after the options are parsed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ sasa train --help lists the options."""
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Jsonargparse's, without abbreviations, whose errors are a line."""
+    """Jsonargparse's parser, without abbreviations, and with one-line errors."""
 
     def __init__(self, program: str, description: str | None) -> None:
         super().__init__(prog=program, description=description, allow_abbrev=False)
 
     def error(self, message: str, *arguments: Any, **options: Any) -> NoReturn:
-        """End with status 2 and the message."""
+        """Exit with status 2 and the message."""
         sys.stderr.write(f"{self.prog}: error: {message.strip()}\n")
         raise SystemExit(2)
 
 
 def train(program: str, arguments: list[str]) -> int:
-    """``sasa train``: a recipe, and where its run goes."""
+    """``sasa train``: a recipe, and the folder for its run."""
     if not arguments:
         print(TYPICAL, file=sys.stderr)
         return 2
@@ -100,7 +100,7 @@ def predict(program: str, arguments: list[str]) -> int:
 
 
 def demo(program: str, arguments: list[str]) -> int:
-    """``sasa demo``: attention beside convolution."""
+    """``sasa demo``: attention compared with convolution."""
     from .demo import demo
 
     return run_function(program, demo, arguments)
@@ -126,7 +126,7 @@ def run_function(program: str, function: Callable, arguments: list[str], positio
 
 
 def _status(program: str, run: Callable[[], Any]) -> int:
-    """Exit status of ``run``: 0, or that of what it raises, which is reported without a traceback."""
+    """Exit status of ``run``: 0, or that of the exception it raises, which is reported without a traceback."""
     try:
         run()
     except UserError as error:
@@ -136,7 +136,7 @@ def _status(program: str, run: Callable[[], Any]) -> int:
         if _first():
             print(f"{program}: {stopped}", file=sys.stderr)
         return int(stopped.code)  # type: ignore[arg-type]
-    except SystemExit as left:  # Lightning's way to end after Ctrl-C
+    except SystemExit as left:  # raised by Lightning after Ctrl-C
         if not isinstance(left.__context__, KeyboardInterrupt):
             raise
         print(f"{program}: interrupted", file=sys.stderr)
@@ -152,9 +152,9 @@ def _first() -> bool:
 
 
 def _plain(parser: Parser, arguments: list[str], defaults: dict[str, Any]) -> list[str]:
-    """The arguments as jsonargparse reads them: with underscores, and values for switches (--strict, --no-tensorboard).
+    """The arguments in jsonargparse's form: with underscores, and values for switches (--strict, --no-tensorboard).
 
-    An option that isn't there ends the program with status 2, its name and what is allowed.
+    An unknown option ends the program with status 2, its name and the allowed ones.
     """
     plain: list[str] = []
     for place, word in enumerate(arguments):
@@ -179,12 +179,12 @@ def _plain(parser: Parser, arguments: list[str], defaults: dict[str, Any]) -> li
 
 
 def _as_path(word: str) -> str:
-    """The same file, in a form that is never read as YAML: ``null`` would leave the option out."""
+    """The same file, in a form that is never parsed as YAML: ``null`` would omit the option."""
     return word if word.startswith("/") else f"./{word}"
 
 
 def _recipe_values(parser: Parser, name: str) -> dict[str, Any]:
-    """The values in the recipe of the package that has that name, or in a file."""
+    """The values in the packaged recipe of that name, or in a file."""
     shipped = shipped_recipes()
     path = shipped.get(name, Path(name))
     if not path.is_file():

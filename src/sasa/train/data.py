@@ -1,4 +1,4 @@
-"""Batches for training and validation: images read, augmented and put together, as a Lightning data module."""
+"""Batches for training and validation: images read, augmented and collated, as a Lightning data module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .transforms import ImageNetTransform, fit_transform, normalise, shift_trans
 
 
 class ImageData(lightning.LightningDataModule):
-    """Batches of a source's images, the same for every number of processes and workers.
+    """Batches of a source's images, identical for any number of processes and workers.
 
     Args:
         source: the images.
@@ -32,7 +32,7 @@ class ImageData(lightning.LightningDataModule):
         world_size: processes that share every batch.
 
     Raises:
-        OptionError: batches that can't be shared out evenly, or an augmentation that these images can't have.
+        OptionError: batches can't be divided evenly, or the augmentation doesn't support these images.
     """
 
     collate: Callable[[list[Taken]], Any] = staticmethod(collate)
@@ -46,7 +46,7 @@ class ImageData(lightning.LightningDataModule):
             raise OptionError(f"batch_size: expected a multiple of {shares} ({parts}), got {recipe.batch_size}")
         if len(source.train) < shares:
             raise OptionError(f"data: expected at least {shares} training images ({parts}), got {len(source.train)}")
-        if recipe.mixup or recipe.cutmix:  # which pair the images of a process
+        if recipe.mixup or recipe.cutmix:  # which pair images within a process
             step = min(recipe.batch_size, len(source.train) // shares * shares)
             if step // shares % 2:
                 raise OptionError(
@@ -55,7 +55,7 @@ class ImageData(lightning.LightningDataModule):
         self._open()
 
     def _open(self) -> None:
-        """Make the two data sets, and what is done to whole batches."""
+        """Create the two data sets and the transforms of whole batches."""
         source, recipe = self.source, self.recipe
         size, train, val = recipe.image_size, source.train, source.val
         fit, train_fit, vary = fit_transform(size, recipe.crop_pct), None, None
@@ -66,7 +66,7 @@ class ImageData(lightning.LightningDataModule):
         else:
             train_fit = fit
             vary = shift_transform(size) if recipe.augment == "shift" else None
-        if isinstance(train, TensorImages) and isinstance(val, TensorImages):  # fit all at once, instead of each
+        if isinstance(train, TensorImages) and isinstance(val, TensorImages):  # resized at once, not one by one
             train, val = (replace(part, images=fit(part.images)) for part in (train, val))
             fit = train_fit = None
         blank = torch.zeros(source.channels, size, size, dtype=torch.uint8)
@@ -81,7 +81,7 @@ class ImageData(lightning.LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Of the optimizer."""
+        """Optimizer steps."""
         return len(self._order(start=0)) // self.recipe.accumulate
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -93,7 +93,7 @@ class ImageData(lightning.LightningDataModule):
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.mixup is not None and self.trainer is not None and self.trainer.training:
-            # What is drawn follows from the step and the batch, as everything does: see order.py.
+            # Random draws are determined by the step and the batch, as everywhere: see order.py.
             seed_everything(
                 MIXUP,
                 self.recipe.seed,
@@ -104,7 +104,7 @@ class ImageData(lightning.LightningDataModule):
         return Batch(images, labels, names, unreadable)
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches, from where training has got to on."""
+        """Shuffled batches, from the current step of the training."""
         done = 0 if self.trainer is None else self.trainer.global_step * self.recipe.accumulate
         return self._loader(self.train_set, self._order(start=done))
 
@@ -132,10 +132,10 @@ class ImageData(lightning.LightningDataModule):
 
 
 class ResumableLoader(DataLoader):
-    """Tells Lightning that it can go on in the middle of an epoch: it starts from the step that training is at."""
+    """A loader that Lightning can resume in the middle of an epoch: it starts from the current training step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the place follows from the step."""
+        """Nothing to save: the position is determined by the step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -143,6 +143,6 @@ class ResumableLoader(DataLoader):
 
 
 def _outlive_signals(worker: int) -> None:
-    """Schedulers and Ctrl-C signal all processes: those that load images must live until the training one has saved."""
+    """Schedulers and Ctrl-C signal all processes: data-loading workers must survive until the trainer has saved."""
     for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

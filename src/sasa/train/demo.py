@@ -1,4 +1,4 @@
-"""The demonstration: attention, its convolutional twin and a linear classifier on the same images, and the pictures.
+"""The demonstration: attention, its convolutional twin and a linear classifier on the same images, with figures.
 
 Imports Lightning, timm and Matplotlib only when it is called.
 """
@@ -23,19 +23,19 @@ ATTENTION, CONVOLUTION, LINEAR = "sasa_resnet14", "resnet14", "linear classifier
 def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 12, seed: int = 0) -> list[Result]:
     """Train a network of attention, its convolutional twin and a linear classifier, and draw what attention sees.
 
-    Writes each run to a folder of its own in out, and ``results.json``, ``curves.png`` and ``attention.png``.
+    Writes each run to its own folder in out, and ``results.json``, ``curves.png`` and ``attention.png``.
     An earlier demonstration in out is replaced.
 
     Args:
         out: folder to write to.
-        data: as for sasa train; left out, the packaged images.
+        data: as for sasa train; by default the packaged images.
         epochs: passes over the training images.
         seed: of the parameters and the order of the images.
 
     Raises:
         DataError: data can't be trained on.
-        OptionError: epochs or seed out of range.
-        OutputError: out can't be written, or holds something else than a demonstration.
+        OptionError: epochs or seed is out of range.
+        OutputError: out can't be written, or contains something other than a demonstration.
     """
     import torch
     from rich.console import Console
@@ -46,7 +46,7 @@ def demo(out: Path = Path("runs/demo"), data: Path | None = None, epochs: int = 
     from .sources import open_source
     from .weights import load_model
 
-    # Without augmentation: it pays only with more epochs than a demonstration has.
+    # Without augmentation, which pays off only with more epochs than a demonstration has.
     recipe = Recipe(data=data, epochs=epochs, seed=seed, augment="none", devices=1)
     recipe.check()
     if out.is_dir() and not (out / "linear").is_dir() and any(out.iterdir()):
@@ -98,7 +98,7 @@ def table(results: list[Result]) -> Any:
 
 
 def _linear(source: Any, out: Path, recipe: Recipe) -> Result:
-    """A linear classifier of the pixels."""
+    """A linear classifier on the pixels."""
     from torch import nn
 
     from .fit import fit
@@ -112,7 +112,7 @@ def _linear(source: Any, out: Path, recipe: Recipe) -> Result:
 
 
 def _edge_pixel(image: Tensor) -> tuple[int, int]:
-    """The pixel of the steepest edge away from the border: a place where there is something to attend to."""
+    """The pixel of the steepest edge away from the border, where there is something to attend to."""
     import torch
 
     grey = image.mean(0)

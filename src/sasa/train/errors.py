@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 class DataError(UserError, ValueError):
-    """Images that can't be trained on: the message names the folder or file."""
+    """Images that can't be used for training: the message names the folder or file."""
 
 
 class OutputError(UserError, OSError):
@@ -20,7 +20,7 @@ class OutputError(UserError, OSError):
 
 
 class OptionError(UserError, ValueError):
-    """An option out of range: the message names it, what was expected and what came."""
+    """An option out of range: the message names it, what was expected and what was given."""
 
 
 class NonFiniteLoss(UserError, ArithmeticError):  # noqa: N818
@@ -28,7 +28,7 @@ class NonFiniteLoss(UserError, ArithmeticError):  # noqa: N818
 
 
 class Stopped(SystemExit):
-    """A signal asked to stop, and the run is saved. The exit status is that of a process ended by the signal.
+    """A signal requested a stop, and the run was saved. The exit status is that of a process killed by the signal.
 
     143 for SIGTERM, SIGUSR1 and signals to other processes, 130 for Ctrl-C.
     """
@@ -42,6 +42,6 @@ class Stopped(SystemExit):
 
 
 def near(name: str, allowed: Iterable[str]) -> str:
-    """The allowed name that is most alike, in brackets for a message; "" if none is."""
+    """The most similar allowed name, in brackets for a message; "" if none is similar."""
     found = difflib.get_close_matches(name, allowed, 1)
     return f" (did you mean {found[0]}?)" if found else ""

@@ -1,4 +1,4 @@
-"""How accurate a trained network is, on one process or many. Imports Lightning and timm only when it is called."""
+"""Evaluation of a trained network, on one process or many. Imports Lightning and timm only when called."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a trained network's accuracy on validation images, each counted once over all processes.
 
-    Of a detector, COCO's table of average precisions.
+    For a detector, compute COCO's table of average precisions.
 
     Args:
         weights: model.safetensors of a run, or clothing or fashion_mnist, which ship with the package.
-        data: folder of images, as for sasa train; its validation part is taken. Left out: the packaged images.
+        data: folder of images, as for sasa train; its validation part is used. Default: the packaged images.
         out: JSON file to write the figures to.
-        batch_size: images a batch, over all processes together.
-        workers: processes that load images, for each process; 0 loads in it.
-        strict: refuse unreadable images instead of leaving them out with a warning.
-        precision: of the arithmetic.
-        accelerator: as Lightning's: auto, cpu, gpu.
-        devices: processes on this machine, as Lightning's; under torchrun and SLURM theirs count.
+        batch_size: images per batch, over all processes together.
+        workers: worker processes that load images, per process; 0 loads in the process itself.
+        strict: reject unreadable images instead of skipping them with a warning.
+        precision: numeric precision.
+        accelerator: as in Lightning: auto, cpu, gpu.
+        devices: processes on this machine, as in Lightning; torchrun and SLURM override it.
         num_nodes: machines; likewise.
 
     Returns:
-        ``top1``, ``top5`` and ``val_loss``, or of a detector ``ap``, ``ap50`` and the rest of COCO's twelve (-1 where
-        there are no boxes of that size); the number of ``images`` that were counted, and of those ``skipped``.
+        ``top1``, ``top5`` and ``val_loss``, or for a detector ``ap``, ``ap50`` and the rest of COCO's twelve metrics
+        (-1 if there are no boxes of that size); the number of ``images`` evaluated, and of those ``skipped``.
 
     Raises:
-        DataError: data can't be read, or has other classes or channels than the network, whose loss is not finite.
-        OptionError: an option out of range.
+        DataError: data can't be read, its classes or channels differ from the network's, or the loss is not finite.
+        OptionError: an option is out of range.
         OutputError: out is a folder, or can't be written.
     """
     from lightning.pytorch.callbacks import RichProgressBar
@@ -76,7 +76,7 @@ def evaluate(
             f"({_few(facts['classes'])}; {facts['in_chans']} channels), got {len(source.classes)} "
             f"({_few(source.classes)}; {source.channels} channels)"
         )
-    # Normalised as in training, whatever the mean of these images.
+    # Normalised as in training, regardless of the mean of these images.
     source = source._replace(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
     recipe = Recipe(
         **{name: facts[name] for name in ("model", "model_options", "image_size", "crop_pct") if name in facts},
@@ -120,7 +120,7 @@ def trained(weights: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a file, and its facts.
 
     Raises:
-        DataError: there is none.
+        DataError: the file contains none.
     """
     from .weights import load_model
 

@@ -55,22 +55,22 @@ def train(
     """Train a network on images and write its weights, log and result.
 
     Writes to ``out``: ``checkpoints/`` (the last three), ``metrics.csv``, TensorBoard's files,
-    ``model.safetensors`` (weights, with what is needed to use them; its checksum beside), ``curves.png``,
+    ``model.safetensors`` (weights, with the metadata needed to use them; its checksum beside), ``curves.png``,
     ``recipe.json``, ``data.json`` (the classes' names) and, at the very end, ``result.json``.
 
     Args:
         recipe: the network, the images and how it is trained.
         out: folder to write to.
-        resume: auto resumes the run in ``out`` from its newest sound checkpoint, or starts it; one that is
-            finished is left as it is. never refuses a folder that isn't empty.
+        resume: auto resumes the run in ``out`` from its newest intact checkpoint, or starts one; a finished run is left
+            unchanged. never rejects a folder that isn't empty.
         overwrite: replace an earlier run in ``out``.
 
     Raises:
-        DataError: data can't be trained on.
-        OutputError: out can't be written, or holds a run and overwrite is off.
-        OptionError: an option out of range, or other than in the run that is to be resumed.
-        NonFiniteLoss: the loss is not a finite number.
-        Stopped: a signal asked to stop; the checkpoint is written.
+        DataError: data can't be used for training.
+        OutputError: out can't be written, or contains a run and overwrite is off.
+        OptionError: an option is out of range, or differs from that of the run to be resumed.
+        NonFiniteLoss: the loss is not finite.
+        Stopped: a signal requested a stop; the checkpoint is written.
     """
     recipe.check()
     if resume not in ("never", "auto"):
@@ -78,7 +78,7 @@ def train(
     if resume == "auto" and overwrite:
         raise OptionError("overwrite: expected it without resume auto, which keeps the earlier run; got both")
     processes = find_processes(recipe)
-    if restarts():  # torchrun has started all processes anew because one failed
+    if restarts():  # torchrun has restarted all processes because one failed
         resume, overwrite = "auto", False
     if processes.first:
         check_folder(out, overwrite, resume == "auto")
@@ -87,7 +87,7 @@ def train(
     if finished is not None:
         check_same_recipe(out, recipe)
         return finished
-    # Everything that can be wrong with the options and images is found before the folder is touched.
+    # All errors in the options and images are found before the folder is touched.
     task = task_of(recipe.model)
     source = task.open(recipe.data, recipe.strict)
     seed_everything(recipe.seed)
@@ -96,7 +96,7 @@ def train(
     if processes.first:
         prepare_folder(out, overwrite, resume == "auto")
     with alone_in(out) if processes.first else contextlib.nullcontext():
-        # Other processes don't look for what the first may be about to remove.
+        # Other processes don't look for files that the first may be about to remove.
         checkpoint = checkpoint_to_resume(out, recipe, _described(source), tell) if resume == "auto" else None
         return fit(recipe, network, source, out, checkpoint, processes, batches, overwrite=overwrite)
 
@@ -112,7 +112,7 @@ def fit(
     *,
     overwrite: bool = False,
 ) -> Result:
-    """Train ``network`` on ``source``, from ``checkpoint`` on if given, and write the files of :func:`train`.
+    """Train ``network`` on ``source``, resuming from ``checkpoint`` if given, and write the files of :func:`train`.
 
     ``overwrite`` removes those of an earlier run.
     """
@@ -129,7 +129,7 @@ def fit(
             log.begin()
         except OSError as error:
             raise OutputError(f"out: can't write to {out}: {error.strerror}") from error
-    trained = copy.deepcopy(network)  # what the weights go to at the end: neither split nor synchronised
+    trained = copy.deepcopy(network)  # receives the weights at the end: neither sharded nor synchronised
     if recipe.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if processes.world_size > 1 and recipe.sync_batchnorm:
@@ -145,7 +145,7 @@ def fit(
         trainer.fit(module, batches, ckpt_path=resumed, weights_only=True)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     seconds = timer.time_elapsed("train") - timer.time_elapsed("validate")
-    weights = trainer.strategy.lightning_module_state_dict()  # of all processes, where they are split
+    weights = trainer.strategy.lightning_module_state_dict()  # from all processes, if they are sharded
     unreadable, unreadable_val = (everyones(found) for found in (watch.unreadable, watch.unreadable_val))
     if processes.first:
         own = {name.removeprefix("network."): weight.cpu() for name, weight in weights.items()}
@@ -176,7 +176,7 @@ def _synchronised(network: nn.Module, processes: Processes) -> nn.Module:
 
 
 def _described(source: Any) -> dict[str, Any]:
-    """What has to be the same when a run is resumed."""
+    """Everything that must be unchanged when a run is resumed."""
     return {"classes": list(source.classes), "channels": source.channels}
 
 
@@ -186,7 +186,7 @@ def _trainer(recipe: Recipe, processes: Processes, log: RunLog, callbacks: list[
         callbacks.append(EMAWeightAveraging(decay=recipe.scaled_ema_decay))
     plugins: list[Any] = [CheckpointFiles()]
     if processes.launcher == "slurm":
-        # Lightning's way of resuming under SLURM has checkpoints of its own; ours are resumed with --resume auto.
+        # Lightning's resuming under SLURM uses its own checkpoints; ours are resumed with --resume auto.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     return make_trainer(
         recipe,
@@ -213,7 +213,7 @@ def everyones(found: set[str]) -> set[str]:
 
 
 def _write(recipe: Recipe, network: nn.Module, source: Any, result: Result, out: Path) -> None:
-    """The weights, the picture, and last the result: a run that has it is finished."""
+    """Write the weights, the figure, and last the result, which marks a run as finished."""
     task = task_of(recipe.model)
     try:
         save_weights(network, out / WEIGHTS, task.facts(recipe, source))
@@ -248,16 +248,16 @@ def _tell(line: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Lightning's notes on accelerators and worker counts; its progress bar and real warnings stay."""
+    """Silence Lightning's notes on accelerators and worker counts; its progress bar and real warnings remain."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            # Lightning 2.6 with PyTorch 2.15, about the two of them alone.
+            # Lightning 2.6 with PyTorch 2.15, concerning only those two.
             warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)
-            warnings.filterwarnings("ignore", "Couldn't infer the batch indices.*")  # batches have the images' names
+            warnings.filterwarnings("ignore", "Couldn't infer the batch indices.*")  # batches contain the images' names
             warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
             yield
     finally:

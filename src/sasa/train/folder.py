@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be used, whether the run in it is finished, and from where it is resumed."""
+"""The folder of a run: whether it can be used, whether its run is finished, and where to resume it from."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .recipe import FREE_TO_CHANGE, Recipe
 WEIGHTS, RESULT, RECIPE, DATA = "model.safetensors", "result.json", "recipe.json", "data.json"
 CHECKSUM = f"{WEIGHTS}.sha256"
 
-# In the order in which they are removed: what makes a run a finished one first, what makes it one to resume last.
+# In order of removal: first what marks a run as finished, last what makes it resumable.
 FILES = (RESULT, CHECKSUM, WEIGHTS, "metrics.csv", "curves.png", DATA, RECIPE)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training run came to.
+    """The result of a training run.
 
     Attributes:
         model: name of the network.
-        top1: share of validation images classified rightly after the last epoch, from 0 to 1.
+        top1: share of validation images classified correctly after the last epoch, from 0 to 1.
         parameters: of the network.
         flops: of one image's forward; a multiply-add is 2.
         seconds_per_epoch: of training, validation not included.
@@ -60,10 +60,10 @@ class Result:
 
 
 def check_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
-    """Make sure, without changing anything, that the output folder can be made or written, and used.
+    """Check, without changing anything, that the output folder can be created or written, and used.
 
     Raises:
-        OutputError: it can't, or it holds something, and neither ``overwrite`` nor ``resume`` is on.
+        OutputError: it can't, or it isn't empty and neither ``overwrite`` nor ``resume`` is on.
     """
     try:
         existing = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -85,7 +85,7 @@ def check_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
 
 
 def prepare_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
-    """Make the output folder, and make sure now that it can be written.
+    """Create the output folder, and check early that it can be written.
 
     Raises:
         OutputError: as :func:`check_folder`.
@@ -101,7 +101,7 @@ def prepare_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
 
 
 def remove_run(out: Path) -> None:
-    """Remove what a run wrote, in an order that never leaves what could be taken for another run."""
+    """Remove a run's files, in an order that never leaves what could be mistaken for another run."""
     (out / RESULT).unlink(missing_ok=True)
     for folder in (FOLDER, "tensorboard"):
         shutil.rmtree(out / folder, ignore_errors=True)
@@ -110,9 +110,9 @@ def remove_run(out: Path) -> None:
 
 
 def finished_run(out: Path, tell: Callable[[str], None], kind: Any = Result) -> Any:
-    """The result of the run in a folder, of that kind, if it is there and the weights are those it was written with.
+    """The result, of that kind, of the run in a folder, if it exists and the weights are those it was written with.
 
-    ``tell`` is called with the reason if a result is there that can't be used.
+    ``tell`` is called with the reason if there is a result that can't be used.
     """
     if not (out / RESULT).is_file():
         return None
@@ -134,9 +134,9 @@ def checkpoint_to_resume(out: Path, recipe: Recipe, data: dict[str, Any], tell: 
     """The checkpoint to resume from, of a run of the same recipe and classes; None if there is none.
 
     Raises:
-        OptionError: something that changes the result is another; the message names it and both values.
-        DataError: other classes, or in another order: what the network learned would get other names.
-        OutputError: it isn't known what the run was begun with.
+        OptionError: an option that affects the result differs; the message names it and both values.
+        DataError: the classes or their order differ, so that what the network learned would get other names.
+        OutputError: it isn't known which options the run was started with.
     """
     checkpoint = newest_whole(out, tell)
     if checkpoint is None:
@@ -155,13 +155,13 @@ def checkpoint_to_resume(out: Path, recipe: Recipe, data: dict[str, Any], tell: 
 
 
 def check_same_recipe(out: Path, recipe: Recipe) -> None:
-    """Make sure that the run in a folder was begun with the same options.
+    """Check that the run in a folder was started with the same options.
 
     Raises:
-        OptionError: something that changes the result is another; the message names it and both values.
-        OutputError: it isn't known what the run was begun with.
+        OptionError: an option that affects the result differs; the message names it and both values.
+        OutputError: it isn't known which options the run was started with.
     """
-    # An option that the run's version of this package didn't have was at what is now its default.
+    # An option that the run's version of this package didn't have counts as having its current default.
     before = json.loads(json.dumps(Recipe().as_dict())) | _read_json(out / RECIPE)
     now = json.loads(json.dumps(recipe.as_dict()))
     changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
@@ -188,5 +188,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value, whole or not at all."""
+    """Write a value atomically."""
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,6 +1,6 @@
-"""Images with labels from a ``datasets.DatasetDict`` that ``save_to_disk`` wrote, read from that folder alone.
+"""Labelled images from a ``datasets.DatasetDict`` written by ``save_to_disk``, read from that folder only.
 
-Nothing is downloaded. ``datasets`` maps its files into memory, where an image takes no room until it is read.
+Nothing is downloaded. ``datasets`` maps its files into memory, so an image takes no space until it is read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
 
 
 class HubImages:
-    """The images of one split. It may be pickled: that takes the labels along, and no image."""
+    """The images of one split. It can be pickled: the pickle contains the labels, but no images."""
 
     def __init__(self, rows: Any, column: str, split: str, labels: np.ndarray) -> None:
         self._rows, self._column, self._split, self._labels = rows, column, split, labels
@@ -38,11 +38,11 @@ class HubImages:
         return read_image(Path(path) if data is None else data, name)
 
     def label(self, index: int) -> int:
-        """The number of its class, without a look at the image."""
+        """The number of its class, without reading the image."""
         return int(self._labels[index])
 
     def name(self, index: int) -> str:
-        """What errors call it: its split and row, and its file where that is known."""
+        """Its name in errors: its split and row, and its file if known."""
         return self._find(index)[2]
 
     def _find(self, index: int) -> tuple[bytes | None, str, str]:
@@ -59,16 +59,16 @@ def is_hugging_face(folder: Path) -> bool:
 def open_hugging_face(folder: Path) -> tuple[HubImages, HubImages, list[str]]:
     """The images to train on, those to validate on, and the names of the classes.
 
-    The column of images is that of type ``Image``, of several the one called image or img. The column of labels is that
-    of type ``ClassLabel``, of several the first called label, labels, fine_label, target or class. Labels that are
-    numbers or text become such a column by ``DatasetDict.class_encode_column``.
+    The column of images is that of type ``Image``; if there are several, the one called image or img. The column of
+    labels is that of type ``ClassLabel``; if there are several, the first called label, labels, fine_label, target or
+    class. ``DatasetDict.class_encode_column`` turns numbers or text into such a column.
 
     Args:
-        folder: what ``DatasetDict.save_to_disk`` wrote, with a split train, and one called val, valid, validation or
-            test. The first of these that is there is taken; other splits are not opened.
+        folder: written by ``DatasetDict.save_to_disk``, with a split train, and one called val, valid, validation or
+            test. The first of these that exists is used; other splits are not opened.
 
     Raises:
-        DataError: a split or a column is missing, a label is missing or of no class, or a file is broken.
+        DataError: a split or a column is missing, a label is missing or invalid, or a file is damaged.
         ImportError: ``datasets`` is not installed.
     """
     datasets = _extras.require("datasets", "data")
@@ -94,23 +94,23 @@ def open_hugging_face(folder: Path) -> tuple[HubImages, HubImages, list[str]]:
 
 
 def _open_split(datasets: Any, folder: Path) -> Any:
-    """Its rows, with images left encoded; the format that they were to be read in when saved is undone."""
+    """Its rows, with images left encoded; a read format set before saving is reset."""
     try:
-        saved = any(folder.glob("*.arrow"))  # of an empty split there is none
+        saved = any(folder.glob("*.arrow"))  # an empty split has none
         rows: Any = datasets.Dataset.load_from_disk(str(folder.resolve()), keep_in_memory=False) if saved else []
         if not len(rows):
             raise ValueError("no images")
-        rows.data.validate(full=True)  # or a wrong offset ends the process; what is in an image isn't looked at
+        rows.data.validate(full=True)  # else a wrong offset crashes the process; image contents aren't checked
         for name, feature in rows.features.items():
             if isinstance(feature, datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
-    except Exception as error:  # whatever a broken file makes Arrow raise
+    except Exception as error:  # Arrow may raise anything for a damaged file
         raise DataError(f"data: expected {folder} as DatasetDict.save_to_disk writes it, got {error!r}") from error
     return rows.with_format(None)
 
 
 def _column(features: Any, wanted: type, names: tuple[str, ...], folder: Path) -> str:
-    """The column of this type, or of several the first that has a name."""
+    """The column of this type; if there are several, the first with one of the names."""
     columns = [name for name, feature in features.items() if isinstance(feature, wanted)]
     named = [name for name in names if name in columns]
     if not named and len(columns) != 1:

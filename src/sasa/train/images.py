@@ -1,15 +1,16 @@
-"""One image from a file or from memory: RGB and upright, or an error that names it and says why.
+"""One image from a file or from memory: RGB and upright, or an error with its name and the reason.
 
 - Grey, 1-bit, palette, CMYK, YCbCr and LAB become RGB as Pillow converts them; colour profiles are ignored.
-- Transparency is laid over white: no colour that is hidden under transparent pixels shows. (Not so the one transparent
-  colour of a PNG with other than 8 bits a channel, which Pillow scales differently from the pixels.)
-- 16 bits of grey are scaled by their full range to 8 (Pillow's conversion turns everything above 255 white). Signed
-  numbers, fractions and other depths are refused: no range is known for them.
-- EXIF's orientation is applied; broken EXIF is ignored.
-- The first frame stands for an animation, the first page for a document.
-- A file that ends early is refused: with ``LOAD_TRUNCATED_IMAGES`` the rest would be grey.
-- The content decides the format, not the name, and only the readers of ``FORMATS`` are run. By default Pillow tries
-  every plugin there is, one of which starts Ghostscript on what looks like PostScript.
+- Transparent images are composited onto white, so that colours hidden under transparent pixels don't show. (Except for
+  the single transparent colour of a PNG with other than 8 bits per channel, which Pillow scales differently from the
+  pixels.)
+- 16-bit grey is scaled to 8 bits by its full range (Pillow's conversion turns everything above 255 white). Signed
+  numbers, fractions and other depths are rejected: their range is unknown.
+- EXIF orientation is applied; malformed EXIF is ignored.
+- Of an animation the first frame is used, of a document the first page.
+- A truncated file is rejected: with ``LOAD_TRUNCATED_IMAGES`` the rest would be grey.
+- The format is determined by the content, not the name, and only the readers of ``FORMATS`` are run. By default Pillow
+  tries every plugin, one of which starts Ghostscript on anything that looks like PostScript.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from .errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 MAX_PIXELS = 89_478_485
-"""Where Pillow itself begins to warn. At 4 bytes a pixel such an image takes 341 MiB, and more than once while it is
-converted, in every worker."""
+"""The size above which Pillow itself warns. At 4 bytes per pixel such an image takes 341 MiB, and several times that
+while it is converted, in every worker.
+"""
 
 _LOCK = threading.Lock()
 
@@ -43,7 +45,7 @@ class UnreadableImage(DataError):  # noqa: N818
     """An image that can't be used.
 
     Attributes:
-        name: of the image, as it was given.
+        name: the image's name, as given.
         reason: what is wrong with it.
     """
 
@@ -52,7 +54,7 @@ class UnreadableImage(DataError):  # noqa: N818
         self.name, self.reason = name, reason
 
     def __str__(self) -> str:
-        # One argument is a whole message: so PyTorch re-raises the error of a worker.
+        # A single argument is a complete message: PyTorch re-raises a worker's error that way.
         return f"data: {self.name} can't be read: {self.reason}" if self.reason else self.name
 
 
@@ -67,21 +69,21 @@ def read_image(file: str | Path | bytes, name: str | None = None) -> Image.Image
         an RGB image without metadata.
 
     Raises:
-        UnreadableImage: whatever the reason.
+        UnreadableImage: the image can't be read, for any reason.
     """
     if name is None:
         name = "an image in memory" if isinstance(file, bytes) else os.fspath(file)
     try:
         with _opened(file) as stream:
             return _decode(stream)
-    except Exception as error:  # whatever a broken file makes Pillow raise
+    except Exception as error:  # Pillow may raise anything for a damaged file
         raise UnreadableImage(name, _reason(error)) from error
 
 
 def _opened(file: str | Path | bytes) -> BinaryIO:
     if isinstance(file, bytes):
         return io.BytesIO(file)
-    if not stat.S_ISREG(Path(file).stat().st_mode):  # to open a named pipe would wait for ever
+    if not stat.S_ISREG(Path(file).stat().st_mode):  # opening a named pipe would block
         raise ValueError("it is not a regular file")
     return Path(file).open("rb")
 
@@ -99,7 +101,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Without Pillow's warnings of metadata and sizes, which are the whole process's: one thread at a time."""
+    """Suppress Pillow's warnings on metadata and sizes; filters are process-wide, so one thread at a time."""
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -112,7 +114,7 @@ def _decode(stream: BinaryIO) -> Image.Image:
     with _no_warnings():
         image = Image.open(stream, formats=FORMATS)
     tags = getattr(image, "tag_v2", {})
-    tile = tags.get(TILEWIDTH, 1), tags.get(TILELENGTH, 1)  # decoded whole, however little of it is in the image
+    tile = tags.get(TILEWIDTH, 1), tags.get(TILELENGTH, 1)  # decoded in full, however little of it lies in the image
     for width, height in (image.size, tile):
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} are more than {MAX_PIXELS} pixels")
@@ -122,7 +124,7 @@ def _decode(stream: BinaryIO) -> Image.Image:
     with _no_warnings(), suppress(Exception):  # broken EXIF
         rgb.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
     ImageOps.exif_transpose(rgb, in_place=True)
-    rgb.getexif().clear()  # nothing in it is to turn the image once more
+    rgb.getexif().clear()  # so that the image isn't rotated again
     return rgb
 
 
@@ -137,7 +139,7 @@ def _to_rgb(image: Image.Image, tags: dict) -> Image.Image:
 
 
 def _grey(image: Image.Image, tags: dict) -> np.ndarray:
-    """The bytes of an image with more than 8 bits of grey."""
+    """The bytes of a grey image with more than 8 bits per pixel."""
     plain = tags.get(BITSPERSAMPLE, (16,)) == (16,) and tags.get(PHOTOMETRIC_INTERPRETATION, 1) == 1
     # Pillow scales a PPM to 16 bits, whatever range its header gives.
     if not (plain and (image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"))):

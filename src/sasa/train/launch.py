@@ -20,10 +20,10 @@ from .errors import OptionError
 from .recipe import PROCESSES, Recipe
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Of a scheduler that wants its machine back: SLURM, Kubernetes and torchrun send the first, or a chosen one."""
+"""Signals of a scheduler reclaiming its machine: SLURM, Kubernetes and torchrun send the first, or a chosen one."""
 
 PATIENCE = timedelta(minutes=10)
-"""How long processes wait for each other to start."""
+"""How long processes wait for each other at start-up."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Processes:
     """The processes of a run.
 
     Attributes:
-        rank: this one, from 0.
-        per_node: on each machine.
-        nodes: machines.
-        accelerator: cpu, gpu or what Lightning else calls it.
+        rank: number of this process, from 0.
+        per_node: processes on each machine.
+        nodes: number of machines.
+        accelerator: cpu, gpu or another of Lightning's names.
         launcher: torchrun, slurm or lightning.
     """
 
@@ -46,20 +46,20 @@ class Processes:
 
     @property
     def world_size(self) -> int:
-        """All of them."""
+        """Total number of processes."""
         return self.per_node * self.nodes
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes files and prints."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
 
 def find_processes(recipe: Recipe) -> Processes:
-    """The processes that torchrun or SLURM have started, or that Lightning is to start.
+    """The processes that torchrun or SLURM have started, or that Lightning will start.
 
     Raises:
-        OptionError: devices or accelerator that this machine doesn't have.
+        OptionError: this machine doesn't have the devices or accelerator.
     """
     accelerator = recipe.accelerator
     gpus = CUDAAccelerator.is_available() or MPSAccelerator.is_available()
@@ -77,13 +77,13 @@ def find_processes(recipe: Recipe) -> Processes:
         nodes, world = int(environment.get("SLURM_NNODES", 1)), int(environment["SLURM_NTASKS"])
         return Processes(SLURMEnvironment().global_rank(), world // nodes, nodes, accelerator, "slurm")
     per_node = _devices(recipe.devices, accelerator)
-    # Lightning starts the others itself, as this command again with LOCAL_RANK set.
+    # Lightning starts the others itself, by rerunning this command with LOCAL_RANK set.
     rank = int(environment.get("NODE_RANK", 0)) * per_node + int(environment.get("LOCAL_RANK", 0))
     return Processes(rank, per_node, recipe.num_nodes, accelerator)
 
 
 def restarts() -> int:
-    """How often torchrun has started this process anew after a failure."""
+    """How often torchrun has restarted this process after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -94,7 +94,7 @@ def make_trainer(recipe: Recipe, processes: Processes, **options: Any) -> lightn
         sizes = {"data_parallel_size": processes.world_size, "tensor_parallel_size": 1}
         strategy = _Sharded(processes, **sizes, save_distributed_checkpoint=False)
     elif processes.world_size > 1 or recipe.strategy == "ddp":
-        # Gradients are views of the buckets they are summed in: one copy less of them in memory.
+        # Gradients are views of the buckets they are reduced in, which saves a copy in memory.
         strategy = _Copied(processes, gradient_as_bucket_view=True)
     return lightning.Trainer(
         accelerator=processes.accelerator,
@@ -102,14 +102,14 @@ def make_trainer(recipe: Recipe, processes: Processes, **options: Any) -> lightn
         num_nodes=processes.nodes,
         strategy=strategy,
         precision=recipe.precision,
-        use_distributed_sampler=False,  # the batches are shared out already
+        use_distributed_sampler=False,  # the batches are already distributed
         enable_model_summary=False,
         **options,
     )
 
 
 class _Joining:
-    """A strategy whose processes find each other as :func:`join` does."""
+    """A strategy whose processes form their group through :func:`join`."""
 
     cluster_environment: Any
 
@@ -132,10 +132,10 @@ class _Sharded(_Joining, ModelParallelStrategy):
 
 
 def join(processes: Processes, port: int) -> None:
-    """Form the group of the processes, where PyTorch's own way doesn't do: under torchrun, and on one machine.
+    """Form the process group where PyTorch's own way isn't suitable: under torchrun, and on one machine.
 
-    On one machine, sockets listen on the loopback interface alone; PyTorch's listen on all of them. (Under torchrun its
-    agent has a socket that does.) Several machines under SLURM or Lightning are left to PyTorch.
+    On one machine, sockets listen only on the loopback interface; PyTorch's listen on all interfaces. (Under torchrun,
+    its agent has a socket that does.) Several machines under SLURM or Lightning are left to PyTorch.
     """
     alone = processes.nodes == 1
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
@@ -170,12 +170,12 @@ def _loopback_store(processes: Processes, port: int) -> Any:
 
 
 def _torchrun_store(processes: Processes) -> Any:
-    """A part of torchrun's store that is new each time it starts the processes anew after a failure.
+    """A section of torchrun's store that is new after every restart of the processes.
 
-    There they would find the addresses of the failed ones, and may take them for the new ones.
+    In a shared section they would find the addresses of the failed processes and might use them.
 
     Raises:
-        OptionError: there are several machines, which do not count alike how often that was.
+        OptionError: there are several machines, which may disagree on the number of restarts.
     """
     environment = os.environ
     if processes.nodes > 1 and int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):

@@ -29,22 +29,23 @@ COLUMNS = (
     "data_wait",
     "memory_gb",
 )
-"""Of ``metrics.csv``. ``step`` counts from 0 and is the last one that the line is about."""
+"""Columns of ``metrics.csv``. ``step`` counts from 0 and is the last step that the line covers."""
 
 HEADER = ",".join(COLUMNS).encode() + b"\r\n"
 ROW = re.compile(rb"\d{0,9}(\.0)?,(\d{1,9})(,[-+.\dnaife]{0,40}){%d}" % (len(COLUMNS) - 2))
 WAITING = 100
-"""Lines that wait until they are written together."""
+"""Number of lines that are buffered and written together."""
 
 
 class RunLog(Logger):
     """A line of ``metrics.csv`` for each call, and TensorBoard's event files.
 
-    Lines of a former log from ``steps`` on are removed, for they come again; so is whatever is no line of a log.
+    Lines of an earlier log from ``steps`` on are removed, since they will be logged again; so is anything that isn't a
+    log line.
 
     Args:
         out: the run's folder.
-        steps: done so far.
+        steps: steps completed so far.
         tensorboard: whether to write TensorBoard's files too.
     """
 
@@ -57,7 +58,7 @@ class RunLog(Logger):
 
     @property
     def name(self) -> None:
-        """None: the folder has the run's name."""
+        """None: the folder carries the run's name."""
 
     @property
     def version(self) -> None:
@@ -65,7 +66,7 @@ class RunLog(Logger):
 
     @rank_zero_only
     def begin(self) -> None:
-        """Clean the former log, and open TensorBoard's."""
+        """Clean up the earlier log, and open TensorBoard's."""
         rows = self.path.read_bytes().splitlines() if self.path.exists() else []
         matches = [ROW.fullmatch(row) for row in rows]
         kept = [found[0] for found in matches if found and int(found[2]) < self.steps]
@@ -76,7 +77,7 @@ class RunLog(Logger):
             self._events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self.steps or None)
 
     def log_hyperparams(self, *arguments: Any, **options: Any) -> None:
-        """They are in recipe.json."""
+        """Ignored: they are in recipe.json."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -91,7 +92,7 @@ class RunLog(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Append the lines since the last time; what can't be written waits for the next."""
+        """Append the buffered lines; what can't be written stays buffered."""
         if self._lines:
             self._try(str(self.path), self._append)
         if self._events is not None:
@@ -111,7 +112,7 @@ class RunLog(Logger):
                 file.write("".join(self._lines).encode())
         except OSError:
             with contextlib.suppress(OSError):
-                os.truncate(self.path, size)  # half a line would spoil the file
+                os.truncate(self.path, size)  # a partial line would corrupt the file
             raise
         self._lines = []
 

@@ -1,4 +1,4 @@
-"""What Lightning trains: a network, its optimizer and schedule; with a classifier, its loss and accuracy."""
+"""The modules that Lightning trains: a network, its optimizer and schedule; for a classifier, loss and accuracy."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .recipe import Recipe
 
 
 class Trained(lightning.LightningModule):
-    """A network with an optimizer and a schedule of timm, stepped every batch, and random draws that can be repeated.
+    """A network with timm's optimizer and schedule, stepped every batch, and reproducible random draws.
 
     Args:
-        network: what is trained.
+        network: the network to train.
         recipe: how to train.
-        steps: of the whole training, for the schedule.
+        steps: total number of steps, for the schedule.
     """
 
     def __init__(self, network: nn.Module, recipe: Recipe, steps: int) -> None:
@@ -34,12 +34,12 @@ class Trained(lightning.LightningModule):
         self.network, self.recipe, self.steps = network, recipe, steps
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Random draws that follow from the step: a resumed run draws what it would have drawn."""
+        """Seed random draws from the step, so that a resumed run draws the same numbers."""
         step = self.global_step * self.recipe.accumulate + batch_idx % self.recipe.accumulate
         seed_everything(STEP, self.recipe.seed, step, self.global_rank, gpu=self.device.type != "cpu")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer; biases and norms have no weight decay, embeddings a rate and a decay of their own."""
+        """The optimizer; biases and norms have no weight decay, embeddings have their own rate and decay."""
         recipe = self.recipe
         matrices = {id(m.weight) for m in self.network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
         decayed = [p for p in self.network.parameters() if id(p) in matrices]
@@ -59,7 +59,7 @@ class Trained(lightning.LightningModule):
         schedule, _ = create_scheduler_v2(
             optimizer,
             "cosine",
-            num_epochs=steps - warmup,  # an epoch of the schedule is a step
+            num_epochs=steps - warmup,  # one epoch of the schedule is one step
             warmup_epochs=warmup,
             warmup_prefix=True,  # the cosine begins after the warm-up, at the highest rate
             warmup_lr=rate / (warmup + 1),
@@ -77,13 +77,13 @@ class Classifier(Trained):
     """Cross-entropy with label smoothing.
 
     Logs ``train_loss``; ``val_loss``, ``val_top1`` and ``val_top5``, the shares of validation images whose class is the
-    first guess, or among the first five: exact over any number of processes, for padding isn't counted.
+    first guess, or among the first five. They are exact over any number of processes, since padding isn't counted.
 
     Args:
         network: (B, C, H, W) to (B, num_classes) logits.
         num_classes: classes.
         recipe: how to train.
-        steps: of the whole training, for the schedule.
+        steps: total number of steps, for the schedule.
     """
 
     def __init__(self, network: nn.Module, num_classes: int, recipe: Recipe, steps: int) -> None:
@@ -93,7 +93,7 @@ class Classifier(Trained):
         options: dict[str, Any] = {"average": "micro", "ignore_index": IGNORED}
         self.top1 = MulticlassAccuracy(num_classes, **options)
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), **options)
-        # Keeps a loss that is NaN. The strategy "disable", meant for it, forgets the weights (torchmetrics 1.9).
+        # Keeps NaN losses. The strategy "disable", meant for that, ignores the weights (torchmetrics 1.9).
         self.val_loss = MeanMetric(nan_strategy=math.nan)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -124,28 +124,28 @@ class Classifier(Trained):
 
 
 class Sharded(Trained):
-    """Its parameters are split over the processes block by block (FSDP2)."""
+    """Mixin that shards the parameters over the processes block by block (FSDP2)."""
 
     def configure_model(self) -> None:
-        """Split the network: each block of its stages by itself, inner ones first, then what is left."""
+        """Shard the network: each block of its stages separately, inner ones first, then the rest."""
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         if isinstance(self.network, FSDPModule):
             return
         mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         options: dict[str, Any] = {"mesh": mesh, "mp_policy": _mixed_precision(self.recipe.precision)}
-        options["ignored_params"] = {p for p in self.network.parameters() if not p.numel()}  # can't be split
+        options["ignored_params"] = {p for p in self.network.parameters() if not p.numel()}  # can't be sharded
         for block in blocks(self.network):
             fully_shard(block, **options)
         fully_shard(self.network, **options)
 
 
 class ShardedClassifier(Sharded, Classifier):
-    """A classifier whose parameters are split."""
+    """A classifier whose parameters are sharded."""
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """What stands one after another in the network's stages, inner ones first, without single layers."""
+    """The consecutive blocks in the network's stages, inner ones first, without single layers."""
     stages = [module for module in network.modules() if isinstance(module, nn.Sequential)]
     return [block for stage in reversed(stages) for block in stage if any(True for _ in block.children())]
 

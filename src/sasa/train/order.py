@@ -1,8 +1,8 @@
-"""Which image is in which batch: a pure function of the seed and the step, so that nothing has to be remembered.
+"""Which image is in which batch: a pure function of the seed and the step, so that no state has to be saved.
 
-A run that was cut off, and a run on another number of processes, take the same images in the same order with the same
-random draws: the order of an epoch comes from (seed, epoch), the draws of an image's augmentation from (seed, epoch,
-index), those of a step (mixup, dropout) from (seed, step, process).
+A resumed run, or one on a different number of processes, uses the same images in the same order with the same random
+draws: the order of an epoch comes from (seed, epoch), the draws of an image's augmentation from (seed, epoch, index),
+those of a step (mixup, dropout) from (seed, step, process).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-IMAGE, STEP, MIXUP = range(1, 4)  # what draws are for; the first number of their seeds, so that no two are alike
-PADDING = -1  # index of a place in the last batch that no image is left for
+IMAGE, STEP, MIXUP = range(1, 4)  # purposes of draws; the first number of their seeds, so that no two coincide
+PADDING = -1  # index of an empty slot in the last batch
 
 
 def seed_everything(*numbers: int, gpu: bool = False) -> None:
-    """Set Python's, NumPy's and PyTorch's random generators to a state that follows from ``numbers`` alone.
+    """Set Python's, NumPy's and PyTorch's random generators to a state determined by ``numbers`` alone.
 
     ``gpu`` includes the accelerators' generators, which takes a hundred times as long as the others.
     """
@@ -34,18 +34,18 @@ def seed_everything(*numbers: int, gpu: bool = False) -> None:
 class BatchOrder(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index), this process's share of each.
 
-    Shuffled, every step is whole: what is left over at the end of an epoch waits for another one. In order, the last
-    batch is filled up with :data:`PADDING`, so that every process has equally many.
+    When shuffled, every step is complete: images left over at the end of an epoch are left out of it. In order, the
+    last batch is filled up with :data:`PADDING`, so that every process has the same number.
 
     Args:
-        images: how many there are.
-        batch_size: images a step over all processes; a multiple of ``world_size * accumulate``.
-        accumulate: batches that a step is computed in.
+        images: number of images.
+        batch_size: images per step over all processes; a multiple of ``world_size * accumulate``.
+        accumulate: number of batches that a step is computed in.
         rank: this process, of ``world_size``.
         world_size: processes.
-        shuffle: in another order each epoch; or as they are.
+        shuffle: a new order each epoch; otherwise the given order.
         seed: of the order.
-        start: batches that were done before, over all epochs.
+        start: batches already completed, over all epochs.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
     ) -> None:
         self.images, self.rank, self.world_size = images, rank, world_size
         self.shuffle, self.seed, self.position = shuffle, seed, start
-        # Fewer images than a step takes are one step, as large as can be shared out evenly.
+        # If there are fewer images than a step takes, they form one step, as large as can be divided evenly.
         step = batch_size if images >= batch_size or not shuffle else images - images % (world_size * accumulate)
         self.batch_size, self.share = step // accumulate, step // accumulate // world_size
         self.batches = images // step * accumulate if shuffle else -(-images // self.batch_size)

@@ -1,5 +1,5 @@
-"""What a network makes of a folder of images, however many, on however many processes, from wherever the last attempt
-stopped: their classes in a table, or with a detector their boxes.
+"""Prediction for a folder of any number of images, on any number of processes, resuming where the last attempt stopped:
+classes in a table, or boxes with a detector.
 """
 
 from __future__ import annotations
@@ -43,39 +43,39 @@ def predict(
 ) -> int:
     """Classify the images below a folder into a table: path, the most likely classes and their probabilities.
 
-    A detector writes COCO's results instead, a JSON list of ``{"image_id", "category_id", "bbox", "score"}`` with the
-    ``file_name`` besides. ``image_id`` is the number in the file's name where all names are different numbers, as
-    COCO's are; else the place in order of the paths, from 1.
+    A detector writes COCO's results instead, a JSON list of ``{"image_id", "category_id", "bbox", "score"}`` plus the
+    ``file_name``. ``image_id`` is the number in the file's name if all names are distinct numbers, as in COCO;
+    otherwise the position in path order, from 1.
 
-    The images are neither listed nor held in memory all at once. While it runs, rows gather in ``OUT.parts``; if it is
-    cut off, the same command resumes with what is missing, on any number of processes. An image that can't be read has
-    its reason in the last column.
+    The images are neither listed nor held in memory all at once. During the run, rows are collected in ``OUT.parts``;
+    if it is interrupted, the same command resumes with the missing ones, on any number of processes. For an image that
+    can't be read, the last column gives the reason.
 
     Args:
-        images: folder; images anywhere below it are taken, in order of their paths. Hidden and system folders are
-            skipped; links are followed, and every real folder is read once.
+        images: folder; all images below it are used, in order of their paths. Hidden and system folders are skipped;
+            links are followed, and every real folder is read once.
         out: CSV file to write, or JSON with a detector.
-        weights: model.safetensors of a run, or clothing or fashion_mnist, which ship with the package. Left out:
-            runs/train/model.safetensors if there is one, else clothing.
-        top_k: classes an image; all, where there are fewer. A detector has no use for it.
+        weights: model.safetensors of a run, or clothing or fashion_mnist, which ship with the package. Default:
+            runs/train/model.safetensors if it exists, else clothing.
+        top_k: classes per image; all if there are fewer. Not used by a detector.
         pictures: folder to write the images to with a detector's boxes drawn, each as PATH.png.
-        threshold: score of the boxes that are drawn, at least; all are in the results.
-        batch_size: images a batch, for each process.
-        workers: processes that load images, for each process; 0 loads in it.
-        precision: of the arithmetic.
-        accelerator: as Lightning's: auto, cpu, gpu.
-        devices: processes on this machine, as Lightning's; under torchrun and SLURM theirs count.
+        threshold: minimum score of the boxes that are drawn; the results contain all of them.
+        batch_size: images per batch, for each process.
+        workers: worker processes that load images, per process; 0 loads in the process itself.
+        precision: numeric precision.
+        accelerator: as in Lightning: auto, cpu, gpu.
+        devices: processes on this machine, as in Lightning; torchrun and SLURM override it.
         num_nodes: machines; likewise.
 
     Returns:
         Rows in the table.
 
     Raises:
-        DataError: no folder, no images in it, or no trained network.
-        OutputError: the table exists already, can't be written, or another predict is at work on it.
-        OptionError: an option out of range.
+        DataError: there is no folder, no images in it, or no trained network.
+        OutputError: the table already exists, can't be written, or another predict is working on it.
+        OptionError: an option is out of range.
     """
-    # Here, for these take seconds to import, which help and errors in options do not need.
+    # Imported here because they take seconds, and help and option errors don't need them.
     from lightning.pytorch.callbacks import RichProgressBar
     from rich.console import Console
     from torch.utils.data import DataLoader
@@ -140,7 +140,7 @@ def predict(
 
 @contextlib.contextmanager
 def _alone(parts: Path, out: Path) -> Iterator[None]:
-    """Within, no other predict works on the same table."""
+    """Context in which no other predict works on the same table."""
     with contextlib.ExitStack() as stack:
         try:
             parts.mkdir(parents=True, exist_ok=True)
@@ -149,15 +149,15 @@ def _alone(parts: Path, out: Path) -> Iterator[None]:
             raise OutputError(f"out: expected no other predict at work on {out}, got one") from None
         except OSError as error:
             raise OutputError(f"out: can't write to {parts}: {error.strerror}") from error
-        if out.exists():  # another one has ended meanwhile
+        if out.exists():  # another one has finished in the meantime
             raise OutputError(f"out: {out} exists already; remove it, or choose another name")
         yield
 
 
 class Rows:
-    """The rows made so far, one line of JSON each in files that are each in order of the paths.
+    """The rows written so far, one JSON line each, in files that are each sorted by path.
 
-    A line that is cut off or damaged is no row: its image is classified again.
+    A truncated or damaged line doesn't count: its image is classified again.
     """
 
     verb = "classified"
@@ -169,11 +169,11 @@ class Rows:
         self._known = set(classes)
 
     def files(self) -> list[Path]:
-        """One of each attempt and process."""
+        """The files: one per attempt and process."""
         return sorted(self.parts.glob("run-*.jsonl"))
 
     def __iter__(self) -> Iterator[list[str]]:
-        """In order of the paths, each once; no more than a row of each file in memory."""
+        """In path order, each once, with at most one row of each file in memory."""
         last = None
         for row in heapq.merge(*map(self._read, self.files()), key=itemgetter(0)):
             if row[0] != last:
@@ -208,7 +208,7 @@ class Rows:
             yield [name, *([""] * len(guesses) if reason else guesses), reason]
 
     def write(self, out: Path) -> int:
-        """The whole file; returns its rows."""
+        """Write the complete file; returns the number of rows."""
         beside = out.with_name(f".{out.name}.part")
         try:
             with beside.open("w", newline="", **ANY_NAME) as file:
@@ -221,7 +221,7 @@ class Rows:
         return count
 
     def write_to(self, file: IO[str]) -> int:
-        """The table as CSV; returns its rows."""
+        """Write the table as CSV; returns the number of rows."""
         writer, count = csv.writer(file), 0
         writer.writerow(self.header)
         for count, row in enumerate(self, 1):  # noqa: B007
@@ -230,10 +230,10 @@ class Rows:
 
 
 def _check_same_rows(parts: Path, weights: Path, top_k: int, images: Path, first: bool) -> None:
-    """Note whose rows these are, and resume from no others.
+    """Record what these rows belong to, and refuse to resume from any others.
 
     Raises:
-        OutputError: the rows there are of another network, folder or number of classes; or none can be written.
+        OutputError: the existing rows belong to another network, folder or number of classes; or none can be written.
     """
     with weights.open("rb") as file:
         now = {"weights": hashlib.file_digest(file, "sha256").hexdigest(), "top_k": top_k}
@@ -246,7 +246,7 @@ def _check_same_rows(parts: Path, weights: Path, top_k: int, images: Path, first
             raise ValueError("it is missing, and there are rows")
         else:
             before = now
-            if first:  # one process alone: several would take each other's half-written file
+            if first:  # a single process: several could read each other's half-written file
                 write_whole(note, json.dumps(now).encode())
         if not isinstance(before, dict):
             raise ValueError("expected a dict")

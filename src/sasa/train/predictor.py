@@ -1,4 +1,4 @@
-"""What Lightning runs to classify a folder: the images that have no row yet, the network, and the writer of rows."""
+"""The parts that Lightning runs to classify a folder: the images without a row, the network, and the row writer."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .predict import Rows
 from .transforms import Transform
 from .walk import walk
 
-RUN = "run-{:04d}-{:05d}.jsonl"  # of one attempt and process
+RUN = "run-{:04d}-{:05d}.jsonl"  # one per attempt and process
 
 
 class UnreadImages(IterableDataset):
-    """The images that have no row yet, shared out over processes and their workers a batch at a time.
+    """The images without a row, distributed over processes and their workers a batch at a time.
 
-    So the rows of a process come in order, whatever the number of its workers.
+    The rows of a process thus come in order, whatever the number of its workers.
 
     Args:
         folder: the images.
-        done: those that have a row.
-        fit: brings an image to its size.
-        shape: (C, S, S) of what comes; C = 1 takes the images grey.
+        done: images that have a row.
+        fit: resizes an image.
+        shape: (C, S, S) of the output; C = 1 converts images to grey.
         batch_size: of the loader.
-        processes: that share them.
+        processes: number of processes that share them.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class RowWriter(BasePredictionWriter):
         self.file = Path()
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Choose the attempt's number: all processes the same."""
+        """Choose the attempt's number, the same in all processes."""
         attempts = [int(path.name.split("-")[1]) for path in self.table.files()]
         attempt = trainer.strategy.broadcast(max(attempts, default=-1) + 1)
         self.file = self.table.parts / RUN.format(attempt, trainer.global_rank)
@@ -102,7 +102,7 @@ class RowWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """A row an image, then to the disk."""
+        """Write one row per image, and flush to disk."""
         lines = [json.dumps(row) + "\n" for row in self.table.made(batch, prediction)]
         try:
             with self.file.open("a") as file:

@@ -1,4 +1,4 @@
-"""The options of a training run, in one flat table; recipes are YAML files of it.
+"""The options of a training run, in one flat table; recipes are YAML files with these options.
 
 Imports nothing heavy: ``sasa train --help`` is printed from here.
 """
@@ -32,47 +32,47 @@ class Recipe:
     Args:
         model: name of a network: sasa_resnet14 (attention), resnet14 (its convolutional twin), the paper's, or the
             detector retinanet.
-        model_options: arguments of the network, as kernel_size or width; of the detector, backbone and heads.
-        data: folder of images: IDX files; train and val folders, or one folder, with one folder of images a class;
-            a Hugging Face dataset saved to disk; WebDataset shards. Left out: 2,000 + 500 Fashion-MNIST images from
-            the package. For a detector: a folder in the layout of COCO or Pascal VOC.
-        image_size: side in pixels that images are brought to; for a detector, their shorter side.
-        train_sizes: for a detector, further shorter sides: every training image is brought to one of them or
+        model_options: arguments of the network, such as kernel_size or width; for the detector, backbone and heads.
+        data: folder of images: IDX files; train and val folders, or one folder, with one folder of images per class; a
+            Hugging Face dataset saved to disk; WebDataset shards. Default: 2,000 + 500 Fashion-MNIST images from the
+            package. For a detector: a folder in the layout of COCO or Pascal VOC.
+        image_size: side in pixels that images are resized to; for a detector, their shorter side.
+        train_sizes: for a detector, further shorter sides: every training image is resized to one of them or
             image_size, at random.
         crop_pct: share of an image's shorter side that the central crop for validation keeps.
         augment: none; shift (shifts and flips, for small images); imagenet (random resized crops and flips); flip (for
-            a detector, left to right, with the boxes).
-        auto_augment: with imagenet, a policy of timm, as rand-m9-mstd0.5.
-        mixup: alpha of mixup; 0 is none.
-        cutmix: alpha of CutMix; 0 is none.
-        workers: processes that load images, for each training process; 0 loads in the training one.
-        strict: refuse unreadable images instead of leaving them out with a warning.
+            a detector, left-right flips of images and boxes).
+        auto_augment: with imagenet, a policy of timm, such as rand-m9-mstd0.5.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of CutMix; 0 for none.
+        workers: worker processes that load images, per training process; 0 loads in the training process.
+        strict: reject unreadable images instead of skipping them with a warning.
         epochs: passes over the training images.
-        batch_size: images a step, over all processes together.
-        accumulate: parts that a batch is computed in, one after another, to save memory.
-        optimizer: of timm; sgd is Nesterov's momentum.
-        learning_rate: the highest; it rises linearly over the warm-up, then falls to 0 as a cosine.
-        base_batch_size: the batch that learning_rate and ema_decay are meant for; they are scaled to batch_size.
-            0 takes them as they are.
-        warmup_epochs: of the learning rate; at most half of the epochs are taken.
+        batch_size: images per step, over all processes together.
+        accumulate: number of parts that a batch is split into and computed one by one, to save memory.
+        optimizer: name in timm; sgd uses Nesterov momentum.
+        learning_rate: peak value; it rises linearly over the warm-up, then falls to 0 along a cosine.
+        base_batch_size: the batch size that learning_rate and ema_decay are given for; they are scaled to batch_size.
+            0 uses them unscaled.
+        warmup_epochs: of the learning rate; capped at half of the epochs.
         momentum: of optimizers that have one.
         weight_decay: on the weights of convolutions, projections and the classifier.
         label_smoothing: of the training loss.
-        clip_grad_norm: the largest norm of the gradient; 0 doesn't clip.
+        clip_grad_norm: maximum norm of the gradient; 0 for no clipping.
         embedding_learning_rate: factor on the learning rate of the attention's embeddings.
         embedding_weight_decay: on the embeddings.
-        ema_decay: of an exponential moving average of the weights, which is validated and kept; 0 is none.
-        precision: of the arithmetic.
-        compile: put the network through torch.compile.
+        ema_decay: of an exponential moving average of the weights, which is validated and saved; 0 for none.
+        precision: numeric precision.
+        compile: compile the network with torch.compile.
         channels_last: memory format of the images and weights.
-        accelerator: as Lightning's: auto, cpu, gpu.
-        devices: processes on this machine, as Lightning's; under torchrun and SLURM theirs count.
+        accelerator: as in Lightning: auto, cpu, gpu.
+        devices: processes on this machine, as in Lightning; torchrun and SLURM override it.
         num_nodes: machines; likewise.
-        strategy: ddp copies the network to every process, fsdp (PyTorch's fully_shard) splits it over them.
+        strategy: ddp copies the network to every process, fsdp (PyTorch's fully_shard) shards it over them.
         sync_batchnorm: normalise over the whole batch when there are several processes; on GPUs only.
         seed: of the parameters, the order and the augmentation.
-        checkpoint_steps: steps between checkpoints; there is one at the end of every epoch in any case.
-        validate: every_epoch, or last_epoch alone, which saves its time.
+        checkpoint_steps: steps between checkpoints; there is always one at the end of every epoch.
+        validate: every_epoch, or last_epoch only, to save time.
         log_steps: steps between lines of the log.
         tensorboard: write TensorBoard's event files too.
     """
@@ -122,11 +122,11 @@ class Recipe:
     tensorboard: bool = True
 
     def check(self) -> None:
-        """Check every value.
+        """Validate every value.
 
         Raises:
-            OptionError: one is of a wrong type, not finite, out of range or contradicts another; the message names it,
-                what was expected and what came.
+            OptionError: one has the wrong type, is not finite, out of range or contradicts another; the message names
+                it, what was expected and what was given.
         """
         for name in get_type_hints(Recipe):
             check_option(name, getattr(self, name))
@@ -156,7 +156,7 @@ class Recipe:
             raise OptionError("train_sizes, augment flip: expected with a detector, got them with a classifier")
 
     def _check_detector(self) -> None:
-        """What detection has no use for is refused."""
+        """Reject options that detection doesn't support."""
         if self.augment not in ("none", "flip"):
             raise OptionError(f"augment: expected none or flip for a detector, got {self.augment}")
         for name in ("mixup", "cutmix", "compile"):
@@ -167,7 +167,7 @@ class Recipe:
         require("sasa.detection", "detection")
 
     def _check_names(self) -> None:
-        """What only timm knows."""
+        """Validate what only timm knows."""
         from timm.optim import list_optimizers
 
         from ..models import MODELS
@@ -181,12 +181,12 @@ class Recipe:
 
     @property
     def scaled_learning_rate(self) -> float:
-        """The highest learning rate at this batch: proportional to it (Goyal et al., 2017, arXiv 1706.02677)."""
+        """The peak learning rate for this batch size: proportional to it (Goyal et al., 2017, arXiv 1706.02677)."""
         return self.learning_rate * (self.batch_size / self.base_batch_size if self.base_batch_size else 1)
 
     @property
     def scaled_ema_decay(self) -> float:
-        """The decay a step that forgets as many images as ``ema_decay`` does at the base batch (arXiv 2307.13813)."""
+        """The decay per step that averages over as many images as ``ema_decay`` at base batch (arXiv 2307.13813)."""
         return self.ema_decay ** (self.batch_size / self.base_batch_size if self.base_batch_size else 1)
 
     def as_dict(self) -> dict[str, Any]:
@@ -196,13 +196,13 @@ class Recipe:
 
 
 DETECTORS = ("retinanet",)
-"""Networks that find boxes."""
+"""Networks that predict boxes."""
 
 LARGEST = 2**31 - 1
-"""Of numbers that have no bound of their own below."""
+"""Bound of numbers that have none of their own below."""
 
 PROCESSES = max(64, 8 * (os.cpu_count() or 1))
-"""Processes of a kind that a run may start on a machine."""
+"""Maximum number of processes of a kind that a run may start on a machine."""
 
 RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, LARGEST),
@@ -227,7 +227,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 MOST_OPERATIONS = 16
-"""Of a policy on one image. Timm takes any number, and never ends with a large one."""
+"""Maximum for a policy on one image. Timm accepts any number, and never finishes with a large one."""
 
 _IN_WORDS = {
     int: "a whole number",
@@ -240,7 +240,7 @@ _IN_WORDS = {
     type(None): "null",
 }
 
-# What may differ when a run is resumed: how fast it is and what it reports, not what it computes.
+# Options that may differ when a run is resumed: they affect its speed and reports, not what it computes.
 FREE_TO_CHANGE = frozenset(
     [
         "data",
@@ -264,10 +264,10 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def check_option(name: str, value: Any) -> None:
-    """Check the value of one option by itself.
+    """Validate the value of one option on its own.
 
     Raises:
-        OptionError: it is of a wrong type, not finite or out of range.
+        OptionError: it has the wrong type, is not finite or out of range.
     """
     _check_type(name, value, get_type_hints(Recipe)[name])
     least, most = RANGES.get(name, (-math.inf, LARGEST))

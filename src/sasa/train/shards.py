@@ -1,8 +1,8 @@
 """WebDataset shards: tar files of images and labels, which are never unpacked.
 
-In them are ``KEY.jpg`` (or another image) and ``KEY.cls``, the label as a number; as in WebDataset, a key ends at the
-first dot of the file's name, and the files of a sample follow each other. One pass over the headers finds where the
-images are; after that they are read from there in any order, as files in folders are.
+They contain ``KEY.jpg`` (or another image) and ``KEY.cls``, the label as a number; as in WebDataset, a key ends at the
+first dot of the file name, and the files of a sample are adjacent. One pass over the headers locates the images; after
+that they are read in any order, like files in folders.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .walk import VALIDATION_NAMES, skipped
 IMAGE_KEYS = tuple(extension.lstrip(".") for extension in IMG_EXTENSIONS)
 LABEL_KEY = "cls"
 MOST_CLASSES = 100_000
-"""Without names: a label beyond is a mistake, as a date or a key."""
+"""Limit without names: a label beyond it is a mistake, such as a date or a key."""
 
 
 class Sample(NamedTuple):
-    """Where an image is in its shard: ``size`` bytes from ``offset`` on."""
+    """Location of an image in its shard: ``size`` bytes from ``offset``."""
 
     name: str
     offset: int
@@ -45,7 +45,7 @@ class ShardImages:
     Attributes:
         shards: tar files.
         names: keys of the images.
-        places: (N, 4) numbers: of its shard, of its first byte there, its size, its class.
+        places: (N, 4) numbers: index of the shard, offset in it, size, class.
         skipped: files in shards, and shards or ends of shards, that are not read.
     """
 
@@ -78,14 +78,14 @@ class ShardImages:
 
 
 def find_samples(shard: Path, left_out: list[str]) -> Iterator[Sample]:
-    """The labelled images of a shard, up to where it is broken.
+    """The labelled images of a shard, up to the point where it is damaged.
 
     Args:
         shard: tar file.
-        left_out: is given the names of images that belong to no sample, and at last why the shard is broken, if it is.
+        left_out: collects the names of images that belong to no sample, and finally why the shard is damaged, if it is.
     """
     try:
-        if not stat.S_ISREG(shard.stat().st_mode):  # to open a named pipe would wait for ever
+        if not stat.S_ISREG(shard.stat().st_mode):  # opening a named pipe would block
             raise tarfile.ReadError("it is not a regular file")
         with shard.open("rb") as stream:
             if stream.read(2) == b"\x1f\x8b":
@@ -99,7 +99,7 @@ def find_samples(shard: Path, left_out: list[str]) -> Iterator[Sample]:
 def _find_samples(stream: Any, left_out: list[str]) -> Iterator[Sample]:
     end, key, repeated = 0, "", False
     keys: set[str] = set()
-    found: dict[str, Any] = {}  # of the sample: the member of each extension, the content of the label
+    found: dict[str, Any] = {}  # the sample's member for each extension, and the label's content
     others: list[str] = []
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
@@ -132,7 +132,7 @@ def _find_samples(stream: Any, left_out: list[str]) -> Iterator[Sample]:
 
 
 def _whole(key: str, found: dict[str, Any], others: list[str], left_out: list[str]) -> Iterator[Sample]:
-    """The sample of the files ``found``, if they are an image and its label; ``others`` are more images."""
+    """The sample made of the files ``found``, if they are an image and its label; ``others`` are further images."""
     image = next((found[extension] for extension in found if extension != LABEL_KEY), None)
     if image is None:
         left_out += others or [f"{key}.{extension}" for extension in found]
@@ -160,12 +160,12 @@ def is_sharded(folder: Path) -> bool:
 def open_shards(folder: Path, strict: bool = False) -> tuple[ShardImages, ShardImages, list[str]]:
     """Training and validation shards of a folder, and the classes.
 
-    ``train*.tar`` and ``val*.tar``, or folders ``train`` and ``val`` of tar files. Names of classes are the lines of
+    ``train*.tar`` and ``val*.tar``, or folders ``train`` and ``val`` of tar files. The class names are the lines of
     ``classes.txt``, if there is one.
 
     Raises:
-        DataError: no validation shards, none with images, labels beyond the classes, or in strict mode anything in a
-            shard that can't be read.
+        DataError: there are no validation shards, none contains images, labels exceed the classes, or, in strict mode,
+            something in a shard can't be read.
     """
     parts = []
     for names in (("train",), VALIDATION_NAMES):
@@ -191,7 +191,7 @@ def open_shards(folder: Path, strict: bool = False) -> tuple[ShardImages, ShardI
 
 
 def _shards(folder: Path, part: str) -> list[Path]:
-    """The part's shards in order of name."""
+    """The part's shards, sorted by name."""
     found = sorted((folder / part).glob("*.tar")) or sorted(folder.glob(f"{part}*.tar"))
     return [path for path in found if not skipped(path.name)]
 

@@ -1,4 +1,4 @@
-"""Where images come from: the package, IDX files, folders of images, Hugging Face datasets, WebDataset shards."""
+"""Sources of images: the package, IDX files, folders of images, Hugging Face datasets, WebDataset shards."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from .shards import is_sharded, open_shards
 from .walk import VALIDATION_NAMES, subfolders, walk
 
 CHECKED_BEFOREHAND = 10_000
-"""Folders of more images than this are not read through before training: a bad image is found when its turn comes."""
+"""Folders with more images than this are not fully read before training: a bad image is found when it is reached."""
 
 
 class Images(Protocol):
-    """Labelled images, taken one by one."""
+    """Labelled images, accessed one by one."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of images."""
         ...
 
     def read(self, index: int) -> Any:
-        """The image, as PIL's or as bytes (C, H, W); raises :class:`UnreadableImage`."""
+        """The image, as a PIL image or bytes (C, H, W); raises :class:`UnreadableImage`."""
         ...
 
     def label(self, index: int) -> int:
@@ -49,7 +49,7 @@ class Images(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """What to call it in messages: its file, if it has one."""
+        """Its name in messages: its file, if it has one."""
         ...
 
 
@@ -77,7 +77,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorImages:
-    """Images in memory: (N, 1, H, W) bytes with N labels, called ``part`` and their number."""
+    """Images in memory: (N, 1, H, W) bytes with N labels, named by ``part`` and their number."""
 
     images: Tensor
     labels: Tensor
@@ -113,7 +113,7 @@ class FileImages:
         return read_image(self.samples[index][0])
 
     def label(self, index: int) -> int:
-        """The place of its folder among the classes."""
+        """The index of its folder among the classes."""
         return self.samples[index][1]
 
     def name(self, index: int) -> str:
@@ -126,12 +126,13 @@ def open_source(folder: Path | None, strict: bool = False) -> Source:
 
     Args:
         folder: holds ``train-images-idx3-ubyte`` and its three companions (plain or .gz); or a Hugging Face dataset
-            saved to disk; or WebDataset shards; or ``train`` and ``val``, each with one folder of images a class; or
-            one folder of images a class, of which every fifth image is kept for validation.
-        strict: refuse unreadable images instead of skipping them with a warning.
+            saved to disk; or WebDataset shards; or ``train`` and ``val``, each with one folder of images per class; or
+            one folder of images per class, of which every fifth image is held out for validation.
+        strict: reject unreadable images instead of skipping them with a warning.
 
     Raises:
-        DataError: nothing usable there, an unreadable image in strict mode, or classes of train and val that differ.
+        DataError: there is nothing usable, an image is unreadable in strict mode, or the classes of train and val
+            differ.
     """
     if folder is None:
         return _packaged()
@@ -170,7 +171,7 @@ def _packaged() -> Source:
 def _in_memory(train: TensorImages, val: TensorImages, classes: list[str]) -> Source:
     pixels = train.images.float() / 255
     mean, std = pixels.mean().item(), pixels.std().item()
-    if not std > 0:  # to divide by 0 makes NaN
+    if not std > 0:  # dividing by 0 gives NaN
         raise DataError("data: expected training images that are not all of one grey")
     return Source(train, val, classes, 1, (mean,), (std,))
 
@@ -224,14 +225,14 @@ def _one_folder(folder: Path, strict: bool) -> Source:
     lonely = [name for name, found in zip(classes, by_class, strict=True) if len(found) < 2]
     if lonely:
         raise DataError(f"data: expected two images or more a class, to train and to validate; one in {lonely}")
-    # Every fifth image of a class, and at least one; files are in order of name, so the split is always the same.
+    # Every fifth image of a class, and at least one; files are sorted by name, so the split is always the same.
     train = [sample for found in by_class for place, sample in enumerate(found) if place % 5 != 1]
     val = [sample for found in by_class for sample in found[1::5]]
     return Source(FileImages(train), FileImages(val), classes, skipped=skipped)
 
 
 def _image_folder(folder: Path, strict: bool) -> tuple[list[tuple[str, int]], list[str], int]:
-    """The readable images below ``folder``, one folder a class, the classes, and how many were not readable."""
+    """The readable images below ``folder``, one folder per class, the classes, and the number of unreadable images."""
     classes = subfolders(folder)
     if not classes:
         raise DataError(f"data: expected one folder of images a class in {folder}, found no folders")

@@ -1,4 +1,4 @@
-"""What the engine has to know of a task: its images, what is trained on them, and what comes out."""
+"""The engine's interface to a task: its images, the module trained on them, and the results."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .transforms import Transform, fit_transform, normalise
 
 
 class Classification:
-    """Images into classes. Other tasks derive from it what they share.
+    """Image classification. Other tasks inherit what they share with it.
 
     Attributes:
         data: batches of the images, a Lightning data module.
-        result: what a run comes to.
-        curve: the column of ``metrics.csv`` that is drawn, and what to call it.
+        result: the class of a run's result.
+        curve: the column of ``metrics.csv`` that is plotted, and its label.
     """
 
     data: type[ImageData] = ImageData
@@ -38,22 +38,22 @@ class Classification:
         return open_source(folder, strict)
 
     def build(self, facts: dict[str, Any]) -> nn.Module:
-        """The network of a run's :meth:`facts`, with fresh parameters."""
+        """The network described by a run's :meth:`facts`, with fresh parameters."""
         return create_model(facts["model"], len(facts["classes"]), facts["in_chans"], **facts["model_options"])
 
     def facts(self, recipe: Recipe, source: Source) -> dict[str, Any]:
-        """What is needed to use a trained network."""
+        """The metadata needed to use a trained network."""
         facts = {"model": recipe.model, "model_options": recipe.model_options, "classes": source.classes}
         facts |= {"in_chans": source.channels, "image_size": recipe.image_size, "crop_pct": recipe.crop_pct}
         return facts | {"mean": source.mean, "std": source.std}
 
     def module(self, network: nn.Module, source: Source, recipe: Recipe, steps: int) -> Trained:
-        """What Lightning trains and validates."""
+        """The module that Lightning trains and validates."""
         build = ShardedClassifier if recipe.strategy == "fsdp" else Classifier
         return build(network, len(source.classes), recipe, steps)
 
     def figures(self, metrics: dict[str, float]) -> dict[str, float]:
-        """What was measured on validation images, as results have it."""
+        """The measurements on validation images, as stored in results."""
         return {name.removeprefix("val_") if "top" in name else name: metrics[name] for name in METRICS}
 
     def prediction(
@@ -65,10 +65,10 @@ class Classification:
         pictures: Path | None,
         threshold: float,
     ) -> tuple[Rows, Any, Transform, tuple[int, int, int]]:
-        """The table of ``sasa predict``, what makes its rows, what brings an image to the network, and its shape.
+        """The table of ``sasa predict``, the module producing its rows, the image transform, and its output shape.
 
         Raises:
-            OptionError: pictures are asked for.
+            OptionError: pictures are requested.
         """
         if pictures is not None:
             raise OptionError(f"pictures: expected it with a detector, got it with {facts['model']}")
@@ -89,7 +89,7 @@ def build_network(recipe: Recipe, source: Any) -> nn.Module:
     """The network that a recipe names, for the classes of a source.
 
     Raises:
-        OptionError: options that the network refuses.
+        OptionError: the network rejects its options.
     """
     task = task_of(recipe.model)
     try:
@@ -101,7 +101,7 @@ def build_network(recipe: Recipe, source: Any) -> nn.Module:
 
 
 def task_of(model: str) -> Classification:
-    """What a network of that name is for."""
+    """The task for a network of that name."""
     if model in DETECTORS:
         return require("sasa.detection.task", "detection").Detection()
     return Classification()

@@ -1,4 +1,4 @@
-"""From an image to the network's input: bytes of one size, then, a batch at a time, normalised floats."""
+"""From an image to the network's input: bytes of a fixed size, then, a batch at a time, normalised floats."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Transform = Callable[[Any], Tensor]
 
 
 LONGEST = 50
-"""Times its shorter side that an image may be long; the ends of longer ones, which no crop shows, are cut off first."""
+"""Maximum aspect ratio of an image; the ends of longer ones, which no crop would include, are cut off first."""
 
 
 def fit_transform(image_size: int, crop_pct: float = 1.0) -> Transform:
-    """The whole image, resized and its middle cut out: (C, image_size, image_size) bytes."""
+    """The whole image, resized and centre-cropped: (C, image_size, image_size) bytes."""
     resize = v2.Resize(round(image_size / crop_pct), interpolation=InterpolationMode.BILINEAR, antialias=True)
     return v2.Compose([_shortened, v2.ToImage(), resize, v2.CenterCrop(image_size), v2.ToPureTensor()])
 
 
 def _shortened(image: Any) -> Any:
-    """Without the ends of a line of pixels: resized by its shorter side, it would fill the memory."""
+    """Crop the ends of a very elongated image: resized by its shorter side, it would exhaust memory."""
     size = v2.functional.get_size(image)
     most = LONGEST * min(size)
     return image if max(size) <= most else v2.functional.center_crop(image, [min(side, most) for side in size])
@@ -37,12 +37,12 @@ def shift_transform(image_size: int) -> Transform:
 
 
 class ImageNetTransform:
-    """Timm's random resized crop and flip, with a policy of augmentation if named; else colours are left alone."""
+    """Timm's random resized crop and flip, with an augmentation policy if given; otherwise colours are unchanged."""
 
     def __init__(self, image_size: int, auto_augment: str | None, mean: tuple[float, ...]) -> None:
         jitter = 0.4 if auto_augment else 0.0
         options = {"auto_augment": auto_augment, "color_jitter": jitter, "mean": mean}
-        self.crop: Any = create_transform(image_size, True, use_prefetcher=True, **options)  # that is: to bytes
+        self.crop: Any = create_transform(image_size, True, use_prefetcher=True, **options)  # i.e. to bytes
 
     def __call__(self, image: Image.Image) -> Tensor:
         """(3, image_size, image_size) bytes."""

@@ -1,7 +1,8 @@
 """Images below a folder, the same ones for training and prediction.
 
-Hidden files and folders are skipped, and those that systems and programs leave among images. Links are followed, but
-every real folder is read once, under the first of its paths in order of name: so a link to a parent ends there.
+Hidden files and folders are skipped, and so are those that operating systems and programs leave among images. Links are
+followed, but every real folder is read once, under the first of its paths by name, so a link to a parent causes no
+loop.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ NOT_IMAGES = {
 
 
 def skipped(name: str) -> bool:
-    """Whether a file or folder of this name is looked at by nothing here."""
+    """Whether a file or folder of this name is always skipped."""
     return name.startswith(".") or name in NOT_IMAGES
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Images as paths relative to ``folder``, in order of the whole path, one folder at a time in memory.
+    """Images as paths relative to ``folder``, sorted by the whole path, with one folder at a time in memory.
 
     Raises:
-        DataError: a folder that can't be read.
+        DataError: a folder can't be read.
     """
     seen: set[tuple[int, int]] = set()
     waiting = [""]  # folders, which end with a slash, and images: the last is the next in order
@@ -52,14 +53,14 @@ def walk(folder: Path) -> Iterator[str]:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in ``folder`` that :func:`walk` reads, in order; links to it or its parents are none."""
+    """Names of the folders in ``folder`` that :func:`walk` reads, in order; links to it or its parents are excluded."""
     parents = {folder.resolve(), *folder.resolve().parents}
     _, found = _listed(folder)
     return sorted(name[:-1] for name in found if name[-1] == "/" and (folder / name).resolve() not in parents)
 
 
 def _listed(folder: Path) -> tuple[tuple[int, int], list[str]]:
-    """Which folder it is, whatever its path; the images in it, and its folders with a slash at the end."""
+    """The folder's identity, whatever its path; its images, and its subfolders with a trailing slash."""
     try:
         status = folder.stat()
         with os.scandir(folder) as entries:

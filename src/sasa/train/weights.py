@@ -1,4 +1,4 @@
-"""Trained weights as safetensors, with the facts needed to use them, and back."""
+"""Saving and loading of trained weights as safetensors, with the metadata needed to use them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..models.pretrained import find_weights
 from .recipe import DETECTORS
 
 LARGEST = 10_000
-"""Side in pixels of images that a weights file may ask for."""
+"""Maximum image side in pixels that a weights file may request."""
 
 
 def save_weights(network: nn.Module, path: Path, facts: dict[str, Any]) -> None:
@@ -32,16 +32,16 @@ def load_model(path: Path | str, *, detectors: bool = False) -> tuple[nn.Module,
 
     Args:
         path: the file, or the name of weights that ship with the package: clothing, fashion_mnist.
-        detectors: whether a detector is taken too.
+        detectors: whether a detector is accepted too.
 
     Returns:
         The network, and a dict of ``model``, ``model_options``, ``classes``, ``in_chans``, ``image_size``,
-        ``crop_pct``, ``mean`` and ``std``; of a detector, ``category_ids`` and ``train_sizes`` too.
+        ``crop_pct``, ``mean`` and ``std``; for a detector, ``category_ids`` and ``train_sizes`` too.
 
     Raises:
-        ValueError: not a safetensors file that ``sasa train`` wrote, facts of the wrong type, weights that don't fit
-            the network, or NaN or infinity in them.
-        FileNotFoundError: no such file.
+        ValueError: the file is not a safetensors file written by ``sasa train``, its facts have the wrong type, or its
+            weights don't fit the network or contain NaN or infinity.
+        FileNotFoundError: there is no such file.
     """
     path = find_weights(path)
     try:
@@ -63,14 +63,14 @@ def load_model(path: Path | str, *, detectors: bool = False) -> tuple[nn.Module,
 
 def _build(facts: dict[str, Any]) -> nn.Module:
     if facts["model"] in DETECTORS:
-        from .task import task_of  # which imports Lightning
+        from .task import task_of  # imports Lightning
 
         return task_of(facts["model"]).build(facts)
     return create_model(facts["model"], len(facts["classes"]), facts["in_chans"], **facts["model_options"])
 
 
 def _check_facts(facts: dict[str, Any]) -> None:
-    """Raise ValueError unless every fact is there and of a type and range that can be meant."""
+    """Raise ValueError unless every fact is present and has a plausible type and range."""
     facts.setdefault("model_options", {})
     facts.setdefault("crop_pct", 1.0)
 

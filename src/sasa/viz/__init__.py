@@ -1,4 +1,4 @@
-"""Pictures: what attention sees, and how training went. Needs the extra ``viz``."""
+"""Figures of what attention sees and of how training went. Needs the extra ``viz``."""
 
 from .._extras import require
 

@@ -1,4 +1,4 @@
-"""What a pixel attends to: one heat map a head, over the image, for any layer of a network."""
+"""What a pixel attends to: one heat map per head, over the image, for any layer of a network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .looking import Seen, cell, look
 from .payload import as_bytes
 
-_MARGIN = 0.2  # of the image's side, that is drawn of windows which reach beyond it
+_MARGIN = 0.2  # of the image's side, drawn beyond it for windows that reach that far
 
 
 def plot_attention(
@@ -26,20 +26,22 @@ def plot_attention(
     layers: Sequence[str] | None = None,
     title: str = "",
 ) -> Figure:
-    """Draw what one pixel attends to: the image with the pixel and its window, then one heat map a head.
+    """Draw what one pixel attends to: the image with the pixel and its window, then one heat map per head.
 
-    All panels have the image at one scale. Of windows that reach over its border, a fifth of the image's side is drawn.
+    All panels show the image at the same scale. Windows that reach beyond its border are drawn up to a fifth of its
+    side.
 
     Args:
         network: with attention layers.
-        image: (C, H, W) as the network takes it.
-        pixel: (row, column) in the image. Layers on smaller maps show the place of the map that the pixel falls in.
-        picture: (C, H, W) to draw in place of ``image``, say before normalisation.
-        layers: names as :func:`look` gives them; all of them by default.
-        title: over the figure.
+        image: (C, H, W) as the network expects it.
+        pixel: (row, column) in the image. Layers on smaller maps show the position of the map that contains the pixel.
+        picture: (C, H, W) to draw instead of ``image``, e.g. the image before normalisation.
+        layers: names as returned by :func:`look`; all of them by default.
+        title: of the figure.
 
     Raises:
-        ValueError: no attention layer, an unknown layer, an image of another rank, or a pixel outside of it.
+        ValueError: there is no attention layer, a layer is unknown, the image has the wrong rank, or the pixel lies
+            outside it.
     """
     seen, size = chosen(network, image, layers)
     if not (0 <= pixel[0] < size[0] and 0 <= pixel[1] < size[1]):
@@ -47,7 +49,7 @@ def plot_attention(
     background = as_bytes(image if picture is None else picture).permute(1, 2, 0).numpy()
     background = background if background.shape[2] == 3 else background[:, :, 0]
     views = [View(one, pixel, size) for one in seen]
-    # As many columns as the layer with the fewest heads has, so that no panel stays empty; others take several rows.
+    # As many columns as the layer with the fewest heads needs, so that no panel stays empty; others take several rows.
     columns = max(4, min(min(len(view.weights) for view in views), 8))
     lines = [math.ceil(len(view.weights) / columns) for view in views]
     figure = Figure(figsize=(1.6 * (columns + 1) + 0.9, 1.66 * sum(lines) + 0.6), layout="compressed")
@@ -72,10 +74,10 @@ def plot_attention(
 
 
 def chosen(network: nn.Module, image: Tensor, layers: Sequence[str] | None) -> tuple[list[Seen], tuple[int, int]]:
-    """What the layers of those names see, all of them for None, and the image's size.
+    """What the named layers see (all layers for None), and the image's size.
 
     Raises:
-        ValueError: as :func:`look`; or an unknown layer.
+        ValueError: as :func:`look`; or a layer is unknown.
     """
     seen, _ = look(network, image)
     known = {one.name: one for one in seen}

@@ -1,4 +1,4 @@
-"""How training went: loss and accuracy over the epochs, from the logs that training wrote."""
+"""Training curves: loss and accuracy over the epochs, from the logs of training runs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def plot_curves(
     column: str = "val_top1",
     label: str = "validation top-1 accuracy",
 ) -> Figure:
-    """Training loss and a figure of the validation images of several runs, side by side.
+    """Training loss and a validation metric of several runs, side by side.
 
     Args:
         logs: ``metrics.csv`` of each run, by the name to show.
-        title: over the figure.
-        column: of the logs: a share of 1.
-        label: what to call it.
+        title: of the figure.
+        column: of the logs: a share from 0 to 1.
+        label: of that column.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)

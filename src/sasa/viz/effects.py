@@ -14,19 +14,19 @@ from .looking import Layer
 
 
 def predict(network: nn.Module, image: Tensor, *, position: bool = True, temperature: float = 1.0) -> Tensor | None:
-    """The network's class probabilities, its attention changed in every layer at once; the network stays as it is.
+    """The network's class probabilities with attention changed in every layer at once; the network is left unchanged.
 
     Args:
         network: run in evaluation mode without gradients.
-        image: as the network takes it, (C, H, W).
-        position: whether relative position takes part; False sets every row and column embedding to 0.
+        image: as the network expects it, (C, H, W).
+        position: whether relative position is used; False sets every row and column embedding to 0.
         temperature: the logits of attention are divided by it: below 1 sharper, above 1 more even.
 
     Returns:
-        (classes,), or None where the output is not (1, classes).
+        (classes,), or None if the output is not (1, classes).
 
     Raises:
-        ValueError: a temperature that is no positive number, or a layer whose projection is not its own convolution.
+        ValueError: the temperature is not a positive number, or a layer's projection is not its own convolution.
     """
     if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
         raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
@@ -41,7 +41,7 @@ def predict(network: nn.Module, image: Tensor, *, position: bool = True, tempera
 
 
 def probabilities(output: Any) -> Tensor | None:
-    """(classes,) of a classifier's output of logits for one image; None of any other output, or NaN in it."""
+    """(classes,) from a classifier's logits for one image; None for any other output, or if it contains NaN."""
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != 1 or not output.isfinite().all():
         return None
     return output[0].detach().float().cpu().softmax(0)
@@ -62,7 +62,7 @@ def cover(image: Tensor, top: int, left: int, bottom: int, right: int) -> Tensor
 
 
 def _changed(network: nn.Module, position: bool, temperature: float) -> dict[str, Tensor]:
-    """Parameters to run the network with, by name: where something is to change."""
+    """Parameters to run the network with, by name: those that change."""
     changed: dict[str, Tensor] = {}
     for name, layer in network.named_modules():
         if not isinstance(layer, Layer):
@@ -74,7 +74,7 @@ def _changed(network: nn.Module, position: bool, temperature: float) -> dict[str
                 if embedding is not None:
                     changed[prefix + half] = torch.zeros_like(embedding)
         if temperature != 1:
-            # Logits are linear in the queries, whose projection is divided.
+            # Logits are linear in the queries, so their projection is divided.
             plain = isinstance(layer, RelativeSelfAttention)
             projection, queries = ("qkv", slice(layer.out_channels)) if plain else ("query", slice(None))
             convolution = getattr(layer, projection)

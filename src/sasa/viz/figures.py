@@ -44,8 +44,8 @@ def plot_position(network: nn.Module, image: Tensor, *, layers: Sequence[str] | 
 
     Args:
         network: with attention layers.
-        image: (C, H, W) as the network takes it; its queries are what meets r.
-        layers: names as :func:`look` gives them; all of them by default.
+        image: (C, H, W) as the network expects it; r is multiplied by its queries.
+        layers: names as returned by :func:`look`; all of them by default.
 
     Raises:
         ValueError: as :func:`plot_attention`.
@@ -70,12 +70,12 @@ def plot_position(network: nn.Module, image: Tensor, *, layers: Sequence[str] | 
 
 
 def plot_distances(network: nn.Module, image: Tensor, *, layers: Sequence[str] | None = None) -> Figure:
-    """Draw how far each head looks, in pixels of the image, and how evenly, by layer: a dot a head, a line their mean.
+    """Draw how far each head looks, in pixels of the image, and how evenly, by layer: a dot per head, a mean line.
 
     Args:
         network: with attention layers.
-        image: (C, H, W) as the network takes it.
-        layers: names as :func:`look` gives them; all of them by default.
+        image: (C, H, W) as the network expects it.
+        layers: names as returned by :func:`look`; all of them by default.
 
     Raises:
         ValueError: as :func:`plot_attention`.
@@ -104,20 +104,20 @@ def plot_distances(network: nn.Module, image: Tensor, *, layers: Sequence[str] |
 def receptive_field(network: nn.Module, images: Tensor, layer: str, pixel: tuple[int, int] | None = None) -> Tensor:
     """How much each pixel of the image matters to one pixel of a layer's output.
 
-    The absolute gradient of the sum of the output's channels, summed over the image's channels, mean over the images,
-    divided by its largest. Source: Luo et al. 2016 (arXiv 1701.04128), section 3.
+    The absolute gradient of the sum of the output's channels, summed over the image's channels, averaged over the
+    images, and divided by its maximum. Source: Luo et al. 2016 (arXiv 1701.04128), section 3.
 
     Args:
-        network: run in evaluation mode; no gradient is left in it.
-        images: (B, C, H, W) as the network takes them.
+        network: run in evaluation mode; no gradients are stored in it.
+        images: (B, C, H, W) as the network expects them.
         layer: name of any module whose output is a map, (B, C, h, w).
-        pixel: (row, column) of that map; the middle by default.
+        pixel: (row, column) of that map; the centre by default.
 
     Returns:
         (H, W) from 0 to 1.
 
     Raises:
-        ValueError: an unknown layer, or a pixel outside of its map.
+        ValueError: the layer is unknown, or the pixel lies outside its map.
     """
     modules = dict(network.named_modules())
     if layer not in modules:
@@ -149,10 +149,10 @@ def receptive_field(network: nn.Module, images: Tensor, layer: str, pixel: tuple
 def plot_receptive_field(
     network: nn.Module, images: Tensor, layers: Sequence[str], pixel: tuple[int, int] | None = None
 ) -> Figure:
-    """Draw :func:`receptive_field` of several layers, its square root for the eye, beside the first image.
+    """Draw :func:`receptive_field` of several layers, as its square root for visibility, next to the first image.
 
     Raises:
-        ValueError: as :func:`receptive_field`; or no layer.
+        ValueError: as :func:`receptive_field`; or there is no layer.
     """
     if not layers:
         raise ValueError("layers: expected at least one name, got none")

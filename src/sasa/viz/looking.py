@@ -1,4 +1,4 @@
-"""What the attention layers of a network see in an image: queries, keys and positions, and all that follows from them.
+"""What the attention layers of a network see in an image: queries, keys and positions, and all that follows.
 
 For a query at pixel p, a head and the taps t of its window, the logit is the sum of two parts::
 
@@ -35,7 +35,7 @@ def attention_layers(network: nn.Module) -> dict[str, RelativeSelfAttention]:
 
 
 def stems(network: nn.Module) -> list[str]:
-    """Names of the attention stems, whose blocks of pixels are no windows: :func:`look` leaves them out."""
+    """Names of the attention stems, whose blocks of pixels are not windows: :func:`look` omits them."""
     return [name for name, module in network.named_modules() if isinstance(module, AttentionStem)]
 
 
@@ -44,10 +44,10 @@ def layer_weights(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
     Args:
         network: any network with attention layers; run in evaluation mode without gradients.
-        images: a batch as the network takes it, (B, C, H, W).
+        images: a batch as the network expects it, (B, C, H, W).
 
     Returns:
-        For each layer (B, N, kh·kw, H', W'), summing to 1 over the taps, which go row by row.
+        For each layer (B, N, kh·kw, H', W'), summing to 1 over the taps, which are ordered row by row.
 
     Raises:
         ValueError: the network has no attention layer.
@@ -102,7 +102,7 @@ class Seen:
         return self._logits(self.key, self.row, self.col, self.table).softmax(1)
 
     def _logits(self, key: Tensor, row: Tensor | None, col: Tensor | None, table: Tensor | None) -> Tensor:
-        # The equation samples the queries itself: it is given them where the centres are.
+        # The equation samples the queries itself, so they are placed at the windows' centres.
         rows, cols = self.window.rows, self.window.cols
         query = key.new_zeros(*self.query.shape[:2], *key.shape[2:])
         query[..., rows.centres, cols.centres] = self.query
@@ -134,10 +134,10 @@ class Seen:
 
 
 def cell(size: int, places: int) -> float:
-    """Pixels along an axis of ``size`` that one place of a map covers, which has ``places``.
+    """Pixels along an axis of ``size`` that one of the ``places`` of a map covers.
 
-    Networks halve their maps, and round up: of 27 pixels there are 14 places of 2, the last of which is half padding.
-    Where no whole number of pixels gives as many places, they are spread evenly.
+    Networks halve their maps and round up: 27 pixels become 14 places of 2, the last of which is half padding. If no
+    whole number of pixels gives that many places, they are evenly spaced.
     """
     whole = -(-size // places)
     if -(-size // whole) != places:
@@ -147,24 +147,25 @@ def cell(size: int, places: int) -> float:
 
 
 def entropy(weights: Tensor, dim: int) -> Tensor:
-    """Entropy in bits over the taps: 0 where all the weight is on one, log2(K) where it is even over K."""
+    """Entropy in bits over the taps: 0 if all the weight is on one, log2(K) if it is uniform over K."""
     return torch.special.entr(weights).sum(dim) / torch.log(torch.tensor(2.0))
 
 
 def look(network: nn.Module, image: Tensor) -> tuple[list[Seen], Any]:
-    """Run the network on one image and keep what its attention layers see.
+    """Run the network on one image and record what its attention layers see.
 
     Args:
         network: with at least one :class:`sasa.RelativeSelfAttention` or :class:`sasa.AttentionConv2d`; run in
-            evaluation mode without gradients, and left as it was. Of a layer that runs more than once, the first is
-            kept.
-        image: as the network takes it, (C, H, W).
+            evaluation mode without gradients, and left unchanged. For a layer that runs more than once, the first run
+            is recorded.
+        image: as the network expects it, (C, H, W).
 
     Returns:
         What each layer saw, in the order in which they ran, on the CPU in float32; and the network's output.
 
     Raises:
-        ValueError: an image of another rank, no attention layer, none that ran, or NaN or infinity in what it saw.
+        ValueError: the image has the wrong rank, there is no attention layer, none ran, or what one saw has NaN or
+            infinity.
     """
     if image.dim() != 3:
         raise ValueError(f"image: expected shape (channels, height, width), got {tuple(image.shape)}")

@@ -1,4 +1,4 @@
-"""The drawing of the module: what one pixel and one head of a layer compute, from the tensors themselves."""
+"""The figure of the module: what one pixel and one head of a layer compute, from the actual tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIGNED, WEIGHT = "PuOr", "viridis"
 
 
 class Tensors(NamedTuple):
-    """One head at one pixel: K = kh·kw taps, row by row; D channels a head.
+    """One head at one pixel: K = kh·kw taps, row by row; D channels per head.
 
     Attributes:
         view: where the window lies on the image.
@@ -33,7 +33,7 @@ class Tensors(NamedTuple):
         content: q·k, (kh, kw).
         position: q·r, (kh, kw).
         weights: softmax of their sum, (kh, kw).
-        output: y, (D,): the values' sum by weight.
+        output: y, (D,): the weighted sum of the values.
     """
 
     view: View
@@ -51,7 +51,7 @@ def module_tensors(network: nn.Module, image: Tensor, layer: str, pixel: tuple[i
     """What a head of a layer computes at the query nearest to a pixel of the image.
 
     Raises:
-        ValueError: as :func:`plot_attention`; no such head; or a layer without relative position.
+        ValueError: as :func:`plot_attention`; or there is no such head, or the layer has no relative position.
     """
     layers = attention_layers(network)
     if layer not in layers:
@@ -103,11 +103,11 @@ def plot_module(
 
     Args:
         network: with the layer.
-        image: (C, H, W) as the network takes it.
+        image: (C, H, W) as the network expects it.
         layer: name of a :class:`sasa.RelativeSelfAttention` with relative position.
         pixel: (row, column) in the image.
         head: from 0.
-        picture: (C, H, W) to draw in place of ``image``.
+        picture: (C, H, W) to draw instead of ``image``.
 
     Raises:
         ValueError: as :func:`module_tensors`.
@@ -134,7 +134,7 @@ def plot_module(
         sheet.text(*middle, text, ha="center", va="bottom", fontsize=10)
 
     channels = len(found.query)
-    strip = 0.13 * channels if channels <= 12 else 1.5  # width of what has a column a channel
+    strip = 0.13 * channels if channels <= 12 else 1.5  # width of panels with a column per channel
     _draw_input(
         panel(0.2, 1.55, 2.1, 2.1, "x", f"{layer}, query of pixel {pixel[0]}, {pixel[1]}"), image, picture, found
     )
@@ -190,7 +190,7 @@ def _draw_signed(axes: Axes, values: Tensor) -> None:
 
 
 def _draw_numbers(axes: Axes, values: Tensor, colours: str, low: float, high: float | None) -> None:
-    """A map of the window, with its numbers where they have room."""
+    """A map of the window, with its numbers if there is room."""
     drawn = axes.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high, interpolation="nearest")
     if max(values.shape) > 7:
         return

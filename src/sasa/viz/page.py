@@ -1,4 +1,4 @@
-"""The page on which one points at a pixel: one file of HTML that holds everything and reaches no network."""
+"""The interactive page for pointing at a pixel: one self-contained HTML file that makes no network requests."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .looking import stems
 from .payload import image_payload
 
 MOST_BYTES = 15_000_000
-"""Of a page that is saved: more images than fit are left out."""
+"""Maximum size of a saved page: images that don't fit are left out."""
 
 FRAME = ("explore.css", "explore.html")
 SCRIPTS = ("attention.js", "drawing.js", "prediction.js", "explore.js")
-"""Joined to one module."""
+"""Scripts, concatenated into one module."""
 
 MOST_UPLOAD = 16_000_000
-"""Bytes of an image that a server takes."""
+"""Maximum bytes of an image that a server accepts."""
 
 
 def render(images: Sequence[dict[str, Any]], *, network: str, note: str = "", server: bool = False) -> str:
-    """The page as HTML, whose policy lets it run its own script and reach nothing (browser drivers need ``eval``).
+    """The page as HTML, whose policy allows only its own script and no connections (browser drivers need ``eval``).
 
     Args:
-        images: from :func:`sasa.viz.payload.image_payload`; of those that the server is to be asked for, ``name`` and
-            ``picture`` alone.
+        images: from :func:`sasa.viz.payload.image_payload`; for those fetched from the server, only ``name`` and
+            ``picture``.
         network: its name.
-        note: a sentence to begin with.
-        server: whether there is one, to take images and to predict with changes.
+        note: an introductory sentence.
+        server: whether there is one, to accept images and predict with changes.
     """
     folder = resources.files("sasa.viz") / "page"
     style, template, *scripts = ((folder / name).read_text(encoding="utf-8") for name in (*FRAME, *SCRIPTS))
@@ -47,7 +47,7 @@ def render(images: Sequence[dict[str, Any]], *, network: str, note: str = "", se
         "hash": digest,
         "connect": "'self'" if server else "'none'",
         "style": style,
-        # "<" begins a tag nowhere in it
+        # no "<" in it starts a tag
         "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         "script": script,
     }
@@ -67,7 +67,7 @@ class Explorer:
         self.html, self.left_out = page, list(left_out)
 
     def save(self, path: str | Path) -> None:
-        """Write the page to a file, which any browser shows, without a server."""
+        """Write the page to a file that any browser can open, without a server."""
         Path(path).write_text(self.html, encoding="utf-8")
 
     def _repr_html_(self) -> str:
@@ -89,20 +89,21 @@ def explorer(
     """The page of a network and images: point at a pixel, and see what the network sees.
 
     Args:
-        model: any network with attention layers; it is left as it was.
-        images: as the network takes them, (B, C, H, W), or several of (C, H, W).
-        pictures: the same to look at, bytes of (1 or 3, H, W); by default the images, stretched.
+        model: any network with attention layers; it is left unchanged.
+        images: as the network expects them, (B, C, H, W), or a sequence of (C, H, W).
+        pictures: the same for display, bytes of (1 or 3, H, W); by default the images, contrast-stretched.
         names: of the images.
-        labels: their classes, where they are known.
+        labels: their classes, if known.
         classes: names of the network's classes.
         network: name of the network; by default its class.
         note: a sentence to begin with.
 
     Returns:
-        What a notebook shows as the page; ``save(path)`` writes it. Images beyond 15 MB are left out.
+        An object that a notebook displays as the page; ``save(path)`` writes it. Images beyond 15 MB are left out.
 
     Raises:
-        ValueError: no image, no attention layer, or as many pictures, names or labels as there are not images.
+        ValueError: there is no image or no attention layer, or the number of pictures, names or labels is not that of
+            images.
     """
     if not len(images):
         raise ValueError("images: expected at least one, got none")

@@ -1,8 +1,8 @@
-"""What the page is given of one image: small enough to send, exact enough to compute with.
+"""The page's data for one image: small enough to send, exact enough to compute with.
 
 The page computes logits and weights itself, from queries, keys and embeddings: those of a ResNet-50 take a quarter of
-the place of weights and logits, and the temperature and the position terms can be changed on the page. Queries and
-keys are kept at 16 bits of each layer's range (weights then differ by some 1e-5), maps to look at at 8.
+the space of weights and logits, and the temperature and the position terms can be changed on the page. Queries and keys
+are stored with 16 bits over each layer's range (weights then differ by about 1e-5), maps for display with 8.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .looking import Seen, entropy, look
 
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)
 MOST_BYTES = 11_000_000
-"""Of one image's numbers as text: so that a page with one image stays below 15 MB."""
+"""Maximum size of one image's numbers as text, which keeps a page with one image below 15 MB."""
 _TOP = 5
 
 
@@ -36,19 +36,19 @@ def image_payload(
     classes: Sequence[str] = (),
     with_effects: bool = True,
 ) -> dict[str, Any]:
-    """All that the page shows of an image, as JSON has it.
+    """Everything that the page shows of an image, as JSON-compatible values.
 
     Args:
         network: a classifier, or any other network with attention layers.
-        image: as the network takes it, (C, H, W).
-        picture: the same as bytes to look at, (1 or 3, H, W); by default ``image``, stretched.
+        image: as the network expects it, (C, H, W).
+        picture: the same as bytes for display, (1 or 3, H, W); by default ``image``, contrast-stretched.
         name: of the image.
-        label: its class, where it is known.
+        label: its class, if known.
         classes: their names.
         with_effects: also predict without position terms and at other temperatures, for a page without a server.
 
     Raises:
-        ValueError: what :func:`sasa.viz.look` raises; or so large an image that no layer's numbers fit.
+        ValueError: as :func:`sasa.viz.look`; or the image is so large that no layer's numbers fit.
     """
     seen, output = look(network, image)
     height, width = image.shape[1:]
@@ -87,7 +87,7 @@ def image_payload(
 
 
 def effect_key(position: bool, temperature: float) -> str:
-    """Under which the page finds a prediction: the temperature, and whether position terms are off."""
+    """The page's key for a prediction: the temperature, and whether position terms are off."""
     return f"{temperature:g}" + ("" if position else " off")
 
 
@@ -115,7 +115,7 @@ def _layer(seen: Seen) -> dict[str, Any]:
         "queries": [window.rows.outputs, window.cols.outputs],
         "axes": [_axis(axis) for axis in (window.rows, window.cols)],
         "border": window.border,
-        # channels last: a query's numbers lie side by side
+        # channels last: a query's numbers are adjacent
         "query": _sixteen_bits(seen.query.permute(2, 3, 0, 1)),
         "key": _sixteen_bits(seen.key.permute(2, 3, 0, 1)),
         "row": None if seen.row is None else _floats(seen.row),
@@ -155,7 +155,7 @@ def _floats(values: Tensor) -> dict[str, Any]:
 
 
 def as_bytes(image: Tensor) -> Tensor:
-    """(1 or 3, H, W) bytes to look at: bytes as they are; others stretched, grey unless there are three channels."""
+    """(1 or 3, H, W) bytes for display: bytes unchanged; others stretched, grey unless there are three channels."""
     if image.dtype == torch.uint8 and image.shape[0] in (1, 3):
         return image.cpu()
     image = image.detach().float().cpu()

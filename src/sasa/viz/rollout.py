@@ -1,12 +1,12 @@
 """How far a pixel sees through all the layers below: attention roll-out, down to the pixels of the image.
 
-Between two layers the map may shrink. A share of attention at a pixel of the smaller map is spread evenly over the
-pixels that it covers of the larger::
+Between two layers the map may shrink. The share of attention at a pixel of the smaller map is spread evenly over the
+pixels of the larger map that it covers::
 
     a_L = one at the query             a_{l-1} = spread( ½ a_l + ½ a_l · mean over heads of P_l )
 
-Residual connections carry half, attention the other half; every other layer passes on what it has. What falls on taps
-outside the image is lost. Source: Abnar and Zuidema 2020 (arXiv 2005.00928), section 3, for local attention.
+Residual connections carry one half, attention the other; every other layer passes its share on unchanged. The share of
+taps outside the image is lost. Source: Abnar and Zuidema 2020 (arXiv 2005.00928), section 3, for local attention.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .looking import Seen, cell
 
 
 def roll_out(seen: Sequence[Seen], query: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Share of attention that each pixel of the image has in one query of the last layer of ``seen``.
+    """Share of attention that one query of the last layer of ``seen`` gives to each pixel of the image.
 
     Args:
         seen: layers in the order in which they run, from :func:`look`.
@@ -31,7 +31,7 @@ def roll_out(seen: Sequence[Seen], query: tuple[int, int], size: tuple[int, int]
         (height, width), at least 0, summing to 1 or less: the rest fell outside the image.
 
     Raises:
-        ValueError: no layer, or a query outside the last layer's.
+        ValueError: there is no layer, or the query lies outside the last layer's map.
     """
     if not seen:
         raise ValueError("seen: expected at least one layer, got none")

@@ -1,4 +1,4 @@
-"""The GPU kernels, in Triton. Nothing of Triton is imported before the first call that wants it."""
+"""The GPU kernels, in Triton, which is not imported before the first call that needs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_DEVICES = ("cuda", "xpu")  # "cuda" is also what PyTorch calls AMD's
+_DEVICES = ("cuda", "xpu")  # "cuda" is also PyTorch's name for AMD GPUs
 MOST_CHANNELS = 128
 LEAST_CAPABILITY = (8, 0)
 
@@ -27,7 +27,7 @@ def why_missing() -> str | None:
 
 
 def interprets() -> bool:
-    """Whether Triton's interpreter was asked for, which runs the kernels on the CPU, slowly, to test them."""
+    """Whether Triton's interpreter is enabled, which runs the kernels on the CPU, slowly, for testing."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 
 
@@ -37,7 +37,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def unsupported(images: Tensor, widest: int) -> str | None:
-    """Why the kernels can't compute images of such heads; None when they can."""
+    """Why the kernels can't compute images with such heads; None if they can."""
     device = images.device
     if device.type not in _DEVICES and not (device.type == "cpu" and interprets()):
         return f"it computes on {' and '.join(_DEVICES)} devices, the query is on {device}"
@@ -57,7 +57,7 @@ def unsupported(images: Tensor, widest: int) -> str | None:
 
 
 def automatic(images: Tensor) -> bool:
-    """Whether to choose the kernels without being asked: not in the interpreter, which is for tests."""
+    """Whether to choose the kernels by default: not in the interpreter, which is for tests."""
     return images.device.type != "cpu"
 
 
@@ -83,11 +83,11 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Te
 
 @contextlib.contextmanager
 def using(variant: str) -> Iterator[None]:
-    """Inside, every call is computed by one variant of the kernels, to test and to measure them.
+    """Context in which every call uses one variant of the kernels, to test and benchmark it.
 
     Args:
-        variant: ``"halo"``, on tensor cores, or ``"taps"``, tap by tap. Otherwise float32 goes tap by tap, unless
-            PyTorch was allowed TF32, and half precision goes on tensor cores.
+        variant: ``"halo"``, on tensor cores, or ``"taps"``, tap by tap. By default float32 runs tap by tap, unless TF32
+            is allowed in PyTorch, and half precision runs on tensor cores.
 
     Raises:
         ValueError: neither of them.

@@ -1,9 +1,9 @@
 """From tensors to launches: what a kernel is compiled for, and the choice of its tile.
 
 Tiles are tuned on the first call of each kind of problem (window, head width, dtype, layout; not the size of the image)
-that is large enough to tell, and kept on disk by Triton. Where results must be the same in every process, that is under
-``torch.use_deterministic_algorithms(True)``, the first of the list is taken instead, as it is in Triton's interpreter,
-and before anything was tuned while a CUDA graph is captured.
+that is large enough to measure, and cached on disk by Triton. Where results must be the same in every process, i.e.
+under ``torch.use_deterministic_algorithms(True)``, the first of the list is used instead; so it is in Triton's
+interpreter, and while a CUDA graph is captured before anything was tuned.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def problem_of(
     window: Window,
 ) -> Problem:
     """What the kernels for these tensors are compiled for; ``output`` is the output's gradient in the backward."""
-    can_tf32 = query.device.type == "cuda" and torch.version.hip is None  # few of AMD's tensor cores can
+    can_tf32 = query.device.type == "cuda" and torch.version.hip is None  # few of AMD's matrix cores support it
     precision = "tf32" if can_tf32 and query.dtype == torch.float32 and _allows_tf32() else "ieee"
     tensor_cores = forced
     if tensor_cores is None:
@@ -80,17 +80,17 @@ def problem_of(
 
 
 def _allows_tf32() -> bool:
-    # Replaces allow_tf32 and is set by it; allow_tf32 itself can't be read once this one was set.
+    # Replaces allow_tf32, which also sets it; allow_tf32 itself can't be read once this has been set.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of (B, N, D, H, W), 0 along dimensions of size 1, whose stride says nothing."""
+    """Strides of (B, N, D, H, W), 0 along dimensions of size 1, whose stride is meaningless."""
     return tuple(stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
 def layout(x: Tensor) -> int:
-    """What the kernels may count on: see ``problem.py``."""
+    """What the kernels may assume: see ``problem.py``."""
     batch, head, channel, row, column = strides(x)
     aligned = all(step * x.element_size() % 16 == 0 for step in (batch, head, row, column))
     if channel == 1 and aligned and x.data_ptr() % 16 == 0:
@@ -110,7 +110,7 @@ def _run(
 
     Args:
         kernel: to launch.
-        programs: their number for a tile of so many rows and columns.
+        programs: number of programs, given a tile's rows and columns.
         problem: what the kernel is compiled for.
         small: as for :func:`tiles_of`.
         arguments: of the kernel; the first is a tensor.
@@ -136,7 +136,7 @@ def _config(tile: Tile) -> triton.Config:
 
 
 _chosen: dict[tuple[Any, ...], Tile] = {}
-_tuning = threading.Lock()  # Triton's tuners keep the state of a measurement in themselves
+_tuning = threading.Lock()  # Triton's tuners keep the state of a measurement on the instance
 
 
 def _tune(
@@ -225,7 +225,7 @@ def backward(
         none = [None if x is None else torch.zeros_like(x) for x in (row, col, table)]
         return grads[0], grads[1], grads[2], none[0], none[1], none[2]
     problem = problem_of(query, key, value, grad_output, row, col, table, window)
-    # Gradients are written by the layouts of what they are gradients of.
+    # Gradients are written in the layouts of their tensors.
     problem = problem._replace(
         query_layout=_common(query, grads[0]),
         key_layout=_common(key, grads[1]),
@@ -269,8 +269,8 @@ def _query_gradients(
     """Write the gradients of the queries, and delta; return the gradients of the embeddings, (N, Dr, kh) and
     (N, Dc, kw), and of the table, (N, kh, kw), in float32.
 
-    Every program leaves its share of the latter. A few images are taken at a time, so that the memory for the shares
-    does not grow with the batch.
+    Every program writes its share of the latter. A few images are processed at a time, so that the memory for the
+    shares does not grow with the batch.
     """
     query = inputs[1]
     batch, heads = query.shape[:2]
@@ -300,7 +300,7 @@ def _query_gradients(
 
 
 def _common(x: Tensor, grad: Tensor) -> int:
-    """The layout that both share."""
+    """The layout common to both."""
     return layout(x) if layout(x) == layout(grad) else ANY
 
 

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for: everything that is no pointer, stride or size of an image.
+"""What a kernel is compiled for: everything except pointers, strides and image sizes.
 
 One compilation serves images of all sizes, except those whose offsets need 64 bits.
 """
@@ -24,8 +24,8 @@ class TiledAxis(NamedTuple):
     i = phase + phases · u falls on pixel phase · stride - before + dilation · (step · u + t). In units of ``dilation``
     that is a window without dilation and with stride ``step``.
 
-    A window of ``moved`` taps that is moved inside the image reaches moved - 1 taps to either side at most: it is that
-    many of a window of 2 · moved - 1 taps, whose other taps are hidden, as are those outside the image.
+    A window of ``moved`` taps that is moved inside the image reaches at most moved - 1 taps to either side: it is
+    treated as a window of 2 · moved - 1 taps of which the others are hidden, as are those outside the image.
 
     Attributes:
         kernel: taps.
@@ -51,7 +51,7 @@ class TiledAxis(NamedTuple):
     def of(cls, axis: window.Axis) -> TiledAxis:
         """The part of the geometry that does not depend on the size of the image.
 
-        A stride or dilation beyond the image is as good as one of its size: there is one window, or only its centre
+        A stride or dilation beyond the image is equivalent to one of its size: there is one window, or only its centre
         falls inside. So the number of phases, and of programs, stays within the number of pixels.
 
         Raises:
@@ -92,9 +92,9 @@ class Problem(NamedTuple):
         wide: whether offsets inside a plane need 64 bits.
         heads_first: whether programs that run together are for the heads of one tile.
         element_size: bytes of a number.
-        tensor_cores: whether products are taken by tensor cores, over the halo of a tile, or tap by tap.
+        tensor_cores: whether products run on tensor cores, over the halo of a tile, or tap by tap.
         precision: of float32 products on tensor cores: "ieee" or "tf32".
-        sum_precision: likewise, of the few products of what was summed in float32: the embeddings' gradients.
+        sum_precision: likewise, for the few products of values summed in float32: the embeddings' gradients.
     """
 
     y: TiledAxis

@@ -1,4 +1,4 @@
-"""Tiles: how much of a problem one program takes, and what there is to choose from."""
+"""Tiles: how much of a problem one program computes, and the candidates to choose from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from .problem import Problem
 
 # (rows, columns, keys or queries of a block, warps) on tensor cores, by the channels of the widest head; float32's
-# count twice, as they take twice the shared memory. The first of a list is the default: that with which a warp runs the
-# fewest instructions a pixel, and several fit the registers.
+# count twice, as they take twice the shared memory. The first of a list is the default: the one for which a warp
+# executes the fewest instructions per pixel and several of which fit in the registers.
 HALO_TILES = {
     "forward": {
         32: [(4, 8, 64, 2), (8, 8, 64, 4), (2, 8, 64, 1)],
@@ -78,7 +78,7 @@ def _halo_tile(problem: Problem, rows: int, columns: int, block: int, warps: int
 
 
 def _taps_tiles(problem: Problem) -> list[Tile]:
-    """As many pixels as leave each thread four channels of one pixel, so that it sums over taps by itself."""
+    """The number of pixels that leaves each thread four channels of one pixel, so that it sums over taps on its own."""
     channels = max(problem.channels_pad, problem.value_pad)
     taps = min(8, power_of_two(problem.x.kernel))
     tiles = []

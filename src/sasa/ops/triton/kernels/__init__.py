@@ -1,1 +1,1 @@
-"""What runs on the GPU. The language is Triton's, not Python's: types are known only when a kernel is compiled."""
+"""The code that runs on the GPU. Its language is Triton, not Python: types are known only when a kernel is compiled."""

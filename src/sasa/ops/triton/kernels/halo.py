@@ -1,12 +1,12 @@
 """On tensor cores: a tile of queries against every key that any of them sees, the tile's halo, block by block.
 
-The logits of a block are one matrix product. To it each query adds its position terms, or -inf where a key lies outside
-of its window. The position terms of a query are two short rows, q·row and q·col; in the coordinates of the halo each
+The logits of a block are one matrix product. Each query adds its position terms to it, or -inf where a key lies outside
+its window. The position terms of a query are two short rows, q·row and q·col; in the coordinates of the halo each
 query's are shifted by its place in the tile. Where dilated, coordinates count in units of the dilation (see
 :class:`~sasa.ops.triton.problem.TiledAxis`).
 
-A key outside of a query's window gets weight 0, but 0 times infinity is NaN: the kernels look for results that are not
-finite and compute such tiles again tap by tap (``taps.py``).
+A key outside of a query's window gets weight 0, but 0 times infinity is NaN: the kernels detect non-finite results and
+recompute such tiles tap by tap (``taps.py``).
 
 Shapes: M queries (or keys) of a tile of ROWS x COLUMNS, J keys (queries) of a block of BLOCK_Y x BLOCK_X, C and VALUE_C
 channels, padded; PAD_Y and PAD_X taps, padded. ``P`` is a :class:`~sasa.ops.triton.problem.Problem`.

@@ -47,7 +47,7 @@ def place(heads, tiles_y, tiles_x, PHASES_Y: tl.constexpr, PHASES_X: tl.constexp
 def queries(
     phase_y, phase_x, tile_y, tile_x, out_height, out_width, P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """The queries of a tile: rows, columns, whether they exist, and the pixels (y, x) that their windows begin at."""
+    """The queries of a tile: rows, columns, whether they exist, and the pixels (y, x) at which their windows begin."""
     m = tl.arange(0, ROWS * COLUMNS)
     query_y = phase_y + P.y.phases * (tile_y * ROWS + m // COLUMNS)
     query_x = phase_x + P.x.phases * (tile_x * COLUMNS + m % COLUMNS)

@@ -1,8 +1,8 @@
 """Tap by tap: the equation and its gradients for M pixels, element by element in float32, without tensor cores.
 
-Right for every input, infinities and NaN included, and every dtype. It is what runs in float32, and where the
-tensor-core kernels meet a number that is not finite. ``TAPS`` taps of a window's row are taken at a time; they come
-first in all shapes, so that threads divide pixels and channels and sums over taps stay in registers.
+Correct for every input, infinities and NaN included, and every dtype. It is used for float32, and where the tensor-core
+kernels meet a non-finite number. ``TAPS`` taps of a window's row are taken at a time; they come first in all shapes, so
+that threads divide pixels and channels and sums over taps stay in registers.
 
 Shapes: M pixels of a program, TAPS taps, C and VALUE_C channels of keys and of values, padded. ``P`` is a
 :class:`~sasa.ops.triton.problem.Problem`; (y, x) are pixels.
