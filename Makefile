@@ -1,13 +1,13 @@
 # make demo   train attention and its convolutional twin on the packaged images, and draw what they see
-# make check  in under three minutes: lint, types and a sample of the unit tests
-# make test   the test suite, the C++ kernels under sanitizers first; of the slowest tests a sample (.ci/nightly: all)
+# make check  lint, types and a sample of the unit tests, in under three minutes
+# make test   the test suite, C++ kernels under sanitizers first; a sample of the slowest tests (.ci/nightly: all)
 # make bench  measure and write benchmarks/results/; make bench-gpu: on a GPU
 # make zoo    convert other people's networks, 243 of them, and write docs/zoo.md
-# make notebooks   run the notebooks of docs/notebooks and write them with what they print
+# make notebooks   run the notebooks of docs/notebooks and save them with their output
 # make docs   the documentation site, warnings as errors, into build/docs
-# make wheel  sdist and wheel, tried in a clean environment without a compiler
+# make wheel  sdist and wheel, tested in a clean environment without a compiler
 # make lint   ruff, pyright and clang-format
-# make results   bench and demo, copied to where README and docs show them
+# make results   bench and demo, copied to where README and docs use them
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -20,18 +20,18 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
 demo: $(INSTALLED)
 	$(BIN)/sasa demo --out runs/demo
 
-# one case of each test, and none that trains or starts processes
+# one case of each test, excluding those that train or start processes
 check: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -q --sample 1 -m "not slow and not nightly" --ignore=tests/train --ignore=tests/study
 
-# in two processes, whose threads sleep while they wait for each other; training and studies, which start processes of
-# their own, on one thread each
+# in two processes, whose threads sleep while they wait for each other; training and studies, which start their own
+# processes, on one thread each
 test: sanitize
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not nightly" --ignore=tests/train --ignore=tests/study
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not nightly" tests/train tests/study
 
 # the kernels alone, on a grid of problems: bad addresses and undefined behaviour, on every instruction set of this
-# machine; races between threads, which no instruction set changes, on one
+# machine; data races, which don't depend on the instruction set, on one
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 CAPABILITIES := $(shell grep -q avx512dq /proc/cpuinfo 2>/dev/null && echo 3 || echo 2)
 sanitize: $(INSTALLED)
@@ -59,7 +59,7 @@ zoo: $(VENV)/.zoo
 notebooks: $(VENV)/.notebooks
 	$(BIN)/python docs/notebooks/execute.py
 
-# the figures and pictures of README and docs
+# the figures of README and docs
 results: bench demo
 	mkdir -p docs/demo
 	cp runs/demo/results.json runs/demo/curves.png runs/demo/attention.png docs/demo/

@@ -1,4 +1,4 @@
-"""An installed sasa has its compiled kernels, and they compute the layer as the equation says."""
+"""Checks that an installed sasa has its compiled kernels, and that they match the equation."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Measurements, each against a peer in one process: ``python -m benchmarks.run``, on a CPU or a GPU.
+"""Measurements, each against a peer in the same process: ``python -m benchmarks.run``, on a CPU or a GPU.
 
 problems.py, peers.py, attention_peers.py        the shapes; what sasa is measured against
 attention.py, layer.py, networks.py, ceiling.py  the parts: cases, what is called, how it is checked

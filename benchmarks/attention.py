@@ -1,10 +1,10 @@
 """Attention alone, queries, keys and values given, so that no projection is timed: parts attention, stages, scaling.
 
-Counted are 4·k²·D FLOPs a query, in training 3.5 times that (the backward recomputes the logits and has four products
-of the same size), and the bytes that no way of computing can avoid: queries, keys, values and outputs once, in training
-as many of their gradients. On a CPU the yardstick is a 3x3 convolution from half of the channels, what the attention
-layer replaces. FlexAttention can only leave out what is outside the image: it takes turns with sasa's border "mask".
-NATTEN has no position term and moves the window at the border: it computes something else, and is not checked.
+Counted are 4·k²·D FLOPs per query, in training 3.5 times that (the backward recomputes the logits and has four products
+of the same size), and the bytes that no implementation can avoid: queries, keys, values and outputs once, in training
+their gradients as well. On a CPU the baseline is a 3x3 convolution from half of the channels, which is what the
+attention layer replaces. FlexAttention can only exclude what is outside the image: it takes turns with sasa's border
+"mask". NATTEN has no position term and moves the window at the border: it computes something else, and is not checked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .verify import Call, call_of, largest_difference
 
 FLOPS = {"forward": 1.0, "training": 3.5}  # in those of a forward
 TENSORS = {"forward": 4, "training": 8}  # of the queries' size, that must be read or written
-# The plain PyTorch implementation holds k² logits a pixel: tens of gigabytes beyond this many pixels.
+# The plain PyTorch implementation holds k² logits per pixel: tens of gigabytes beyond this many pixels.
 MOST_PIXELS_OF_EAGER = 1024**2
 
 
@@ -64,7 +64,7 @@ def ours(problem: AttentionProblem, device: Device, border: str = "zero", by: st
 
 
 def flex_attention(problem: AttentionProblem, device: Device) -> Attention:
-    """FlexAttention, compiled unless nothing is."""
+    """FlexAttention, compiled unless compilation is off."""
     if device.quick:
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
     return flex(problem.size, problem.kernel_size, not device.quick, device.name)
@@ -99,7 +99,7 @@ def each(
 
 
 def cases(device: Device) -> list[Case]:
-    """The notebook's shape. On a CPU, peers that need k² copies or seconds a call get a quarter of its batch."""
+    """The notebook's shape. On a CPU, peers that need k² copies or seconds per call get a quarter of its batch."""
     if device.quick:
         every = [peer for peer in PEERS if not (device.on_cpu and peer.startswith("NATTEN"))]
         return each("small", ATTENTION["small"], "bfloat16", every, 0) + each(
@@ -126,7 +126,7 @@ def cases(device: Device) -> list[Case]:
 
 
 def stage_cases(device: Device) -> list[Case]:
-    """Every stage of a ResNet-50: on a CPU for 8 images and for one, on a GPU for 64 beside other ways."""
+    """Every stage of a ResNet-50: on a CPU for 8 images and for one, on a GPU for 64, with other implementations."""
     if device.on_cpu:
         return [
             Case("stages", f"{stage}, batch {batch} {mode}", mode, problem._replace(batch=batch), ("sasa",))
@@ -160,8 +160,8 @@ def scaling_cases(device: Device) -> list[Case]:
 def inputs(problem: AttentionProblem, dtype: torch.dtype, layout: str, device: str) -> list[Tensor]:
     """Queries, keys, values (B, N, D, H, W), row and column embeddings (N, D, k); the same numbers in every layout.
 
-    ``"channels_last"``: views of one channels_last tensor, as the layer has them; ``"heads_last"``: channels_last, each
-    a tensor of its own; ``"contiguous"``: each contiguous.
+    ``"channels_last"``: views of one channels_last tensor, as in the layer; ``"heads_last"``: channels_last, each a
+    separate tensor; ``"contiguous"``: each contiguous.
     """
     torch.manual_seed(0)
     heads, width = problem.num_heads, problem.head_width
@@ -250,8 +250,8 @@ def share(series: str, problem: AttentionProblem) -> int:
 
 
 def with_deviations(result: dict[str, Any]) -> None:
-    """Add to every problem of the series what its time a share is relative to their median, and to the results the
-    largest distance of that from 1, with its lowest and highest over the turns.
+    """Add to every problem of the series its time per share relative to their median, and to the results the largest
+    deviation of that from 1, with its lowest and highest over the turns.
     """
     result["deviation"] = {}
     for series in SERIES:

@@ -1,8 +1,8 @@
-"""Ways to compute attention over a window with PyTorch alone, forward and, but for FlexAttention on a CPU, backward.
+"""Ways to compute attention over a window in plain PyTorch, forward and, except FlexAttention on a CPU, backward.
 
-Each is ``build(size, kernel_size)``, which prepares what depends on the shape only, and gives a function of queries,
-keys and values (B, N, D, size, size) and of row and column embeddings (N, D, kernel_size). Those
-that are meant for torch.compile also take ``compiled``.
+Each is ``build(size, kernel_size)``, which prepares what depends only on the shape, and returns a function of queries,
+keys and values (B, N, D, size, size) and of row and column embeddings (N, D, kernel_size). Those that are meant for
+torch.compile also take ``compiled``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def slices(size: int, kernel_size: int, compiled: bool = True) -> Attention:
-    """The padded keys and values are sliced once a tap, k² times: products, softmax and sums of shifted images.
+    """The padded keys and values are sliced once per tap, k² times: products, softmax and sums of shifted images.
 
-    Memory for k² logits a pixel, none for copies of keys and values. The form to give to a compiler.
+    It takes memory for k² logits per pixel, none for copies of keys and values. The form best suited to a compiler.
     """
     reach = kernel_size // 2
     taps = [(dy, dx) for dy in range(kernel_size) for dx in range(kernel_size)]
@@ -65,10 +65,10 @@ def unfolded_sdpa(size: int, kernel_size: int) -> Attention:
 
 
 def flex(size: int, kernel_size: int, compiled: bool = True, device: str = "cpu") -> Attention:
-    """FlexAttention over the pixels as one sequence, its block mask letting through the window.
+    """FlexAttention over the pixels as one sequence, with a block mask that selects the window.
 
-    Pixels outside the image are not in the sequence, so only the border ``"mask"`` can be expressed. The position
-    terms q·row and q·col are worked out first, outside of the compiler; ``score_mod`` picks from them.
+    Pixels outside the image are not in the sequence, so only the border ``"mask"`` can be expressed. The position terms
+    q·row and q·col are computed first, outside the compiler; ``score_mod`` indexes them.
     """
     reach = kernel_size // 2
 
@@ -87,7 +87,7 @@ def flex(size: int, kernel_size: int, compiled: bool = True, device: str = "cpu"
         of_row, of_col = q @ row, q @ col
 
         def with_position(score: Tensor, b: Tensor, n: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            # Scores of a block are worked out before its mask is applied, so the taps must exist for all of them.
+            # Scores of a block are computed before its mask is applied, so the taps must exist for all of them.
             dy, dx = (index.clamp(0, kernel_size - 1) for index in tap(query, key))
             return score + of_row[b, n, query, dy] + of_col[b, n, query, dx]
 

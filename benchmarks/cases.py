@@ -1,4 +1,4 @@
-"""What is measured: parts made of cases, cases of peers, in the order in which they are wanted."""
+"""What is measured: parts made of cases, cases made of peers, in order of importance."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 from .verify import TOLERANCES, Call
 
-# Ranks, measured in this order: what the targets need; other shapes and precisions; compiled networks; the rest.
+# Ranks, measured in this order: those needed for the targets; other shapes and precisions; compiled networks; the rest.
 TARGET, SHAPES, COMPILED, REST = range(4)
 MODES = ("forward", "training")
 CONVOLUTION = "convolution 3x3"
 
 
 class RefusedError(Exception):
-    """A measurement that can't be made, and why."""
+    """A measurement that isn't possible, and why."""
 
 
 class Device(NamedTuple):
@@ -33,7 +33,7 @@ class Device(NamedTuple):
 
     @property
     def implementation(self) -> str | None:
-        """sasa's: the GPU's kernels, never a substitute; on a CPU, what it chooses itself."""
+        """Our implementation: the GPU kernels, never a substitute; on a CPU, the default."""
         return None if self.on_cpu else "triton"
 
 
@@ -45,7 +45,7 @@ class Precision(NamedTuple):
     tolerance: float
 
     def allow(self) -> None:
-        """Set PyTorch so, for products and cuDNN's convolutions alike (by default, only the latter use tf32)."""
+        """Configure PyTorch, both for products and for cuDNN's convolutions (by default, only the latter use tf32)."""
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = self.tf32
 
@@ -70,7 +70,7 @@ class Case:
         precision: a key of ``PRECISIONS``.
         rank: when it is measured, 0 first.
         compiled: whether everything in it runs under torch.compile.
-        threads: of the CPU, where not all.
+        threads: of the CPU, if not all.
     """
 
     part: str
@@ -100,7 +100,7 @@ class Step(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How long to measure: seconds of calls a turn, turns, and seconds after which no other turn begins."""
+    """How long to measure: seconds of calls per turn, turns, and seconds after which no further turn starts."""
 
     call_seconds: float
     turns: int
@@ -116,12 +116,12 @@ class Part:
 
     Attributes:
         cases: all of them, for a device.
-        build: what is called; raises where that can't be.
-        check: largest difference of a call's results from float64; raises unless it is rounding. None where nothing
+        build: returns the call to measure; raises if it isn't possible.
+        check: largest difference of a call's results from float64; raises unless it is rounding. None if nothing
             is comparable.
-        figures: what follows from the time.
+        figures: derived from the time.
         baseline: the peer that this one takes turns with.
-        compiles: whether it takes long to begin.
+        compiles: whether it takes long to start.
         summary: completes the results of the whole part.
         cpu_pace, gpu_pace: how long to measure.
     """

@@ -1,4 +1,4 @@
-"""What the device does at best: a copy within its memory, and a square matrix product in every precision."""
+"""The device's best performance: a copy within its memory, and a square matrix product in every precision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CeilingProblem(NamedTuple):
 
 
 def cases(device: Device) -> list[Case]:
-    """A CPU's tf32 and bfloat16 are not what anything here is compared with."""
+    """On a CPU only float32, since nothing here is compared with its tf32 and bfloat16."""
     copied, side = (2**20, 64) if device.quick else (2**31, 8192)
     if device.on_cpu:
         return [Case("ceiling", "product float32", "forward", CeilingProblem(min(side, 2048)), (PRODUCT,))]

@@ -1,4 +1,4 @@
-"""Time and memory of calls: by the wall and /proc on a CPU, by events and the allocator on a GPU."""
+"""Time and memory of calls: by wall clock and /proc on a CPU, by events and the allocator on a GPU."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import torch
 
 from .cases import Device, Pace
 
-# Written before every timed call, so that nothing of its input is left in the second cache (50 MB on an H100). It keeps
-# the GPU busy for some 0.2 ms as well, in which the next call is launched: what is timed is the GPU's work.
+# Written before every timed call, to evict its input from the L2 cache (50 MB on an H100). It also keeps the GPU busy
+# for about 0.2 ms, during which the next call is launched, so that only the GPU's work is timed.
 FLUSHED_BYTES = 512 * 1024**2
 MOST_CALLS = 300
 
 
 class CpuClock:
-    """Times calls by the wall."""
+    """Times calls by the wall clock."""
 
     def synchronize(self) -> None:
-        """Nothing is under way."""
+        """Nothing to wait for."""
 
     def clean(self) -> None:
         """Give back the memory that nothing holds."""
@@ -40,7 +40,7 @@ class CpuClock:
         return found
 
     def first_seconds(self, call: Callable[[], object]) -> float:
-        """Seconds of a first call by the wall: compilation and tuning included."""
+        """Wall-clock seconds of a first call, compilation and tuning included."""
         self.synchronize()
         start = time.perf_counter()
         call()
@@ -48,11 +48,11 @@ class CpuClock:
         return time.perf_counter() - start
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """Most memory a call holds above what was held before it; None where the system doesn't count (not Linux)."""
+        """Peak memory of a call above what was held before it; None if the system doesn't report it (not Linux)."""
         gc.collect()
         try:
             ctypes.CDLL(None).malloc_trim(0)  # glibc
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
             before = _status("VmRSS")
             call()
             return _status("VmHWM") - before
@@ -61,7 +61,7 @@ class CpuClock:
 
 
 class EventClock(CpuClock):
-    """Times calls by the device's events, its second cache emptied before each."""
+    """Times calls by the device's events, with its L2 cache flushed before each."""
 
     def __init__(self, device: str) -> None:
         self.module: Any = getattr(torch, device)
@@ -88,7 +88,7 @@ class EventClock(CpuClock):
         return [1e-3 * start.elapsed_time(end) for start, end in events]
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """Most memory a call holds above what was held before it."""
+        """Peak memory of a call above what was held before it."""
         self.synchronize()
         before = self.module.memory_allocated()
         self.module.reset_peak_memory_stats()
@@ -105,7 +105,7 @@ def clock_of(device: Device) -> CpuClock:
 def alternate(
     clock: CpuClock, calls: Sequence[Callable[[], object]], pace: Pace
 ) -> tuple[list[list[float]], list[int]]:
-    """Median seconds of each turn of the calls, which take turns; and how often each was called in all."""
+    """Median seconds of each turn of the calls, which take turns; and the total number of calls of each."""
     counts = [max(1, min(MOST_CALLS, round(pace.call_seconds / max(*clock.seconds(call), 1e-6)))) for call in calls]
     medians: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
@@ -136,7 +136,7 @@ def summarise(own: Sequence[float], baseline: Sequence[float] | None) -> dict[st
 
 
 def with_rate(name: str, amount: float, found: dict[str, Any]) -> dict[str, float]:
-    """An amount a second: of the median turn, of the slowest and of the fastest."""
+    """An amount per second: for the median turn, the slowest and the fastest."""
     ends = {"": "seconds", "_lowest": "seconds_highest", "_highest": "seconds_lowest"}
     return {name + end: amount / found[key] for end, key in ends.items()}
 

@@ -3,9 +3,9 @@
     python -m benchmarks.detection                  on the CPU, minutes; writes benchmarks/results/detection.json
     python -m benchmarks.detection --device cuda    on a GPU, into the same file
 
-A step is forward, losses, backward, and SGD with momentum, in float32, channels_last. The peak is above what the
-process held before the step: parameters, gradients and momentum of an earlier one. Each detector has a process of its
-own. ``python -m benchmarks.readme`` then fills in the table of docs/detection.md.
+A step is forward, losses, backward, and SGD with momentum, in float32, channels_last. The peak is measured above what
+the process held before the step: parameters, gradients and momentum of an earlier one. Each detector runs in its own
+process. ``python -m benchmarks.readme`` then fills in the table of docs/detection.md.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def listing(found: dict[str, Any]) -> Listing:
 
 
 def main() -> None:
-    """Measure every detector in a process of its own."""
+    """Measure every detector in its own process."""
     parser = argparse.ArgumentParser("benchmarks.detection", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda", "xpu"), default="cpu")
     parser.add_argument("--peer", choices=DETECTORS, help=argparse.SUPPRESS)

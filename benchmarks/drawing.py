@@ -1,9 +1,9 @@
-"""What README and docs show of the network that ``make demo`` trained.
+"""Figures in README and docs of the network that ``make demo`` trained.
 
     python -m benchmarks.drawing
 
 writes docs/module.png, the module at work on one pixel; docs/explore.html, the page of ``sasa explore`` with some
-images; and, where Debian's Chromium is, docs/explore.png, a picture of that page.
+images; and, if Debian's Chromium is installed, docs/explore.png, a screenshot of that page.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Exported layers and networks beside PyTorch's eager mode: part export, on a CPU, in float32.
+"""Exported layers and networks compared with PyTorch's eager mode: part export, on a CPU, in float32.
 
 A layer and a network, for one image. ``onnx`` is what ``sasa.export.to_onnx`` writes, run by
 onnxruntime on as many threads; ``onnx, equation`` is the same layer as a pass over the image for each tap: what the
-exporter makes of the equation's shifted slices. ``program`` calls sasa's operators, ``program, equation`` plain
+exporter generates from the equation's shifted slices. ``program`` calls sasa's operators, ``program, equation`` plain
 operations; ``aoti`` is the equation compiled. Sizes vary in all of them.
 """
 
@@ -72,7 +72,7 @@ def cases(device: Device) -> list[Case]:
 
 @functools.cache
 def runner(network: str, form: str) -> Callable[[Tensor], Tensor]:
-    """What runs the exported model on images; one serves all sizes."""
+    """A function that runs the exported model on images; one works for all sizes."""
     import sasa.export
 
     problem = ExportProblem(2, 64 if network else 12, network)

@@ -1,9 +1,9 @@
 """Whole layers: parts layer, kept and calls.
 
-layer: projections included, beside other ways to have such a layer and beside a 3x3 convolution. kept: a convolution,
-and attention that starts as that convolution. calls: what a call costs on one thread where there is next to nothing to
-compute. Training is forward and backward with gradients of the input and of all parameters, as inside a network. The
-convolution and HaloAttn compute something else than the layer: they are not checked.
+layer: projections included, compared with other implementations of such a layer and with a 3x3 convolution. kept: a
+convolution, and attention that starts as that convolution. calls: the cost of a call on one thread when there is next
+to nothing to compute. Training is forward and backward with gradients of the input and of all parameters, as inside a
+network. The convolution and HaloAttn compute something else than the layer: they are not checked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .peers import UnfoldSelfAttention
 from .problems import LAYER_STAGES, LAYERS, LayerProblem
 from .verify import Call, call_of, largest_difference
 
-BFLOAT16 = " bfloat16"  # ends the names of what runs in it whatever the case's precision
+BFLOAT16 = " bfloat16"  # suffix of names that run in it whatever the case's precision
 HALO = "timm HaloAttn"
 OURS = ("sasa", "sasa recompute")
 
@@ -56,7 +56,7 @@ def cases(device: Device) -> list[Case]:
     peers = (*OURS, CONVOLUTION, HALO, "unfold")
     by_case = {
         ("notebook", "forward"): (*OURS, CONVOLUTION, "sasa bfloat16", "convolution 3x3 bfloat16", HALO, "unfold"),
-        ("notebook", "training"): peers[:-1],  # unfold's backward does not fit into memory
+        ("notebook", "training"): peers[:-1],  # unfold's backward does not fit in memory
         ("notebook-batch8", "training"): peers,
         ("stage4", "forward"): peers,
         ("stage4", "training"): peers,
@@ -100,7 +100,7 @@ def layer_of(case: Case, peer: str, device: Device) -> nn.Module:
         layer = halo(problem)
     elif case.part == "calls":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that eight heads of eight channels are narrow
+            warnings.simplefilter("ignore")  # about eight heads of eight channels being narrow
             layer = sasa.RelativeSelfAttention(*channels, problem.kernel_size, int(peer.split()[1]))
     else:
         layer = UnfoldSelfAttention(*channels, problem.kernel_size, problem.num_heads)
@@ -126,7 +126,7 @@ def halo(problem: LayerProblem) -> nn.Module:
 
 
 def wants_channels_last(case: Case, peer: str) -> bool:
-    """Whether a layer gets its input so; the others copy it if given, and are faster without."""
+    """Whether a layer gets its input in this format; the others would copy it, and are faster without."""
     return case.part == "layer" and peer.startswith(("sasa", CONVOLUTION))
 
 

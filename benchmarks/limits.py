@@ -1,10 +1,10 @@
-"""What the GPU kernels must move and compute against an H100's limits, counted without a GPU.
+"""What the GPU kernels must move and compute, compared with an H100's limits, counted without a GPU.
 
     python -m benchmarks.limits
 
-The kernels are compiled for the H100 and their machine code is read: registers, shared memory, and the instructions
-that a warp of one program runs, in straight line and around its loops. Times are what the chip could not beat if it did
-nothing else: they say what to tune first, and are no measurement.
+The kernels are compiled for the H100 and their machine code is analysed: registers, shared memory, and the instructions
+that a warp of one program executes, in straight-line code and in loops. Times are lower bounds for the chip if it did
+nothing else: they show what to tune first, and are not measurements.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KERNEL = 7
 
 
 class Absent:
-    """Enough of a driver to compile for a GPU that is not there."""
+    """Enough of a driver to compile for a GPU that is not present."""
 
     def get_current_target(self) -> Any:
         """An H100."""
@@ -57,12 +57,12 @@ class Absent:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return torch.device("cpu")
 
 
 def instructions(cubin: bytes) -> tuple[list[str], list[tuple[int, int]], int]:
-    """Machine code, the loops in it as (first, last) instruction, and registers of a thread."""
+    """Machine code, its loops as (first, last) instruction, and registers per thread."""
     import triton
 
     tools = Path(triton.__file__).parent / TOOLS
@@ -87,8 +87,8 @@ def instructions(cubin: bytes) -> tuple[list[str], list[tuple[int, int]], int]:
 
 
 def main_loops(found: list[str], loops: list[tuple[int, int]], passes: int) -> list[tuple[int, int]]:
-    """The innermost of each of the first nests of loops that take exponentials, one for each pass over the keys; the
-    nests behind them are for numbers that aren't finite.
+    """The innermost of each of the first loop nests that compute exponentials, one for each pass over the keys; later
+    nests handle non-finite numbers.
     """
     taking = [loop for loop in loops if any("MUFU.EX2" in text for text in found[slice(*loop)])]
     innermost = []
@@ -152,15 +152,15 @@ def compiled() -> Iterator[dict[str, Any]]:
             yield from ({"dtype": str(dtype).removeprefix("torch."), "width": width, **one} for one in done)
 
 
-# Tensors of a query's size that are read or written; passes over the halo, each with one exponential a key; matrix
-# products in all passes, each of 2·D FLOPs a key.
+# Tensors of a query's size that are read or written; passes over the halo, each with one exponential per key; matrix
+# products in all passes, each of 2·D FLOPs per key.
 TENSORS = {"forward": 4, "query_gradients": 5, "key_gradients": 6}
 PASSES = {"forward": 1, "query_gradients": 2, "key_gradients": 1}
 PRODUCTS = {"forward": 2, "query_gradients": 5, "key_gradients": 4}
 
 
 def limits(kernel: dict[str, Any], pixels: int) -> dict[str, float]:
-    """Microseconds below which each limit keeps a kernel that computes so many pixels, all heads and images counted."""
+    """Minimum microseconds, by limit, of a kernel that computes that many pixels, all heads and images counted."""
     size = {"bfloat16": 2, "float32": 4}[kernel["dtype"]]
     keys = kernel["exponentials_per_pixel"] / PASSES[kernel["kernel"]]
     flops = PRODUCTS[kernel["kernel"]] * 2 * max(16, kernel["width"]) * keys

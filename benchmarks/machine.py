@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""The machine that the numbers were measured on."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def version(package: str) -> str | None:
 
 
 def driver() -> str | None:
-    """Version of NVIDIA's driver, as nvidia-smi says."""
+    """Version of NVIDIA's driver, as reported by nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
@@ -66,7 +66,7 @@ def driver() -> str | None:
 
 
 def described(found: dict[str, Any]) -> str:
-    """The machine in a line."""
+    """A one-line description of the machine."""
     if "gpu" in found:
         parts = [found["gpu"], f"driver {found['driver']}" if found.get("driver") else ""]
         parts += [f"PyTorch {found['torch']}", f"Triton {found['triton']}" if found.get("triton") else ""]

@@ -1,9 +1,9 @@
-"""Whole networks: images a second, forward and training, and the memory of a training step.
+"""Whole networks: images per second, forward and training, and the memory of a training step.
 
 Images are 224x224, channels_last; HaloNet's are 256x256, since its blocks don't divide 224. A training step is forward,
-cross-entropy, backward, and SGD with momentum. On a CPU in float32; "folded": batch norms behind a convolution are
-folded into it, in every network alike, those behind attention stay. On a GPU under autocast to bfloat16 with
-parameters in float32, as written and compiled; sasa computes with what it chooses itself.
+cross-entropy, backward, and SGD with momentum. On a CPU in float32; "folded": batch norms after a convolution are
+folded into it in every network; those after attention are kept. On a GPU under autocast to bfloat16 with parameters in
+float32, as written and compiled; sasa uses its default implementation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class NetworkProblem(NamedTuple):
     size: int = 224
 
     def tiny(self) -> NetworkProblem:
-        """What loads all code."""
+        """A small input that loads all code."""
         return NetworkProblem(2, 64)
 
 
@@ -80,13 +80,13 @@ def network_of(name: str) -> nn.Module:
 
 @functools.cache
 def parameters(name: str) -> int:
-    """Numbers to be trained."""
+    """Number of trainable parameters."""
     with torch.device("meta"):
         return sum(p.numel() for p in network_of(name).parameters())
 
 
 def images(name: str, problem: NetworkProblem, device: str) -> Tensor:
-    """Random images of the size that the network takes."""
+    """Random images of the size that the network expects."""
     torch.manual_seed(1)
     size = HALONET_SIZE if name == HALONET else problem.size
     return torch.randn(problem.batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
@@ -156,5 +156,5 @@ def figures(case: Case, peer: str, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Pauses for other processes hit single steps of seconds: many short turns on a CPU.
+# Interruptions by other processes affect single steps that take seconds: many short turns on a CPU.
 PART = Part(cases, build, check, figures, lambda peer: OURS, cpu_pace=Pace(0.001, 15, 10), gpu_pace=Pace(0.2, 3, 6))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 class UnfoldSelfAttention(nn.Module):
     """The same layer by ``unfold``: every query's kh·kw keys and values laid out in memory, then two matrix products.
 
-    The formulation most public copies use, with the embeddings split across heads as they do. Parameters carry the
-    names of the notebook's module, so that ``RelativeSelfAttention.from_notebook`` reads them; ``last_head_embedding``
-    has every head use the last one's embedding, as that module does.
+    This is the formulation of most public implementations, with the embeddings split across heads as in those.
+    Parameters have the names of the notebook's module, so that ``RelativeSelfAttention.from_notebook`` reads them;
+    ``last_head_embedding`` makes every head use the last one's embedding, as that module does.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The results as pictures: bars, a panel a case, or one panel where every case has one peer."""
+"""The results as bar charts: one panel per case, or a single panel if every case has one peer."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def colour(name: str) -> str:
 
 
 def log_limits(values: Sequence[float]) -> tuple[float, float]:
-    """From a power of ten below all values to where the label of the largest has room."""
+    """From a power of ten below all values to where there is room for the label of the largest."""
     return 10.0 ** math.floor(math.log10(min(values) / 1.5)), 5 * max(values)
 
 
 def bars(panel: Axes, named: dict[str, tuple[str, Figures]], measure: Measure, title: str) -> None:
-    """A bar for each name, with the lowest and highest turn where they are known."""
+    """A bar for each name, with the lowest and highest turn if known."""
     values = []
     for place, (peer, figures) in enumerate(named.values()):
         value = figures.get(measure.key)
@@ -104,7 +104,7 @@ def bars(panel: Axes, named: dict[str, tuple[str, Figures]], measure: Measure, t
 
 
 def figure(part: str, result: dict[str, Any]) -> Figure:
-    """The picture of a part."""
+    """The plot of a part."""
     cases, measures = result["cases"], MEASURES[part]
     if all(len(case["peers"]) == 1 for case in cases):
         rows = [("", {case["case"]: next(iter(case["peers"].items())) for case in cases})]
@@ -125,5 +125,5 @@ def figure(part: str, result: dict[str, Any]) -> Figure:
 
 
 def draw(part: str, result: dict[str, Any], path: Path) -> None:
-    """Write a part's picture as PNG."""
+    """Write a part's plot as PNG."""
     figure(part, result).savefig(path, dpi=130)

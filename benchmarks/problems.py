@@ -23,7 +23,7 @@ class AttentionProblem(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """4·k²·D a query: the products q·k and the weighted sum, 2 FLOPs a multiplication and addition."""
+        """4·k²·D per query: the products q·k and the weighted sum, 2 FLOPs per multiply-add."""
         queries = self.batch * self.num_heads * self.size**2
         return 4 * self.kernel_size**2 * self.head_width * queries
 

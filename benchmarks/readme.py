@@ -18,7 +18,7 @@ STUDIES = ("widths", "bccd")
 
 
 def gpu_tables() -> str:
-    """All that was measured on one, part by part."""
+    """Everything measured on a device, part by part."""
     found = Results(RESULTS, "cuda").found
     if not found:
         return NOTHING
@@ -50,17 +50,17 @@ def table(mark: str) -> str:
 
 
 def marks(text: str) -> list[str]:
-    """The tables that a text has marks for."""
+    """The tables for which a text has markers."""
     return re.findall(r"<!-- (\w+) table -->", text)
 
 
 def pages() -> list[Path]:
-    """README and all of docs/ that have such marks."""
+    """README and all files in docs/ that have such markers."""
     return [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if marks(page.read_text())]
 
 
 def with_tables(text: str) -> str:
-    """The text with its tables put between their marks."""
+    """The text with its tables inserted between their markers."""
     for mark in marks(text):
         begin, end = f"<!-- {mark} table -->\n", "<!-- end -->"
         whole = f"{begin}{table(mark)}\n{end}"

@@ -1,4 +1,4 @@
-"""All parts, and the order in which their cases are measured: when the time is up, the rest is left out."""
+"""All parts, and the order in which their cases are measured: when time runs out, the rest is skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time and memory of sasa beside its peers: checks results, measures, prints, writes and draws.
+"""Time and memory of sasa compared with its peers: checks results, measures, prints, writes and plots.
 
     python -m benchmarks.run                           everything on the CPU; writes to benchmarks/results/
     python -m benchmarks.run --device cuda             on a GPU, within 8 minutes; or xpu
@@ -6,8 +6,8 @@
     python -m benchmarks.run --quick                   small problems, nothing compiled: a rehearsal in runs/bench/
 
 Each peer takes turns with sasa in one process; numbers are medians of the turns, ratios with the lowest and highest of
-them. On a GPU the most wanted measurements come first; what the time doesn't reach is written as skipped, what fails
-with its reason. ``python -m benchmarks.readme`` then fills in the tables of docs/.
+them. On a GPU the most important measurements come first; those that time doesn't allow are recorded as skipped,
+failures with their reason. ``python -m benchmarks.readme`` then fills in the tables of docs/.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .worker import Orders
 TRIED = ROOT / "runs/bench"
 DEADLINE = 460.0  # seconds, on a GPU
 MOST_SECONDS = 120  # for one measurement on a GPU, compilation included
-SECONDS_TO_END = 10  # that a worker has behind the deadline
+SECONDS_TO_END = 10  # that a worker has after the deadline
 
 
 def start_workers(orders: Orders, results: Results) -> None:
-    """Have everything measured, by one worker after the other."""
-    with tempfile.TemporaryDirectory() as cache:  # so that compile times are those of a first time
+    """Measure everything, one worker at a time."""
+    with tempfile.TemporaryDirectory() as cache:  # so that compile times are those of a first run
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
         command = [sys.executable, "-m", "benchmarks.worker", orders.text()]
         missing = sum(not results.has(step) for step in orders.steps())
@@ -80,12 +80,12 @@ def finish(orders: Orders, results: Results) -> None:
             draw(part, results.found[part], results.path(part, "png"))
         except Exception as error:  # the figures are written; matplotlib may be missing
             print(f"no picture: {error}")
-    if not orders.quick:  # small problems say nothing about them
+    if not orders.quick:  # small problems are not meaningful for them
         print(f"\ntargets\n\n{markdown(targets_table(results.found, orders.device))}")
 
 
 def run(device: str, quick: bool, only: list[str], folder: Path, seconds: float = math.inf) -> Results:
-    """Measure and show; the results."""
+    """Measure and show; returns the results."""
     given = Orders(str(folder.resolve()), device, quick, [part for part in PARTS if part in (only or PARTS)])
     parts = [part for part in given.parts if PARTS[part].cases(given.where)]
     most_seconds = None if device == "cpu" else MOST_SECONDS

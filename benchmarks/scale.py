@@ -2,9 +2,10 @@
 
     python -m benchmarks.scale     writes benchmarks/results/scale.json and scale.png
 
-FLOPs, parameters and layers are counted on this package's networks. Machines are as their vendors publish them. What
-is neither counted nor published is an assumption, and is called so: foremost the speed of attention on a GPU, which is
-not measured here. docs/scale.md has the equation and what follows; ``python -m benchmarks.readme`` fills in its table.
+FLOPs, parameters and layers are counted on this package's networks. Machines are as their vendors publish them. What is
+neither counted nor published is an assumption and labelled as such: above all the speed of attention on a GPU, which is
+not measured here. docs/scale.md has the equation and the conclusions; ``python -m benchmarks.readme`` fills in its
+table.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NODE = 8
 GPUS = (1, 8, 32, 64, 128, 512, 1024)
 # The paper's recipe (arXiv 1906.05909) and ImageNet's size (ILSVRC 2012).
 EPOCHS, BATCH, IMAGES = 130, 4096, 1_281_167
-IMAGES_A_GPU = 128  # where the batch grows with the number of GPUs
+IMAGES_A_GPU = 128  # if the batch grows with the number of GPUs
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Counts:
     flops: int  # of a forward for one 224x224 image; a multiply-add is 2
     parameters: int
     norms: int
-    layers: int  # modules that launch kernels of their own
+    layers: int  # modules that launch their own kernels
 
     @property
     def training_flops(self) -> int:
@@ -49,7 +50,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Chip:
-    """Published figures of a GPU in nodes of eight, each with a NIC of its own."""
+    """Published figures of a GPU in nodes of eight, each with its own NIC."""
 
     name: str
     flops_per_second: float  # dense peak in bfloat16
@@ -71,9 +72,9 @@ A100 = Chip("A100 SXM 80 GB", 312e12, 2.039e12, 28_620 / 8, 300e9, 25e9)
 H100 = Chip("H100 SXM 80 GB", 989e12, 3.35e12, 56_080 / 8, 450e9, 50e9)
 CHIPS = (A100, H100)
 
-# Published ResNet-50 runs: where, GPUs, images a GPU, images a second. MLPerf's are from its logs (docs/scale.md names
-# them): throughput of late epochs, or the time of the last four where the log notes only when work was queued. NVIDIA's
-# example states no images a GPU: 256 is an assumption.
+# Published ResNet-50 runs: where, GPUs, images per GPU, images per second. MLPerf's are from its logs (docs/scale.md
+# names them): throughput of late epochs, or the time of the last four where the log notes only when work was queued.
+# NVIDIA's example states no images a GPU: 256 is an assumption.
 PUBLISHED = (
     ("MLPerf Training 3.0, Dell", A100, 8, 408, 28_620),
     ("MLPerf Training 3.0, Dell", H100, 8, 400, 56_080),
@@ -87,11 +88,11 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the model takes for granted."""
+    """The assumptions of the model."""
 
-    # Attention's share of the peak, of that of the convolution: not measured. The paper found it slower than its FLOPs.
+    # Attention's share of peak relative to the convolution's: not measured. The paper found it slower than its FLOPs.
     attention_share: float = 0.5
-    kernels: int = 6  # a layer and step: 2 forward, 3 backward, 1 optimiser
+    kernels: int = 6  # per layer and step: 2 forward, 3 backward, 1 optimiser
     kernel_seconds: float = 5e-6  # that don't shrink with the batch; a launch takes 4 to 6 µs
     micro_batch: int = 256  # most images a GPU computes at once; more are accumulated
     backward_share: float = 2 / 3  # of a step's products: two for the forward's one
@@ -116,13 +117,13 @@ ASSUMED = Assumptions()
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Seconds of a step, by what they go to."""
+    """Seconds of a step, by component."""
 
     compute: float
     kernels: float
     optimiser: float
     stragglers: float
-    gradients: float  # what the backward doesn't hide
+    gradients: float  # the part not hidden by the backward
     norms: float
 
     @property
@@ -150,20 +151,20 @@ def counted(name: str) -> Counts:
 
 
 def share_of_peak(chip: Chip, name: str, assumed: Assumptions = ASSUMED) -> float:
-    """What of the chip's peak a network's products reach: published for the convolution, assumed for attention."""
+    """Share of the chip's peak that a network's products reach: published for convolution, assumed for attention."""
     published = chip.convolution * counted(TWIN).training_flops / chip.flops_per_second
     return published * (1.0 if name == TWIN else assumed.attention_share)
 
 
 def nodes(gpus: int) -> tuple[int, int]:
-    """GPUs of a node that take part, and nodes."""
+    """GPUs used per node, and nodes."""
     if gpus < 1 or (gpus > NODE and gpus % NODE):
         raise ValueError(f"gpus: expected 1 to {NODE} or a multiple of {NODE}, got {gpus}")
     return min(gpus, NODE), max(1, gpus // NODE)
 
 
 def ring_volume(members: int) -> float:
-    """Bytes that each member of an all-reduce sends, a byte that is reduced."""
+    """Bytes that each member of an all-reduce sends per byte reduced."""
     return 2 * (members - 1) / members
 
 
@@ -187,7 +188,7 @@ def all_reduce(size: float, chip: Chip, gpus: int, assumed: Assumptions = ASSUME
 def step(
     name: str, chip: Chip, gpus: int, images: float, norm_group: int = 1, assumed: Assumptions = ASSUMED
 ) -> StepSeconds:
-    """One step with so many images a GPU; ``norm_group`` GPUs share batch norm's statistics."""
+    """One step with that many images per GPU; ``norm_group`` GPUs share batch norm's statistics."""
     own = counted(name)
     micro_batches = math.ceil(images / assumed.micro_batch)
     compute = images * own.training_flops / (chip.flops_per_second * share_of_peak(chip, name, assumed))
@@ -210,7 +211,7 @@ def step(
 def point(
     name: str, chip: Chip, gpus: int, norm_group: int = 1, assumed: Assumptions = ASSUMED, images: int | None = None
 ) -> dict[str, Any]:
-    """A run of all epochs with the paper's batch, or so many images a GPU; its efficiency beside one GPU with these."""
+    """A run of all epochs with the paper's batch, or a number of images per GPU; its efficiency relative to one GPU."""
     batch, alone_with = (BATCH, BATCH) if images is None else (images * gpus, images)
     own = step(name, chip, gpus, batch / gpus, norm_group, assumed)
     rate, alone = batch / own.total, step(name, chip, 1, alone_with, 1, assumed)
@@ -253,7 +254,7 @@ def compute() -> dict[str, Any]:
             for where, chip, gpus, *rest in PUBLISHED
         ],
     }
-    # Six digits, so that no machine's last bit shows.
+    # Six digits, so that the last bit doesn't depend on the machine.
     return json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 

@@ -1,10 +1,10 @@
-"""How networks of attention start beside those of convolution that they were converted from: spread, gradients, steps.
+"""How attention networks start compared with the convolutional ones they were converted from: spread, gradients, steps.
 
     python -m benchmarks.start                    everything, about ten minutes; writes benchmarks/results/start.json
     python -m benchmarks.start --only chain       one part: chain, gradients or overfitting
 
-Peers: the convolution (He et al. 2015), attention as ``sasa.convert`` makes it, and "no taps", the same without the
-queries' bias, without which heads can't start on taps of their own.
+Peers: the convolution (He et al. 2015), attention as ``sasa.convert`` builds it, and "no taps", the same without the
+queries' bias, without which heads can't start on their own taps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEPTH = 16
 SEEDS = (0, 1)
 PEERS = ("convolution", "attention", "no taps")
 
-# name -> images of the chain, of 64 channels: pixels that know nothing of each other, or smooth ones.
+# name -> images of the chain, of 64 channels: independent pixels, or smooth ones.
 CHAINS: dict[str, Callable[[], Tensor]] = {
     "independent pixels, 32x32": lambda: torch.randn(4, 64, 32, 32),
     "independent pixels, 8x8": lambda: torch.randn(4, 64, 8, 8),
@@ -40,7 +40,7 @@ CHAINS: dict[str, Callable[[], Tensor]] = {
     "smooth, 32x32": lambda: smooth(torch.randn(4, 64, 8, 8), 32),
 }
 
-# Residual branches whose last batch norm starts at 0 would hide their gradients: they start at 1 here.
+# A last batch norm that starts at 0 would hide the gradients of a residual branch, so it starts at 1 here.
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "torchvision vgg11": lambda: torchvision.models.vgg11(num_classes=10),
     "timm vgg11": lambda: timm.create_model("vgg11", num_classes=10),
@@ -59,7 +59,7 @@ def smooth(coarse: Tensor, size: int) -> Tensor:
 
 
 def chain(in_channels: int, width: int, depth: int = DEPTH) -> nn.Sequential:
-    """Convolutions and ReLUs, nothing else, with the start of He et al. 2015."""
+    """Only convolutions and ReLUs, initialised as in He et al. 2015."""
     layers: list[nn.Module] = []
     for index in range(depth):
         conv = nn.Conv2d(width if index else in_channels, width, 3, padding=1)
@@ -85,7 +85,7 @@ def spreads(seed: int, images: Callable[[], Tensor]) -> dict[str, float]:
 
 
 def gradient_norms(seed: int, build: Callable[[], nn.Module], size: int = 128) -> dict[str, float]:
-    """Norm of the gradient of all parameters together, in training, for four images of noise."""
+    """Norm of the gradient over all parameters, in training mode, for four images of noise."""
     torch.manual_seed(seed)
     network = build().train()
     x, labels = torch.randn(4, 3, size, size), torch.randint(10, (4,))

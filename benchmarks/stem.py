@@ -1,8 +1,9 @@
 """Stems of a ResNet: part stem.
 
-The paper's attention stem beside what it replaces: a 7x7 convolution of stride 2, batch norm, ReLU, and a 3x3 max pool
-of stride 2. Both make 64 channels of 56x56 out of images of 224x224. Training is forward and backward with gradients of
-all parameters, with the batch's own statistics; no network needs the image's gradient. Forward is in evaluation.
+The paper's attention stem compared with what it replaces: a 7x7 convolution of stride 2, batch norm, ReLU, and a 3x3
+max pool of stride 2. Both turn images of 224x224 into 64 channels of 56x56. Training is forward and backward with
+gradients of all parameters, with the batch's own statistics; no network needs the image's gradient. Forward is in
+evaluation.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def cases(device: Device) -> list[Case]:
 
 
 def stem_of(case: Case, peer: str, device: Device) -> nn.Module:
-    """A stem with weights of its own."""
+    """A stem with its own weights."""
     torch.manual_seed(0)
     channels = case.problem.channels
     stem: Any = sasa.AttentionStem(3, channels)

@@ -22,14 +22,14 @@ class Listing(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A header, and how to write figures below it; "" where they aren't there."""
+    """A header, and the format of figures below it; "" for missing ones."""
 
     header: str
     cell: Callable[[Figures], str]
 
 
 def number(name: str, form: str = "{:.2f}", factor: float = 1.0) -> Callable[[Figures], str]:
-    """One of the figures, with its lowest and highest in brackets where there are any."""
+    """One of the figures, with its lowest and highest in brackets if there are any."""
 
     def cell(figures: Figures) -> str:
         if name not in figures:
@@ -80,7 +80,7 @@ COLUMNS = {
 
 
 def part_table(part: str, found: Found) -> Listing:
-    """Peers by case; what the time did not reach is left out, what can't be done is reported."""
+    """Peers by case; those skipped for lack of time are omitted, those that can't run are reported."""
     result, columns = found[part], list(COLUMNS[part])
     if part in ("attention", "stages"):
         columns += shares(found)
@@ -120,7 +120,7 @@ def shares(found: Found) -> list[Column]:
 
 
 def limit_words(at_least: bool, limit: float) -> str:
-    """What is to be reached."""
+    """The targets."""
     return f"{'≥' if at_least else '≤'} {limit:g}"
 
 
@@ -133,7 +133,7 @@ def value_words(value: Value | None) -> str:
 
 
 def targets_table(found: Found, device: str) -> Listing:
-    """What is to be reached, what was measured, and whether it is reached."""
+    """The targets, what was measured, and whether they are reached."""
     rows = [
         [
             target.name,
@@ -153,7 +153,7 @@ def targets_table(found: Found, device: str) -> Listing:
 
 
 def markdown(table: Listing) -> str:
-    """As GitHub shows it."""
+    """In GitHub's format."""
     rules = ["---" if index < table.words else "---:" for index in range(len(table.header))]
     lines = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in (table.header, *table.rows)]
     text = "\n".join(f"| {line} |" for line in lines)
@@ -176,7 +176,7 @@ def demo_table(runs: list[dict[str, Any]]) -> Listing:
     return Listing(["network", "top-1", "parameters", "MFLOPs an image", "seconds an epoch"], rows, words=1)
 
 
-# For the README: words, and what is shown of which case beside which peer.
+# For the README: words, and what is shown of which case next to which peer.
 HIGHLIGHTS = (
     ("layer, forward", "layer", "notebook forward"),
     ("layer, forward and backward", "layer", "notebook training"),

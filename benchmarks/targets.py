@@ -1,4 +1,4 @@
-"""What the library should reach, and how far the results are from it. A benchmark only reports it; it never fails."""
+"""The library's targets, and how far the results are from them. A benchmark only reports them; it never fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value = tuple[float, float | None, float | None]  # of the median turn, lowest a
 
 
 class Target(NamedTuple):
-    """A figure to reach: at least or at most ``limit``."""
+    """A target figure: at least or at most ``limit``."""
 
     name: str
     at_least: bool
@@ -86,7 +86,7 @@ def step_memory(found: Found) -> Value:
 
 
 def full_attention(found: Found) -> Value:
-    """Images a second of full attention over torchvision's ResNet-50's, each measured beside the network with stem."""
+    """Images/s of full attention over torchvision's ResNet-50's, each measured in turns with the network with stem."""
     own = peers_of(found, "networks", "batch 8 forward")
     theirs, ours = own[RESNET], own[FULL]
     lowest, highest = theirs["ratio_lowest"] / ours["ratio_highest"], theirs["ratio_highest"] / ours["ratio_lowest"]
@@ -94,7 +94,7 @@ def full_attention(found: Found) -> Value:
 
 
 def copy_share(case: str) -> Callable[[Found], Value]:
-    """Bytes a second of our attention as a share of a copy's."""
+    """Bytes per second of our attention as a share of a copy's."""
 
     def figure(found: Found) -> Value:
         own, copy = peers_of(found, "attention", case)["sasa"], peers_of(found, "ceiling", COPY)[COPY]
@@ -164,7 +164,7 @@ GPU = (
 
 
 def evaluate(found: Found, device: str = "cpu") -> list[tuple[Target, Value | None]]:
-    """Every target with its figure; None where it was not measured."""
+    """Every target with its figure; None if it was not measured."""
     rows = []
     for target in CPU if device == "cpu" else GPU:
         try:

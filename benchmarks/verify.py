@@ -1,4 +1,4 @@
-"""Calls to measure, and whether their results are right."""
+"""Calls to measure, and whether their results are correct."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# Largest difference from float64 that counts as rounding, relative to the largest number of the result. In bfloat16
+# Largest difference from float64 that counts as rounding, relative to the largest number in the result. In bfloat16
 # the logits themselves are rounded to 8 bits.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.worker '{"folder": "runs/bench", …}'      as the command starts it
 
-Whatever fails is written in its place. What an error leaves the device unusable after, a crash and a measurement that
-does not end kill this process; the command then starts another, which resumes behind it.
+A failure is written in place of its measurement. An error that leaves the device unusable, a crash, or a measurement
+that does not end kills this process; the command then starts another, which resumes after it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .registry import PARTS, plan
 from .results import SKIPPED, Results
 from .verify import Call
 
-DEVICE_LOST = 75  # exit status: the device answers nothing any more, in this process
-SECONDS_TO_BEGIN = {False: 2, True: 45}  # time that must be left to begin a measurement, by whether it compiles
-SECONDS_OVER = 5  # how long a measurement may last behind the deadline
+DEVICE_LOST = 75  # exit status: the device no longer responds in this process
+SECONDS_TO_BEGIN = {False: 2, True: 45}  # time that must remain to start a measurement, by whether it compiles
+SECONDS_OVER = 5  # how long a measurement may run past the deadline
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Orders:
         quick: small problems, nothing compiled.
         parts: those to measure.
         deadline: when to stop, in seconds of ``time.time``; infinity for never.
-        most_seconds: after which a measurement is given up, and the process with it; None for never.
+        most_seconds: time after which a measurement is aborted, with the process; None for never.
     """
 
     folder: str
@@ -62,12 +62,12 @@ class Orders:
         return Device(self.device, self.quick)
 
     def steps(self) -> list[Step]:
-        """What is to be measured, in order."""
+        """The measurements, in order."""
         return plan(self.parts, self.where)
 
 
 class Prepared:
-    """The calls of the case at hand, ours kept for the peers that take turns with it."""
+    """The calls of the current case; ours is kept for the peers that take turns with it."""
 
     def __init__(self, device: Device, clock: CpuClock) -> None:
         self.device, self.clock = device, clock
@@ -75,7 +75,7 @@ class Prepared:
         self.calls: dict[str, tuple[Call, dict[str, Any]]] = {}
 
     def enter(self, case: Case) -> None:
-        """Let go of the case before."""
+        """Release the previous case."""
         if case != self.case:
             self.case, self.calls = case, {}
             torch.compiler.reset()  # compiled functions share a small cache
@@ -84,7 +84,7 @@ class Prepared:
             self.clock.clean()
 
     def call(self, case: Case, peer: str) -> tuple[Call, dict[str, Any]]:
-        """A peer's call once results are right and the call has run, and what was found on the way."""
+        """A peer's call, after checking its results and running it once, and what was found on the way."""
         if peer in self.calls:
             return self.calls[peer]
         part, checked, found = PARTS[case.part], case.checked(self.device), {}
@@ -105,7 +105,7 @@ class Prepared:
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line."""
+    """An error as one line."""
     words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     text = words if isinstance(error, RefusedError) else f"{type(error).__name__}: {words}".removesuffix(": ")
     return text if len(text) <= 300 else text[:297] + "..."
@@ -132,12 +132,12 @@ def attempt(step: Step, prepared: Prepared) -> dict[str, Any]:
     """What was measured, or why it can't be."""
     try:
         return measure(step, prepared)
-    except Exception as error:  # any: the others are still to be measured
+    except Exception as error:  # any: the others still have to be measured
         return {"cannot": reason(error)}
 
 
 def usable(clock: CpuClock) -> bool:
-    """Whether the device still answers."""
+    """Whether the device still responds."""
     try:
         clock.synchronize()
     except Exception:
@@ -146,7 +146,7 @@ def usable(clock: CpuClock) -> bool:
 
 
 def work(orders: Orders, say: Callable[[str], object]) -> int:
-    """Measure what isn't measured yet; the exit status."""
+    """Measure what hasn't been measured yet; returns the exit status."""
     device, results = orders.where, Results(Path(orders.folder), orders.device)
     clock = clock_of(device)
     torch.backends.cudnn.benchmark = True

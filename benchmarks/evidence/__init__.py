@@ -1,1 +1,1 @@
-"""What attention is worth on real images: plans for ``sasa study``, their results, and the page that shows them."""
+"""The value of attention on real images: plans for ``sasa study``, their results, and the page that shows them."""

@@ -1,4 +1,4 @@
-r"""Train what the page of evidence needs, in order of worth; it may be stopped and started again at any time.
+r"""Train what the evidence page needs, most valuable first; it can be stopped and restarted at any time.
 
     python -m benchmarks.evidence --work runs/evidence \
         --fashion-mnist /usr/share/datasets/fashion-mnist --cifar10 cifar10
@@ -35,7 +35,7 @@ ORDER = (
     "length-fashion",
     "widths-cifar",
 )
-"""The plans, those that answer most first."""
+"""The plans, most informative first."""
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
         if (out / "results.json").is_file():
             (HERE / "results").mkdir(exist_ok=True)
             text = (out / "results.json").read_text(encoding="utf-8")
-            here = json.dumps(f"{Path.cwd()}{os.sep}")[1:-1]  # where the images are is not part of the result
+            here = json.dumps(f"{Path.cwd()}{os.sep}")[1:-1]  # the images' location is not part of the result
             (HERE / "results" / f"{name}.json").write_text(text.replace(here, ""), encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
-"""What the compared networks cost on one CPU core: a training step and a forward, in time an image, and memory.
+"""Cost of the compared networks on one CPU core: a training step and a forward, in time per image, and memory.
 
     python -m benchmarks.evidence.cost
 
-On a quiet machine; each network in a process of its own, whose memory is then its own.
+Run it on an idle machine; each network runs in its own process, so that memory is measured separately.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Folders of images for the plans: nested subsets of the training sets, each with the whole test set beside it.
+"""Folders of images for the plans: nested subsets of the training sets, each together with the whole test set.
 
-The validation part of a folder is the data set's test split, which nothing is chosen by; learning rates are chosen on
-``NAME-tune``, whose validation part is taken from the other end of the shuffled training set.
+The validation part of a folder is the data set's test split, which is not used to choose anything; learning rates are
+chosen on ``NAME-tune``, whose validation part is taken from the other end of the shuffled training set.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The networks that the page compares, by the names it gives them."""
+"""The networks that the page compares, by their names there."""
 
 from __future__ import annotations
 

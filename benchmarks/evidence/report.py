@@ -1,4 +1,4 @@
-"""The committed results as the tables and pictures of docs/evidence.md.
+"""The committed results as the tables and plots of docs/evidence.md.
 
 python -m benchmarks.evidence.report     # the pictures; python -m benchmarks.readme fills in the tables
 """
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 PICTURES = ROOT / "docs/evidence"
 NAMES = {"fashion": "Fashion-MNIST", "cifar": "CIFAR-10"}
 BASE = "convolution stem + attention"
-"""What the variants are variants of."""
+"""The base of the variants."""
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ Cell = dict[str, Any]
 
 
 def read(name: str) -> dict[str, Any] | None:
-    """A result file, or None while there is none."""
+    """A result file, or None if there is none yet."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -60,7 +60,7 @@ def accuracy(cell: Cell | None) -> str:
 
 
 def difference(first: Cell | None, second: Cell | None) -> str:
-    """Points, first less second, ± standard error; in bold where it is more than seeds explain."""
+    """Points, first minus second, ± standard error; in bold if it is more than seeds explain."""
     if first is None or second is None:
         return ""
     found = welch(first, second)

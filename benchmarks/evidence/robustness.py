@@ -1,4 +1,4 @@
-"""Trained networks on images that are changed: noise, blur, contrast, shifts, rotations; and how steady they are.
+"""Trained networks on altered images: noise, blur, contrast, shifts, rotations; and how stable they are.
 
     python -m benchmarks.evidence.robustness --work runs/evidence
 
@@ -45,14 +45,14 @@ CHANGES: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, float]]
     "shift, pixels": (_shift, (2.0, 4.0)),
     "rotation, degrees": (lambda x, angle: F.rotate(x, angle, F.InterpolationMode.BILINEAR), (10.0, 20.0)),
 }
-"""Of images from 0 to 1, each at two amounts. A shift moves what leaves on one side in on the other."""
+"""Changes of images from 0 to 1, each at two strengths. A shift wraps around at the edges."""
 
 STEPS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 
 
 @torch.no_grad()
 def measure(weights: Path, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy on every change, and the share of images whose class stays what it was after a shift by one pixel."""
+    """Accuracy on every change, and the share of images whose class is unchanged after a shift by one pixel."""
     network, facts = load_model(weights)
     normalised = normalise(tuple(facts["mean"]), tuple(facts["std"]))
 

@@ -1,9 +1,9 @@
-"""Put the trained networks of the plans ``weights-*`` into the package, with what they come to on test images.
+"""Put the trained networks of the plans ``weights-*`` into the package, with their results on test images.
 
     python -m benchmarks.evidence.ship --work runs/evidence
 
-Those of the plans ``weights-*-long`` where they are done. Writes the weights and figures.json beside them; the card
-beside both, README.md, has its words by hand.
+Uses those of the plans ``weights-*-long`` if they are finished. Writes the weights and figures.json next to them; the
+model card, README.md in the same folder, is written by hand.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PLANS = {
 
 
 def counted(weights: Path, data: Path | None) -> dict[str, int]:
-    """Images that a network is right about, of all validation images."""
+    """Number of validation images that a network classifies correctly, and their total."""
     found = evaluate(weights, data)
     return {"correct": round(found["top1"] * found["images"]), "images": found["images"]}
 

@@ -1,1 +1,1 @@
-"""A trained network fine-tuned as it is, and converted: ``python -m benchmarks.fine_tune``."""
+"""A trained network fine-tuned unchanged, and converted: ``python -m benchmarks.fine_tune``."""

@@ -1,10 +1,10 @@
-"""A trained ResNet-20 fine-tuned as it is, and with attention in it: which is better, and what it costs.
+"""A trained ResNet-20 fine-tuned unchanged, and with attention in it: which is better, and what it costs.
 
     python -m benchmarks.fine_tune --weights resnet20-cifar10.safetensors --images cifar10 --out runs/fine-tune
 
-First shows that the conversion keeps every prediction. Both networks are then trained alike, each at the best of three
-learning rates, chosen on training images held out. A run that is finished is kept in a file of its own in the folder
-and not repeated; results.json and curve.png are made of them. docs/fine-tuning.md shows and discusses the figures.
+First shows that the conversion keeps every prediction. Both networks are then trained in the same way, each at the best
+of three learning rates, chosen on held-out training images. A finished run is stored in its own file in the folder and
+not repeated; results.json and curve.png are made from these files. docs/fine-tuning.md shows and discusses the figures.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OTHER_STRENGTHS = (1.0, 3.0)  # trained with one seed
 
 
 class FineTuningRuns:
-    """All runs of a folder; each is trained once, whatever stops the command in between."""
+    """All runs of a folder; each is trained once, even if the command is interrupted in between."""
 
     def __init__(self, network: nn.Module, train: Labelled, val: Labelled, recipe: FineTuning, folder: Path) -> None:
         self.network, self.val, self.recipe, self.folder = network, val, recipe, folder
@@ -41,11 +41,11 @@ class FineTuningRuns:
         self.train, self.held_out = ((train[0][some], train[1][some]) for some in (chosen, held_out))
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """What a file of the folder holds, made first if it isn't there."""
+        """The contents of a file in the folder, which is created first if it doesn't exist."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             text = json.dumps(make(), indent=1) + "\n"
-            partial = path.with_suffix(".partial")  # never half a file under its own name
+            partial = path.with_suffix(".partial")  # never a partial file under the final name
             partial.write_text(text)
             partial.replace(path)
         return json.loads(path.read_text())
@@ -107,7 +107,7 @@ class FineTuningRuns:
 
 
 def best_rate(tuning: list[Figures], network: str) -> float:
-    """The learning rate of the run that ends with the highest accuracy."""
+    """The learning rate of the run with the highest final accuracy."""
     return max((one for one in tuning if one["network"] == network), key=lambda one: one["epochs"][-1]["top1"])["rate"]
 
 

@@ -1,4 +1,4 @@
-"""What a conversion changes, what its strength decides, and what it costs."""
+"""What a conversion changes, what its strength affects, and what it costs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STRENGTHS = (1.0, 2.0, 3.0, 8.0)
 
 
 def conversion(network: nn.Module, first_stage: int, val: Labelled) -> Figures:
-    """What a conversion changes on the validation images: nothing but rounding."""
+    """What a conversion changes on the validation images: only rounding."""
     before, after = logits(network, val[0]), logits(converted(network, first_stage), val[0])
     return {
         "first_stage": first_stage,
@@ -34,7 +34,7 @@ def conversion(network: nn.Module, first_stage: int, val: Labelled) -> Figures:
 
 
 def strengths(network: nn.Module, val: Labelled, train: Labelled) -> list[Figures]:
-    """Errors of the logits beside float64 convolutions, and gradients before the first step, by strength."""
+    """Errors of the logits relative to float64 convolutions, and gradients before the first step, by strength."""
     exact = logits(copy.deepcopy(network).double(), val[0])
     found = []
     for strength in (None, *STRENGTHS):
@@ -58,7 +58,7 @@ def strengths(network: nn.Module, val: Labelled, train: Labelled) -> list[Figure
 def cost(networks: dict[str, nn.Module], train: Labelled, batch: int, turns: int = 3) -> dict[str, Figures]:
     """Parameters, and CPU seconds of a training step and of a forward pass; the networks take turns.
 
-    CPU seconds, of all threads: what else runs on the machine does not lengthen them much.
+    CPU seconds, summed over threads: other load on the machine hardly affects them.
     """
     images, labels = normalised(train[0][:batch]), train[1][:batch]
     times: dict[str, dict[str, list[float]]] = {name: {"step": [], "forward": []} for name in networks}

@@ -1,4 +1,4 @@
-"""The figures of ``python -m benchmarks.fine_tune`` as the tables of docs/fine-tuning.md, and as a picture."""
+"""The figures of ``python -m benchmarks.fine_tune`` as the tables of docs/fine-tuning.md, and as a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STAGES = {"convolution": "none", "3": "the last stage", "2": "the last two stage
 
 
 def runs(result: Figures, network: str) -> list[Figures]:
-    """Those of all seeds: of attention, with the strength that was tuned."""
+    """Runs of all seeds; for attention, with the tuned strength."""
     strength = next(one["strength"] for one in result["tuning"] if one["network"] == network)
     return [one for one in result["runs"] if one["network"] == network and one["strength"] == strength]
 
@@ -32,7 +32,7 @@ def accuracies(result: Figures, network: str) -> list[list[float]]:
 
 
 def draw(result: Figures, path: Path) -> None:
-    """Accuracy by epoch: the mean of the seeds, and from the lowest to the highest."""
+    """Accuracy by epoch: the mean over the seeds, and the range from lowest to highest."""
     recipe, images = result["recipe"], result["conversion"][0]["images"]
     stages = STAGES[str(recipe["first_stage"])]
     title = f"ResNet-20 fine-tuned on {recipe['train_images']:,} images of CIFAR-10, attention in {stages}"
@@ -53,7 +53,7 @@ def draw(result: Figures, path: Path) -> None:
 
 
 def conversion(result: Figures) -> Listing:
-    """What converting changes."""
+    """What a conversion changes."""
     rows = []
     for own in result["conversion"]:
         correct = [f"{own[when]:,} ({own[when] / own['images']:.2%})" for when in ("correct_before", "correct_after")]
@@ -65,7 +65,7 @@ def conversion(result: Figures) -> Listing:
 
 
 def accuracy(result: Figures) -> Listing:
-    """The end of all seeds."""
+    """The final results of all seeds."""
     rows, ends = [], {}
     for network in NETWORKS:
         own = accuracies(result, network)
@@ -110,7 +110,7 @@ def rates(result: Figures) -> Listing:
 
 
 def strengths(result: Figures) -> Listing:
-    """What the strength decides."""
+    """What the strength affects."""
     seed, rows = result["recipe"]["seeds"][0], []
     ends = {one["strength"]: one["epochs"][-1]["top1"] for one in result["runs"] if one["seed"] == seed}
     for one in result["strengths"]:
@@ -149,5 +149,5 @@ TABLES: dict[str, Callable[[Figures], Listing]] = {
 
 
 def table(name: str) -> str:
-    """One of the page."""
+    """One of the page's tables."""
     return markdown(TABLES[name](json.loads(FILE.read_text())))

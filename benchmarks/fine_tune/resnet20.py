@@ -54,15 +54,15 @@ def trained(path: Path) -> ResNet20:
     """The network with the weights of a file, in evaluation mode."""
     network = ResNet20()
     missing, unexpected = network.load_state_dict(load_file(path), strict=False)
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # not every file counts them
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # not every file has them
     if missing or unexpected:
         raise ValueError(f"expected weights of a ResNet-20, got {path} without {missing} and with {unexpected}")
     return network.eval().to(memory_format=torch.channels_last)
 
 
 def converted(network: nn.Module, first_stage: int = 1, strength: float = STRENGTH) -> nn.Module:
-    """With attention in the place of the convolutions of a stage and those after it."""
+    """With attention instead of convolutions in a stage and those after it."""
     stages = tuple(f"layer{stage}." for stage in range(first_stage, 4))
-    # Memory is plenty here, and keeping what the backward needs is faster.
+    # Memory is plentiful here, and saving what the backward needs is faster.
     options: dict[str, Any] = {"keep_function": True, "strength": strength, "recompute": False}
     return sasa.convert(network, where=lambda name, _: name.startswith(stages), **options)

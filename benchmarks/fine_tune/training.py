@@ -1,4 +1,4 @@
-"""Images, one training, and what is found in evaluation mode."""
+"""Images, one training run, and its evaluation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FineTuning:
 
     first_stage: int = 3  # attention is in this stage and those after it
     train_images: int = 1_536
-    held_out: int = 2_000  # training images that choose the learning rate and train nothing
+    held_out: int = 2_000  # training images used only to choose the learning rate
     epochs: int = 2
     batch: int = 64
     rates: tuple[float, ...] = (0.001, 0.003, 0.01)
@@ -36,7 +36,7 @@ class FineTuning:
     seeds: tuple[int, ...] = (0, 1, 2)
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    shift: int = 4  # pixels an image is moved by at most
+    shift: int = 4  # maximum shift of an image in pixels
 
 
 def read(folder: Path) -> Labelled:
@@ -46,13 +46,13 @@ def read(folder: Path) -> Labelled:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """As the network was trained on."""
+    """Images normalised as in the network's training."""
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     return ((images / 255 - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
 def augmented(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    """Each moved by up to ``shift`` pixels, over black, and half of them mirrored."""
+    """Each shifted by up to ``shift`` pixels, padded with black, and half of them mirrored."""
     count, _, height, width = images.shape
     rows, cols = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator)
     rows, cols = rows + torch.arange(height), cols + torch.arange(width)
@@ -64,7 +64,7 @@ def augmented(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Of all images, in the network's dtype."""
+    """Logits of all images, in the network's dtype."""
     dtype = next(network.parameters()).dtype
     return torch.cat([network(normalised(some).to(dtype)) for some in images.split(EVALUATED)])
 
@@ -86,7 +86,7 @@ def fine_tune(
     seed: int,
     say: Callable[[str], object],
 ) -> list[Figures]:
-    """Train; what was found after each epoch. The order of images is the seed's alone."""
+    """Train; returns the evaluation after each epoch. The order of images depends only on the seed."""
     images, labels = train
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(network.parameters(), rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)

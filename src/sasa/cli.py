@@ -27,7 +27,7 @@ commands:
   eval    measure a trained network's accuracy
   predict classify a folder of images into a table, or find boxes in them
   export  write a trained network as ONNX, an exported program or a compiled package
-  study   train a grid of networks, options and seeds, and gather what came out
+  study   train a grid of networks, options and seeds, and gather the results
   explore point at a pixel, and see what the network sees: a page, saved or served to this machine
   demo    train attention and its convolutional twin side by side, and draw what attention sees
 

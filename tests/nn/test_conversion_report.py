@@ -81,7 +81,7 @@ KEEPS = {
 def test_convolutions_kept_outside_the_module_tree_are_listed(name):
     keep, path = KEEPS[name]
     model = Aliased(keep)
-    match = path + r" keeps the convolution conv, beside the module tree"
+    match = path + r" keeps the convolution conv, outside the module tree"
     report = sasa.conversion_report(model)
     assert len(report.not_reached) == 1
     assert f"Not reached: {report.not_reached[0]}" in str(report)

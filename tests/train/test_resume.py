@@ -276,10 +276,10 @@ def in_the_way(out):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (replaced("recipe.json", "5"), OutputError, r"recipe\.json, what the run was begun with, can't be read"),
-        (replaced("recipe.json", "{"), OutputError, r"recipe\.json, what the run was begun with, can't be read"),
-        (lambda out: (out / "recipe.json").unlink(), OutputError, r"recipe\.json, .* --overwrite begins it anew"),
-        (lambda out: (out / "data.json").unlink(), OutputError, r"data\.json, .* --overwrite begins it anew"),
+        (replaced("recipe.json", "5"), OutputError, r"recipe\.json, what the run was started with, can't be read"),
+        (replaced("recipe.json", "{"), OutputError, r"recipe\.json, what the run was started with, can't be read"),
+        (lambda out: (out / "recipe.json").unlink(), OutputError, r"recipe\.json, .* --overwrite starts it over"),
+        (lambda out: (out / "data.json").unlink(), OutputError, r"data\.json, .* --overwrite starts it over"),
         (in_the_way, OutputError, r"out: expected a file at .*recipe\.json, got a folder"),
         (
             replaced("data.json", '{"classes": ["1", "0", "2"], "channels": 1}'),
@@ -303,7 +303,7 @@ def test_a_run_whose_checkpoints_are_gone_begins_anew_and_says_so(data, whole, t
     told = []
     described = json.loads((out / "data.json").read_text())
     assert checkpoint_to_resume(out, recipe(data, **OPTIONS), described, told.append) is None
-    assert told == [f"no checkpoint that can be used in {out}: the run begins anew"]
+    assert told == [f"no checkpoint that can be used in {out}: the run starts over"]
 
 
 def test_checkpoints_are_read_as_plain_data_whatever_the_environment_says(data, whole, tmp_path):

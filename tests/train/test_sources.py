@@ -66,7 +66,7 @@ def test_idx_file_missing(idx_folder):
 def test_idx_file_cut_short(idx_folder):
     path = next(idx_folder.glob("train-images*"))
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\S* is not a whole IDX file"):
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\S* is not a complete IDX file"):
         open_source(idx_folder)
 
 

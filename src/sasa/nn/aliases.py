@@ -28,7 +28,7 @@ def not_reached(modules: Mapping[str, nn.Module], replaced: Mapping[int, str]) -
                 continue
             for path, held in _modules_in(value, ".".join(filter(None, (name, attribute))), _DEPTH):
                 if id(held) in replaced:
-                    found.append(f"{path} keeps the convolution {replaced[id(held)]}, beside the module tree")
+                    found.append(f"{path} keeps the convolution {replaced[id(held)]}, outside the module tree")
                 elif id(held) not in registered:
                     found += [
                         f"{path} holds {' '.join(filter(None, (type(m).__name__, inner)))}, outside the module tree"

@@ -141,13 +141,13 @@ def checkpoint_to_resume(out: Path, recipe: Recipe, data: dict[str, Any], tell: 
     checkpoint = newest_whole(out, tell)
     if checkpoint is None:
         if (out / RECIPE).exists():
-            tell(f"no checkpoint that can be used in {out}: the run begins anew")
+            tell(f"no checkpoint that can be used in {out}: the run starts over")
         return None
     check_same_recipe(out, recipe)
     before = _read_json(out / DATA)
     if before != data:
         raise DataError(
-            f"data: expected the classes and channels that the run in {out} was begun with, {_shortened(before)}, "
+            f"data: expected the classes and channels that the run in {out} was started with, {_shortened(before)}, "
             f"got {_shortened(data)}"
         )
     tell(f"resuming after step {step_of(checkpoint)}, from {checkpoint}")
@@ -167,7 +167,7 @@ def check_same_recipe(out: Path, recipe: Recipe) -> None:
     changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
     if changed:
         listed = "; ".join(f"{name}: {before.get(name)!r} then, {now[name]!r} now" for name in changed)
-        raise OptionError(f"resume: expected the options that the run in {out} was begun with; {listed}")
+        raise OptionError(f"resume: expected the options that the run in {out} was started with; {listed}")
 
 
 def _shortened(value: Any) -> str:
@@ -182,7 +182,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"expected names with values, got {_shortened(found)}")
     except (OSError, ValueError, RecursionError) as error:
         raise OutputError(
-            f"out: {path}, what the run was begun with, can't be read: {error}; --overwrite begins it anew"
+            f"out: {path}, what the run was started with, can't be read: {error}; --overwrite starts it over"
         ) from error
     return found
 

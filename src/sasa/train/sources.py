@@ -187,7 +187,7 @@ def _idx_files(folder: Path) -> Source:
                 plain = extract_archive(str(path), unpacked) if path.suffix == ".gz" else path
                 tensor = read_sn3_pascalvincent_tensor(str(plain))
         except (AssertionError, LookupError, ValueError, RuntimeError, OSError, EOFError, zlib.error) as error:
-            raise DataError(f"data: {path} is not a whole IDX file ({type(error).__name__}: {error})") from error
+            raise DataError(f"data: {path} is not a complete IDX file ({type(error).__name__}: {error})") from error
         if tensor.dim() != dimensions or tensor.dtype != torch.uint8:
             raise DataError(f"data: expected {dimensions} dimensions of bytes in {path}, got {tuple(tensor.shape)}")
         return tensor
