@@ -221,7 +221,7 @@ class RelativeSelfAttention(ConvolutionLike):
 
         q·k starts small: it grows with the square of the input, which grows along residual branches.
 
-        With ``position="bias"`` the table itself holds -s |t - t_h|. Otherwise, without a strength, a bias or
+        With ``position="bias"`` the table itself holds :math:`-s\,|t - t_h|`. Otherwise, without a strength, a bias or
         embeddings, or with ``position_split="last_head"``, no head can prefer its own tap at every pixel. Then
         q·k and q·r start with variance 1 each for an input of variance 1, where the usual initialisation would give D:
         the factor by which scaled dot-product attention scales the logits is folded into W_Q (as in T5, arXiv
