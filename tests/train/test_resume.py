@@ -217,7 +217,7 @@ def test_a_finished_run_is_left_as_it_is_and_another_recipe_refused(data, whole)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert train(recipe(data, **OPTIONS), out, resume="auto").epochs == 4
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    with pytest.raises(OptionError, match=r"resume: expected the options .* begun with; batch_size: 8 then, 16 now"):
+    with pytest.raises(OptionError, match=r"resume: expected the options .* started with; batch_size: 8 then, 16 now"):
         train(recipe(data, **(OPTIONS | {"batch_size": 16})), out, resume="auto")
 
 
@@ -284,7 +284,7 @@ def in_the_way(out):
         (
             replaced("data.json", '{"classes": ["1", "0", "2"], "channels": 1}'),
             DataError,
-            r"data: expected the classes and channels .* begun with, .*'1', '0', '2'.* got .*'0', '1', '2'",
+            r"data: expected the classes and channels .* started with, .*'1', '0', '2'.* got .*'0', '1', '2'",
         ),
     ],
 )
