@@ -22,13 +22,13 @@ demo: $(INSTALLED)
 
 # one case of each test, excluding those that train or start processes
 check: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -q --sample 1 -m "not slow and not nightly" --ignore=tests/train --ignore=tests/study
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -q --sample 1 -m "not slow and not nightly" --ignore=tests/train --ignore=tests/study --ignore=tests/detection
 
 # in two processes, whose threads sleep while they wait for each other; training and studies, which start their own
 # processes, on one thread each
 test: sanitize
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not nightly" --ignore=tests/train --ignore=tests/study
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not nightly" tests/train tests/study
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not nightly" --ignore=tests/train --ignore=tests/study --ignore=tests/detection
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not nightly" tests/train tests/study tests/detection
 
 # the kernels alone, on a grid of problems: bad addresses and undefined behaviour, on every instruction set of this
 # machine; data races, which don't depend on the instruction set, on one

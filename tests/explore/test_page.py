@@ -171,6 +171,7 @@ def test_notebooks_show_it_and_dilated_windows_and_other_borders(visit, tmp_path
         sasa.RelativeSelfAttention(3, 8, (3, 5), 2, dilation=(1, 2), border="mask"),
         sasa.RelativeSelfAttention(8, 8, 4, 2, stride=2, border="valid", scale=0.5),
         sasa.RelativeSelfAttention(8, 8, 3, 4, position="absolute"),
+        sasa.RelativeSelfAttention(8, 8, 3, 4, position="bias"),
         sasa.AttentionConv2d(torch.nn.Conv2d(8, 4, 3, padding=2, padding_mode="reflect")),
     ]
     network, image = torch.nn.Sequential(*layers), torch.randn(3, 13, 17)
@@ -185,4 +186,5 @@ def test_notebooks_show_it_and_dilated_windows_and_other_borders(visit, tmp_path
         assert page.get_attribute("#equation", "data-query") == f"{query[0]}, {query[1]}"
         numbers = shown(page)
         assert numbers["weight"] == pytest.approx(one.weights()[1, 2][query].item(), abs=2e-4)
+        assert numbers["position"] == pytest.approx(one.position()[1, 2][query].item(), abs=2e-3)
         page.close()

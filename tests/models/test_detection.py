@@ -47,10 +47,11 @@ def test_the_backbone_takes_the_classifiers_weights():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(body.eval()(x), wanted, strict=True))
 
 
-def test_an_object_is_as_rare_everywhere_at_first():
+@pytest.mark.parametrize("position", ["relative", "only"])
+def test_an_object_is_as_rare_everywhere_at_first(position):
     """Borders and maps smaller than the window included, as with a convolution's bias."""
     with torch.no_grad():
-        boxes, scores = detector(kernel_size=7).eval().dense()(torch.rand(1, 3, 32, 64))
+        boxes, scores = detector(kernel_size=7, position=position).eval().dense()(torch.rand(1, 3, 32, 64))
     assert boxes.shape == (1, 9 * (8 * 16 + 4 * 8 + 2 * 4), 4) and scores.shape == (*boxes.shape[:2], 3)
     assert scores.min() > 0.005 and scores.max() < 0.02
 

@@ -7,7 +7,7 @@ from torch import nn
 import sasa
 from sasa.models import create_model
 from sasa.viz import look, roll_out
-from sasa.viz.effects import cover, predict
+from sasa.viz.effects import cover, has_position, predict
 from sasa.viz.looking import entropy
 from sasa.viz.rollout import spread
 
@@ -16,6 +16,7 @@ OPTIONS = [
     {"position": "none", "bias": False},
     {"position": "absolute"},
     {"position": "only"},
+    {"position": "bias", "border": "mask"},
     {"position_split": "across_heads", "border": "mask", "scale": 0.5},
     {"position_split": "last_head", "dilation": 2},
     {"kernel_size": (4, 3), "stride": (2, 1), "border": "valid", "pool": 2},
@@ -115,6 +116,21 @@ def test_changed_predictions_are_those_of_a_changed_network():
     for temperature in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature: expected a positive number, got"):
             predict(network, image, temperature=temperature)
+
+
+def test_changed_predictions_change_tables_too():
+    layer = sasa.RelativeSelfAttention(1, 4, 3, 2, position="bias")
+    network = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    image = torch.randn(1, 6, 5)
+    assert has_position(network)
+    warm, off = predict(network, image, temperature=2), predict(network, image, position=False)
+    with torch.no_grad():
+        layer.scale /= 2
+        layer.position_bias /= 2
+        torch.testing.assert_close(predict(network, image), warm)
+        layer.scale *= 2
+        nn.init.zeros_(layer.position_bias)
+    torch.testing.assert_close(predict(network, image), off)
 
 
 def test_cover_fills_a_rectangle_and_leaves_the_image():

@@ -22,7 +22,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from ..nn import RelativeSelfAttention, convert
+from ..nn import convert
 from ..ops import checks
 from .create import create_model
 from .presets import MODELS
@@ -248,9 +248,8 @@ def _body(name: str, options: dict[str, Any]) -> tuple[nn.Module, list[int], lis
 
 
 @torch.no_grad()
-def _start_as_torchvision(layer: nn.Module, bias: float) -> None:
+def _start_as_torchvision(layer: Any, bias: float) -> None:
     """Start with small values whose bias is the layer's initial output, as the attention weights sum to 1."""
-    assert isinstance(layer, RelativeSelfAttention)  # noqa: S101  (what convert makes of a convolution of stride 1)
-    values = slice(2 * layer.out_channels, None)
+    values = slice(-layer.out_channels, None)
     nn.init.normal_(layer.qkv.weight[values], std=0.01)
     nn.init.constant_(layer.qkv.bias[values], bias)  # type: ignore[index]

@@ -12,6 +12,9 @@ from torch.func import functional_call
 from ..nn import RelativeSelfAttention
 from .looking import Layer
 
+POSITION = ("row_embedding", "col_embedding", "position_bias")
+"""The parameters of relative position; a layer has those of its kind."""
+
 
 def predict(network: nn.Module, image: Tensor, *, position: bool = True, temperature: float = 1.0) -> Tensor | None:
     """The network's class probabilities with attention changed in every layer at once; the network is left unchanged.
@@ -19,7 +22,7 @@ def predict(network: nn.Module, image: Tensor, *, position: bool = True, tempera
     Args:
         network: run in evaluation mode without gradients.
         image: as the network expects it, (C, H, W).
-        position: whether relative position is used; False sets every row and column embedding to 0.
+        position: whether relative position is used; False sets every embedding and table to 0.
         temperature: the logits of attention are divided by it: below 1 sharper, above 1 more even.
 
     Returns:
@@ -50,7 +53,7 @@ def probabilities(output: Any) -> Tensor | None:
 def has_position(network: nn.Module) -> bool:
     """Whether a layer of the network has relative position."""
     layers = [module for module in network.modules() if isinstance(module, Layer)]
-    return any(embedding is not None for layer in layers for embedding in (layer.row_embedding, layer.col_embedding))
+    return any(getattr(layer, name, None) is not None for layer in layers for name in POSITION)
 
 
 def cover(image: Tensor, top: int, left: int, bottom: int, right: int) -> Tensor:
@@ -69,12 +72,15 @@ def _changed(network: nn.Module, position: bool, temperature: float) -> dict[str
             continue
         prefix = f"{name}." if name else ""
         if not position:
-            for half in ("row_embedding", "col_embedding"):
-                embedding = getattr(layer, half)
-                if embedding is not None:
-                    changed[prefix + half] = torch.zeros_like(embedding)
+            for part in POSITION:
+                parameter = getattr(layer, part, None)
+                if parameter is not None:
+                    changed[prefix + part] = torch.zeros_like(parameter)
         if temperature != 1:
-            # Logits are linear in the queries, so their projection is divided.
+            # Logits are linear in the queries, so their projection is divided; a table is added to them.
+            table = getattr(layer, "position_bias", None)
+            if position and table is not None:
+                changed[f"{prefix}position_bias"] = table.detach() / temperature
             plain = isinstance(layer, RelativeSelfAttention)
             projection, queries = ("qkv", slice(layer.out_channels)) if plain else ("query", slice(None))
             convolution = getattr(layer, projection)

@@ -120,6 +120,7 @@ def _layer(seen: Seen) -> dict[str, Any]:
         "key": _sixteen_bits(seen.key.permute(2, 3, 0, 1)),
         "row": None if seen.row is None else _floats(seen.row),
         "col": None if seen.col is None else _floats(seen.col),
+        "table": None if seen.table is None else _floats(seen.table),
         "entropy": {"heads": _means(entropies), "map": _eight_bits(entropies.mean(0))},
         "distance": {"heads": _means(distance), "map": _eight_bits(distance.mean(0))},
     }

@@ -10,7 +10,7 @@ function numbers(layer) {
     decoded.set(layer, {
       q: new Int16Array(bytes(layer.query.data).buffer), k: new Int16Array(bytes(layer.key.data).buffer),
       step: layer.query.step * layer.key.step, qstep: layer.query.step,
-      row: floats(layer.row), col: floats(layer.col),
+      row: floats(layer.row), col: floats(layer.col), table: floats(layer.table),
     });
   }
   return decoded.get(layer);
@@ -34,7 +34,7 @@ function windowOf(layer, qi, qj) {
 
 // Logits and weights of one query: N * K numbers each, head by head.
 function attend(layer, qi, qj, position, temperature) {
-  const { q, k, step, qstep, row, col } = numbers(layer), N = layer.heads, D = layer.channels;
+  const { q, k, step, qstep, row, col, table } = numbers(layer), N = layer.heads, D = layer.channels;
   const taps = windowOf(layer, qi, qj), K = taps.length, [kh, kw] = layer.axes.map((axis) => axis.kernel);
   const content = new Float64Array(N * K), place = new Float64Array(N * K), weight = new Float64Array(N * K);
   const Dr = row ? layer.row.shape[1] : 0, Dc = col ? layer.col.shape[1] : 0;
@@ -52,7 +52,7 @@ function attend(layer, qi, qj, position, temperature) {
       let sum = 0;
       if (tap.key >= 0) for (let d = 0, b = (tap.key * N + n) * D; d < D; d++) sum += q[at + d] * k[b + d];
       content[i] = sum * step;
-      place[i] = (rows[tap.dy] + cols[tap.dx]) * qstep;
+      place[i] = (rows[tap.dy] + cols[tap.dx]) * qstep + (position && table ? table[i] : 0);
       weight[i] = layer.border === "mask" && tap.key < 0 ? -Infinity : (content[i] + place[i]) / temperature;
       most = Math.max(most, weight[i]);
     }
