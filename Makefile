@@ -33,7 +33,7 @@ test: sanitize
 # the kernels alone, on a grid of problems: bad addresses and undefined behaviour, on every instruction set of this
 # machine; data races, which don't depend on the instruction set, on one
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-CAPABILITIES := $(shell grep -q avx512dq /proc/cpuinfo 2>/dev/null && echo 3 || echo 2)
+CAPABILITIES := $(shell grep -q avx512_bf16 /proc/cpuinfo 2>/dev/null && echo 4 || (grep -q avx512dq /proc/cpuinfo 2>/dev/null && echo 3 || echo 2))
 sanitize: $(INSTALLED)
 	$(BIN)/cmake -G "Unix Makefiles" -B build/sanitize/address -DSASA_SANITIZE=address,undefined -DSASA_CAPABILITIES=$(CAPABILITIES)
 	$(BIN)/cmake --build build/sanitize/address --parallel $(CORES)

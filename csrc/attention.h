@@ -44,6 +44,7 @@ struct Group {
   using T = typename Compute<S>::T;
   using W = Vector<T, P>;
   using V = typename W::V;
+  using X = typename Weights<S, P>::X;
 
   const Call<S, P>& call;
   const sasa_problem& p;
@@ -64,8 +65,8 @@ struct Group {
   Range stored;              // columns of taps that are stored among the logits
   bool whole[kQueries];      // whether all taps of the column's queries are inside the image
   int64_t most_pixels;
-  Pixels<T> pixels;  // to be projected together
-  T* input;          // a row of the layer's input, [pixel][in_channels], if it is copied
+  Pixels<X, T> pixels;  // to be projected together
+  X* input;             // a row of the layer's input, [pixel][copied_inputs], if it is copied
 
   // `most_cols`: columns of the image that the rings have room for.
   Group(const Call<S, P>& c, int64_t most_cols, int64_t first, Workspace& w)
@@ -93,8 +94,7 @@ struct Group {
     const bool pooled = p.pool > 1, projected = p.projection != nullptr;
     joint_rows = w.take<KeyRow<V>>(pooled ? span : 0);
     joint = take_joint(w);
-    input = w.take<T>(projected && is_copied() ? greater(most_cols, kColumns) : 0,
-                      projected ? p.projection->in_channels : 0);
+    input = w.take<X>(projected && is_copied() ? greater(most_cols, kColumns) : 0, projected ? copied_inputs() : 0);
   }
 
   // Maximum number of weights of taps that the queries of a pooled output see together: only those inside the image
@@ -165,26 +165,45 @@ struct Group {
     pixels.count = 0;
   }
 
-  // Whether the layer's input is copied before it is projected: to widen it, or because its channels are not adjacent.
-  bool is_copied() const { return !std::is_same_v<S, T> || p.projection->input.stride[2] != 1; }
+  // Whether the layer's input is copied before it is projected: to widen it, because its channels are not adjacent, or
+  // to complete the last pair of them with a zero.
+  bool is_copied() const {
+    const bool is_odd = is_multiplied_in_pairs<S> && p.projection->in_channels % 2 != 0;
+    return !std::is_same_v<S, X> || p.projection->input.stride[2] != 1 || is_odd;
+  }
+
+  int64_t copied_inputs() const {
+    const int64_t inputs = p.projection->in_channels;
+    return is_multiplied_in_pairs<S> ? inputs + inputs % 2 : inputs;
+  }
+
+  static X as_input(S x) {
+    if constexpr (std::is_same_v<S, X>)
+      return x;
+    else
+      return widen(x);
+  }
 
   // Adds `count` pixels of row y of the layer's input, `step` columns apart, for projection to [pixel][channel].
   void add_pixels(int64_t y, int64_t col, int64_t count, int64_t step, V* to) {
     const sasa_tensor& x = p.projection->input;
     const S* from = row_of(x, y, col) + first_plane / p.heads * x.stride[0];
     const int64_t inputs = p.projection->in_channels, pixel = step * x.stride[4], channel = x.stride[2];
+    const int64_t copied = copied_inputs();
     if (is_copied() && channel == 1)
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t c = 0; c < inputs; ++c) input[i * inputs + c] = widen(from[i * pixel + c]);
+        for (int64_t c = 0; c < inputs; ++c) input[i * copied + c] = as_input(from[i * pixel + c]);
     else if (is_copied())
       for (int64_t c = 0; c < inputs; ++c)
-        for (int64_t i = 0; i < count; ++i) input[i * inputs + c] = widen(from[i * pixel + c * channel]);
+        for (int64_t i = 0; i < count; ++i) input[i * copied + c] = as_input(from[i * pixel + c * channel]);
+    if (is_copied() && copied > inputs)
+      for (int64_t i = 0; i < count; ++i) input[i * copied + inputs] = X{};
     for (int64_t i = 0; i < count; ++i) {
       T* place = reinterpret_cast<T*>(to + i * p.channels);
-      if constexpr (std::is_same_v<S, T>)
-        pixels.add(is_copied() ? input + i * inputs : from + i * pixel, place);
+      if constexpr (std::is_same_v<S, X>)
+        pixels.add(is_copied() ? input + i * copied : from + i * pixel, place);
       else
-        pixels.add(input + i * inputs, place);
+        pixels.add(input + i * copied, place);
     }
   }
 
@@ -347,7 +366,7 @@ struct Group {
   // Replaces the logits of query r's taps that take part by exp(logit - shift); returns their sum.
   V exponentials(const Block& block, int r, V shift) {
     const Range taps = taps_taking(block, r);
-    return exp_all<W>(logits + r * call.taps + taps.first, taps.last - taps.first, shift);
+    return exp_all<W, sizeof(S) == 2>(logits + r * call.taps + taps.first, taps.last - taps.first, shift);
   }
 
   // The rows of the table that query r of the block sees: [row of taps][column], at the first stored column of taps.

@@ -24,6 +24,17 @@ namespace sasa {
   }
 SASA_ISAS(SASA_DECLARE)
 
+// avx512, but for bfloat16 tensors.
+#if defined(__x86_64__) && SASA_CAPABILITIES >= 4
+#define SASA_HAS_BF16 1
+namespace avx512_bf16 {
+int forward(const sasa_problem& problem, const sasa_tensor& output);
+int backward(const sasa_problem& problem, const sasa_gradients& gradients);
+}  // namespace avx512_bf16
+#else
+#define SASA_HAS_BF16 0
+#endif
+
 namespace {
 
 struct Capability {
@@ -37,7 +48,19 @@ struct Capability {
 
 #define SASA_ENTRY(isa, name) \
   {name, isa::forward, isa::backward, isa::linear_gradients, isa::blocks_forward, isa::blocks_backward},
-constexpr Capability capabilities[] = {SASA_ISAS(SASA_ENTRY)};
+constexpr Capability capabilities[] = {
+    SASA_ISAS(SASA_ENTRY)
+#if SASA_HAS_BF16
+        {"avx512_bf16",
+         [](const sasa_problem& p, const sasa_tensor& output) {
+           return (p.dtype == SASA_BFLOAT16 ? avx512_bf16::forward : avx512::forward)(p, output);
+         },
+         [](const sasa_problem& p, const sasa_gradients& gradients) {
+           return (p.dtype == SASA_BFLOAT16 ? avx512_bf16::backward : avx512::backward)(p, gradients);
+         },
+         avx512::linear_gradients, avx512::blocks_forward, avx512::blocks_backward}
+#endif
+};
 
 int32_t count_supported() {
 #if defined(__x86_64__)
@@ -46,6 +69,9 @@ int32_t count_supported() {
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")))
     return 2;
+#if SASA_HAS_BF16
+  if (__builtin_cpu_supports("avx512bf16")) return 4;
+#endif
   return 3;
 #else
   return 1;
@@ -185,14 +211,15 @@ int sasa_can_project(const sasa_problem* problem) {
   if (problem == nullptr || !sasa::has_capability(problem->capability) || problem->dtype < SASA_FLOAT32 ||
       problem->dtype > SASA_FLOAT16)
     return 0;
-  // The narrowest vectors of each instruction set hold 4, 4 and 8 numbers of 4 bytes.
-  const int lanes = problem->capability == 2 ? 8 : 4;
+  // The narrowest vectors hold 4 numbers of 4 bytes; those of AVX-512, 8.
+  const int lanes = problem->capability >= 2 ? 8 : 4;
   return sasa::are_counts(problem->heads, problem->channels) && problem->channels == problem->value_channels &&
          problem->heads % (problem->dtype == SASA_FLOAT64 ? lanes / 2 : lanes) == 0;
 }
 
 int sasa_prefers_projected(const sasa_problem* problem) {
-  return sasa_can_project(problem) && problem->dtype == SASA_FLOAT32 && problem->heads % 8 == 0;
+  return sasa_can_project(problem) && problem->heads % 8 == 0 &&
+         (problem->dtype == SASA_FLOAT32 || (problem->dtype == SASA_BFLOAT16 && problem->capability >= 3));
 }
 
 int sasa_can_pool(const sasa_problem* problem) {

@@ -38,14 +38,16 @@ int for_lanes(const sasa_problem& p, F f) {
 template <class F>
 int for_instance(const sasa_problem& p, F f) {
   switch (p.dtype) {
+    case SASA_BFLOAT16:
+      return for_lanes<BFloat16>(p, f);
+#if !defined(__AVX512BF16__)  // the others are computed as by avx512
     case SASA_FLOAT32:
       return for_lanes<float>(p, f);
     case SASA_FLOAT64:
       return for_lanes<double>(p, f);
-    case SASA_BFLOAT16:
-      return for_lanes<BFloat16>(p, f);
     case SASA_FLOAT16:
       return for_lanes<Float16>(p, f);
+#endif
     default:
       return SASA_BAD_ARGUMENT;
   }

@@ -32,17 +32,17 @@ struct Linear {
   }
 
   template <int C>
-  void input_gradient(const Pixels<float>& pixels, int64_t block) const {
+  void input_gradient(const Pixels<float, float>& pixels, int64_t block) const {
     const float zeros[C * W::P] = {};
     const V* w = weight + block * kBlock * p.outputs;
-    project_pixels<W, C>(pixels, p.outputs, reinterpret_cast<const float*>(w), zeros, block * kInputs);
+    project_pixels<W, C, float>(pixels, p.outputs, reinterpret_cast<const float*>(w), zeros, block * kInputs);
   }
 
   static void input_task(void* context, int64_t task, char* memory) {
     const Linear& self = *static_cast<const Linear*>(context);
     const sasa_linear& p = self.p;
     Workspace workspace{memory};
-    Pixels<float> pixels(kChunk, workspace);
+    Pixels<float, float> pixels(kChunk, workspace);
     for (int64_t i = task * kChunk; i < lesser((task + 1) * kChunk, p.pixels); ++i)
       pixels.add(p.grad + i * p.outputs, p.grad_input + i * p.inputs);
     for (int64_t block = 0; block < self.blocks(); ++block) switch (self.vectors(block)) {
@@ -133,7 +133,7 @@ struct Linear {
     if (weight == nullptr) return SASA_OUT_OF_MEMORY;
     int status = run_parallel(p.threads, blocks(), 0, pack_task, this);
     Workspace size{nullptr};
-    Pixels<float>(kChunk, size);
+    Pixels<float, float>(kChunk, size);
     if (status == SASA_OK) status = run_parallel(p.threads, ceil_div(p.pixels, kChunk), size.used, input_task, this);
     if (status == SASA_OK) status = run_parallel(p.threads, ceil_div(p.outputs, kTask), 0, weight_task, this);
     release(reinterpret_cast<char*>(weight));

@@ -1,7 +1,8 @@
 // Queries, keys and values projected from a layer's input directly into lanes: q, k, v = W x + b are never stored.
 // The lanes of a vector are heads of one image, so that an input value, the same for all heads, is multiplied by a
 // vector of weights. Weights are packed once per call, as [query, key, value][block of channels][input channel]
-// [channel of block]. Where lanes are half a register, two channels fill it.
+// [channel of block]. Where lanes are half a register, two channels fill it. Where the processor multiplies pairs of
+// bfloat16 numbers, two input channels are packed into one vector.
 #pragma once
 
 #include "parallel.h"
@@ -13,12 +14,48 @@ namespace SASA_ISA {
 constexpr int kBlock = kRegisters == 32 ? 4 : 2;  // registers of channels computed together
 constexpr int kPixels = 6;                        // likewise for pixels: kBlock * kPixels sums stay in registers
 
-// y[pixel] = bias + the sum over inputs of x[pixel][input] * w[input], C vectors each. No alignment is required.
-template <class W, int N, int C, class T = typename W::T>
-SASA_NOINLINE void project_of(const T* const* x, int64_t inputs, const T* w, const T* bias, T* const* y,
+#if defined(__AVX512BF16__)
+template <class S>
+constexpr bool is_multiplied_in_pairs = std::is_same_v<S, BFloat16>;
+#else
+template <class S>
+constexpr bool is_multiplied_in_pairs = false;
+#endif
+
+// Products of weights with inputs of type X: one input in all lanes.
+template <class W, class X>
+struct Multiply {
+  using V = typename W::V;
+  static SASA_INLINE V input(const X* x, int64_t step) { return W::all(x[step]); }
+  static SASA_INLINE V add(V sum, V input, V weight) { return input * weight + sum; }
+};
+
+// Two neighbouring inputs in all lanes, in the halves of each: twice the products an instruction, added in float32.
+#if defined(__AVX512BF16__)
+template <class W>
+struct Multiply<W, BFloat16> {
+  using V = typename W::V;
+  static SASA_INLINE V input(const BFloat16* x, int64_t step) {
+    typename W::Unsigned pair;
+    memcpy(&pair, x + 2 * step, sizeof(pair));
+    return bits_as<V>(typename W::U{} + pair);
+  }
+  static SASA_INLINE V add(V sum, V input, V weight) {
+    if constexpr (W::P == 16)
+      return bits_as<V>(_mm512_dpbf16_ps(bits_as<__m512>(sum), bits_as<__m512bh>(input), bits_as<__m512bh>(weight)));
+    else
+      return bits_as<V>(_mm256_dpbf16_ps(bits_as<__m256>(sum), bits_as<__m256bh>(input), bits_as<__m256bh>(weight)));
+  }
+};
+#endif
+
+// y[pixel] = bias + the sum over steps of the products of x[pixel] and w, C vectors each. A step is one input, or two.
+// No alignment is required.
+template <class W, int N, int C, class X, class T = typename W::T>
+SASA_NOINLINE void project_of(const X* const* x, int64_t steps, const T* w, const T* bias, T* const* y,
                               int64_t y_offset) {
   using V = typename W::V;
-  const T* from[N];
+  const X* from[N];
   V sum[N][C];
   SASA_UNROLL
   for (int p = 0; p < N; ++p) {
@@ -26,7 +63,7 @@ SASA_NOINLINE void project_of(const T* const* x, int64_t inputs, const T* w, con
     SASA_UNROLL
     for (int c = 0; c < C; ++c) sum[p][c] = loose<W>(bias + c * W::P);
   }
-  for (int64_t i = 0; i < inputs; ++i) {
+  for (int64_t i = 0; i < steps; ++i) {
     V weight[C];
     SASA_UNROLL
     for (int c = 0; c < C; ++c) {
@@ -35,10 +72,10 @@ SASA_NOINLINE void project_of(const T* const* x, int64_t inputs, const T* w, con
     }
     SASA_UNROLL
     for (int p = 0; p < N; ++p) {
-      V input = W::all(from[p][i]);
+      V input = Multiply<W, X>::input(from[p], i);
       SASA_IN_REGISTER(input);
       SASA_UNROLL
-      for (int c = 0; c < C; ++c) sum[p][c] = input * weight[c] + sum[p][c];
+      for (int c = 0; c < C; ++c) sum[p][c] = Multiply<W, X>::add(sum[p][c], input, weight[c]);
     }
   }
   SASA_UNROLL
@@ -46,25 +83,25 @@ SASA_NOINLINE void project_of(const T* const* x, int64_t inputs, const T* w, con
   for (int c = 0; c < C; ++c) loose<W>(y[p] + y_offset + c * W::P) = sum[p][c];
 }
 
-template <class T>
-using Project = void (*)(const T* const*, int64_t, const T*, const T*, T* const*, int64_t);
+template <class X, class T>
+using Project = void (*)(const X* const*, int64_t, const T*, const T*, T* const*, int64_t);
 
-template <class W, int C, int... N>
-SASA_INLINE Project<typename W::T> project_for(int64_t pixels, std::integer_sequence<int, N...>) {
-  static constexpr Project<typename W::T> table[] = {project_of<W, N + 1, C>...};
+template <class W, int C, class X, int... N>
+SASA_INLINE Project<X, typename W::T> project_for(int64_t pixels, std::integer_sequence<int, N...>) {
+  static constexpr Project<X, typename W::T> table[] = {project_of<W, N + 1, C, X>...};
   return table[pixels - 1];
 }
 
 // Pixels to be projected together: the addresses of each one's inputs and results.
-template <class T>
+template <class X, class T>
 struct Pixels {
-  const T** x;
+  const X** x;
   T** y;
   int64_t count = 0;
 
-  Pixels(int64_t most, Workspace& w) : x(w.take<const T*>(most)), y(w.take<T*>(most)) {}
+  Pixels(int64_t most, Workspace& w) : x(w.take<const X*>(most)), y(w.take<T*>(most)) {}
 
-  void add(const T* from, T* to) {
+  void add(const X* from, T* to) {
     x[count] = from;
     y[count++] = to;
   }
@@ -72,12 +109,12 @@ struct Pixels {
 
 // Computes C vectors of results of each pixel. The weights are loaded from the L2 cache once for every kPixels pixels;
 // the arithmetic hides that.
-template <class W, int C, class T = typename W::T>
-void project_pixels(const Pixels<T>& pixels, int64_t inputs, const T* w, const T* bias, int64_t y_offset) {
+template <class W, int C, class X, class T = typename W::T>
+void project_pixels(const Pixels<X, T>& pixels, int64_t steps, const T* w, const T* bias, int64_t y_offset) {
   for (int64_t start = 0; start < pixels.count;) {
     const int64_t n = ceil_div(pixels.count - start, ceil_div(pixels.count - start, kPixels));
-    project_for<W, C>(n, std::make_integer_sequence<int, kPixels>{})(pixels.x + start, inputs, w, bias,
-                                                                     pixels.y + start, y_offset);
+    project_for<W, C, X>(n, std::make_integer_sequence<int, kPixels>{})(pixels.x + start, steps, w, bias,
+                                                                        pixels.y + start, y_offset);
     start += n;
   }
 }
@@ -88,13 +125,15 @@ struct Weights {
   using T = typename Compute<S>::T;
   using W = Vector<T, P>;
   using V = typename W::V;
-  static constexpr int kWide = kVectorBytes / int(sizeof(V));  // channels that fill a register
+  static constexpr int kWide = kVectorBytes / int(sizeof(V));     // channels that fill a register
+  using X = std::conditional_t<is_multiplied_in_pairs<S>, S, T>;  // of the inputs, as they are multiplied
 
   const sasa_problem& p;
   const sasa_projection& projection;
   V *weights, *biases;  // [group of heads][3][...]
 
   int64_t inputs() const { return projection.in_channels; }
+  int64_t steps() const { return is_multiplied_in_pairs<S> ? ceil_div(inputs(), 2) : inputs(); }
   int64_t size() const { return 3 * p.channels * inputs(); }  // vectors per group of heads
 
   Weights(const sasa_problem& problem, Workspace& w)
@@ -125,9 +164,12 @@ struct Weights {
     const Planes<P> heads(by_head, p.heads, p.heads, first_head);
     const S* weight = static_cast<const S*>(projection.weight);
     V* to = self.weights + part * p.channels * self.inputs();
-    for (int64_t c = first_channel; c < last_channel; c += self.block_of(c))
+    for (int64_t c = first_channel; c < last_channel; c += self.block_of(c)) {
+      const int64_t block = self.block_of(c);
       pack<W, S>(to + c * self.inputs(), weight + (row + c) * projection.weight_stride[0], heads,
-                 {self.inputs(), self.block_of(c), projection.weight_stride[1], projection.weight_stride[0]}, T(1));
+                 {self.inputs(), block, projection.weight_stride[1], projection.weight_stride[0]}, T(1));
+      if constexpr (is_multiplied_in_pairs<S>) pair(to + c * self.inputs(), self.inputs(), block);
+    }
     V* bias = self.biases + part * p.channels;
     for (int64_t c = first_channel; c < last_channel; ++c) {
       bias[c] = V{};
@@ -137,8 +179,19 @@ struct Weights {
     }
   }
 
+  // Makes one vector of the weights of two inputs, in place: those of the first in the low halves of the lanes.
+  static void pair(V* weights, int64_t inputs, int64_t block) {
+    using U = typename W::U;
+    for (int64_t i = 0; i < inputs; i += 2)
+      for (int64_t c = 0; c < block; ++c) {
+        const U low = bits_as<U>(weights[i * block + c]) >> 16;
+        const U high = i + 1 < inputs ? bits_as<U>(weights[(i + 1) * block + c]) : U{};
+        weights[i / 2 * block + c] = bits_as<V>(low | high);
+      }
+  }
+
   // Computes projection `which` of the pixels for a group of heads, [channel], `offset` vectors past their places.
-  void project(const Pixels<T>& pixels, int64_t group, int64_t which, int64_t offset) const {
+  void project(const Pixels<X, T>& pixels, int64_t group, int64_t which, int64_t offset) const {
     const int64_t first = (group * 3 + which) * p.channels;
     for (int64_t c = 0; c < p.channels; c += block_of(c)) {
       const T* w = reinterpret_cast<const T*>(weights + (first + c) * inputs());
@@ -146,11 +199,11 @@ struct Weights {
       const int64_t count = block_of(c), to = (offset + c) * P;
       const auto run = [&](auto wide, int64_t registers) {
         using Wide = decltype(wide);
-        const auto pass = registers == kBlock ? project_pixels<Wide, kBlock>
-                          : registers == 1    ? project_pixels<Wide, 1>
-                          : registers == 2    ? project_pixels<Wide, 2>
-                                              : project_pixels<Wide, 3>;
-        pass(pixels, inputs(), w, bias, to);
+        const auto pass = registers == kBlock ? project_pixels<Wide, kBlock, X>
+                          : registers == 1    ? project_pixels<Wide, 1, X>
+                          : registers == 2    ? project_pixels<Wide, 2, X>
+                                              : project_pixels<Wide, 3, X>;
+        pass(pixels, steps(), w, bias, to);
       };
       if (count % kWide == 0)
         run(Vector<T, P * kWide>{}, count / kWide);

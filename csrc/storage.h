@@ -132,6 +132,21 @@ SASA_INLINE void store(S* to, typename W::V v, int count) {
     }
 #endif
   }
+  [[maybe_unused]] const auto store_halves = [&](auto stored) { memcpy(to, &stored, size_t(count) * 2); };
+  if constexpr (std::is_same_v<S, BFloat16>) {  // as narrow() does
+    typedef uint16_t Halves __attribute__((vector_size(2 * W::P)));
+    const auto u = bits_as<typename W::U>(v);
+    const auto rounded = v != v ? typename W::U{} + 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return store_halves(__builtin_convertvector(rounded, Halves));
+  }
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, Float16> && W::P == 16)
+    return store_halves(_mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<S, Float16> && W::P == 8)
+    return store_halves(_mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#endif
   alignas(64) typename W::T numbers[W::P];
   memcpy(numbers, &v, sizeof(v));
   if (count == W::P) {  // a loop of known length is vectorized

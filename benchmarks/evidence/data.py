@@ -82,6 +82,8 @@ def clothing(source: Path, out: Path) -> None:
 
 def _link(source: Path, folder: Path, parts: dict[str, tuple[str, list[Path]]]) -> None:
     for part, (origin, paths) in parts.items():
+        if not paths:
+            raise SystemExit(f"no images: expected {source / origin}/CLASS/IMAGE")
         for path in paths:
             link = folder / part / path
             link.parent.mkdir(parents=True, exist_ok=True)
