@@ -2,41 +2,13 @@
 // queries.
 #pragma once
 
-#include "projection.h"
+#include "call.h"
 
 namespace sasa {
 namespace SASA_ISA {
 
 constexpr int64_t kColumns = 16;          // queries packed and unpacked together along a row
 constexpr int64_t kPixelsTogether = 256;  // pixels projected together at most, except in longer rows
-
-// Channels that an embedding covers; 0 if there is no embedding.
-inline int64_t channels_of(const sasa_embedding& embedding) {
-  return embedding.data == nullptr ? 0 : embedding.channels;
-}
-
-// One call's constants.
-template <class S, int P>
-struct Call {
-  const sasa_problem& problem;
-  int64_t planes, groups, taps;
-  int64_t together;                    // rows of queries in a block
-  int64_t row_channels, col_channels;  // covered by the embeddings
-  int64_t table_columns;               // 0 for no table
-  int64_t lse_stride[2];
-  const Weights<S, P>* weights = nullptr;  // if queries, keys and values are projected
-
-  explicit Call(const sasa_problem& p)
-      : problem(p),
-        planes(p.batch * p.heads),
-        groups(ceil_div(planes, P)),
-        taps(p.rows.kernel * p.cols.kernel),
-        together(p.pool > 1 ? p.pool : queries_together(p.rows)),
-        row_channels(channels_of(p.row)),
-        col_channels(channels_of(p.col)),
-        table_columns(channels_of(p.table)),
-        lse_stride{p.heads * p.rows.outputs * p.cols.outputs, p.rows.outputs * p.cols.outputs} {}
-};
 
 // A group of P planes on one thread.
 template <class S, int P>
@@ -45,6 +17,7 @@ struct Group {
   using W = Vector<T, P>;
   using V = typename W::V;
   using X = typename Weights<S, P>::X;
+  static constexpr bool kPairs = is_multiplied_in_pairs<S>;  // q.k, two channels at a time
 
   const Call<S, P>& call;
   const sasa_problem& p;
@@ -52,7 +25,10 @@ struct Group {
   Planes<P> of_query, of_key, of_value, of_lse;
   int64_t first_col = 0, cols = 0;  // columns of the image in the rings
   Ring<V> keys, values;
-  int64_t* held;  // the row of the image in each place of the rings; -1 for none
+  V* key_pairs;                // the ring of keys, [place][pixel][pair of channels], if they are multiplied in pairs
+  V* query_pairs;              // [query][column][pair of channels], likewise
+  const V* queries = nullptr;  // that query_pairs were made from, [query][column][channel]
+  int64_t* held;               // the row of the image in each place of the rings; -1 for none
   KeyRowIndex* block_rows;
   KeyRow<V>* key_rows;
   V *row_table, *col_table;  // the embeddings in lanes: [offset][channel covered]
@@ -82,6 +58,8 @@ struct Group {
     const int64_t span = pixels_under(p.rows, call.together);
     keys = {w.take<V>(span, most_cols, p.channels), span, most_cols * p.channels};
     values = {w.take<V>(span, most_cols, p.value_channels), span, most_cols * p.value_channels};
+    key_pairs = w.take<V>(span, most_cols, kPairs ? pairs() : 0);
+    query_pairs = w.take<V>(kQueries * kColumns, kPairs ? pairs() : 0);
     held = w.take<int64_t>(span);
     block_rows = w.take<KeyRowIndex>(span);
     key_rows = w.take<KeyRow<V>>(span);
@@ -105,6 +83,15 @@ struct Group {
     };
     return w.take<V>(along(p.rows), along(p.cols));
   }
+
+  int64_t pairs() const { return ceil_div(p.channels, 2); }
+
+  void pair_channels(V* to, const V* from, int64_t pixels) const {
+    for (int64_t i = 0; i < pixels; ++i, from += p.channels)
+      for (int64_t c = 0; c < p.channels; c += 2) *to++ = pair<V>(from[c], c + 1 < p.channels ? from[c + 1] : V{});
+  }
+
+  V* pairs_of(const V* key) const { return key_pairs + (key - keys.rows) / p.channels * pairs(); }
 
   Planes<P> planes_of(const sasa_tensor& x) const { return {x.stride, p.heads, call.planes, first_plane}; }
 
@@ -151,6 +138,7 @@ struct Group {
       } else {
         pack<W, S>(keys.row(y), row_of(p.key, y, first_col), of_key, row_like(p.key, p.channels), T(1));
         pack<W, S>(values.row(y), row_of(p.value, y, first_col), of_value, row_like(p.value, p.value_channels), T(1));
+        if constexpr (kPairs) pair_channels(pairs_of(keys.row(y)), keys.row(y), cols);
       }
       take_up(y);
     }
@@ -162,6 +150,11 @@ struct Group {
     const int64_t group = first_plane % p.heads / P;
     call.weights->project(pixels, group, 1, 0);
     call.weights->project(pixels, group, 2, values.rows - keys.rows);
+    if constexpr (kPairs)
+      for (int64_t i = 0; i < pixels.count; ++i) {
+        const V* key = reinterpret_cast<const V*>(pixels.y[i]);
+        pair_channels(pairs_of(key), key, 1);
+      }
     pixels.count = 0;
   }
 
@@ -250,6 +243,9 @@ struct Group {
     if (call.weights != nullptr && p.scale != 1)
       for (int r = 0; r < rows; ++r)
         for (int64_t i = 0; i < count * p.channels; ++i) to[r * row_size + i] *= T(p.scale);
+    queries = to;
+    if constexpr (kPairs)
+      for (int r = 0; r < rows; ++r) pair_channels(query_pairs + r * kColumns * pairs(), to + r * row_size, count);
   }
 
   // Points key_rows at the keys and values under column x and at their places in `weights`; returns the columns of taps
@@ -263,6 +259,7 @@ struct Group {
       key_rows[i] = {keys.rows + row.place * keys.row_size + pixel * p.channels,
                      values.rows + row.place * values.row_size + pixel * p.value_channels, row.first, row.last,
                      weights + row.first * call.taps + row.tap * pitch() + inside.first - stored.first};
+      if constexpr (kPairs) key_rows[i].pairs = pairs_of(key_rows[i].keys);
     }
     return inside;
   }
@@ -305,12 +302,13 @@ struct Group {
 
   // x.k of the taps inside the image, where k are the keys or the values of key_rows; to their weights, moved by
   // `offset` vectors.
+  template <class Add = MultiplyAdd>
   void products(const Block& block, Range inside, const V* x, int64_t x_stride, const V* KeyRow<V>::* source,
                 int64_t channels, int64_t offset) {
     for (int i = 0; i < block.count; ++i) {
       const KeyRow<V>& row = key_rows[i];
-      dots<V>(x + row.first * x_stride, x_stride, row.last - row.first, row.*source, p.cols.dilation * channels,
-              int(inside.last - inside.first), channels, row.weights + offset, weights_stride(block));
+      dots<V, Add>(x + row.first * x_stride, x_stride, row.last - row.first, row.*source, p.cols.dilation * channels,
+                   int(inside.last - inside.first), channels, row.weights + offset, weights_stride(block));
     }
   }
 
@@ -333,7 +331,11 @@ struct Group {
       if (!whole[r] && !is_masked())
         for (int64_t t = 0; t < call.taps; ++t) logits[r * call.taps + t] = V{};
     }
-    products(block, inside, q, q_stride, &KeyRow<V>::keys, p.channels, 0);
+    if constexpr (kPairs)
+      products<MultiplyAddPairs>(block, inside, query_pairs + (q - queries) / p.channels * pairs(), kColumns * pairs(),
+                                 &KeyRow<V>::pairs, pairs(), 0);
+    else
+      products(block, inside, q, q_stride, &KeyRow<V>::keys, p.channels, 0);
     if (p.table.data != nullptr) add_table(block, x);
     if (p.row.data == nullptr && p.col.data == nullptr) {
       for (int r = 0; r < block.queries; ++r) {

@@ -22,11 +22,12 @@ template <class V>
 struct KeyRow {
   const V* keys;
   const V* values;
-  int first, last;  // the queries whose windows contain this row: first <= query < last
-  V* weights;       // of query `first` and the first tap inside the image; the taps are contiguous
+  int first, last;           // the queries whose windows contain this row: first <= query < last
+  V* weights;                // of query `first` and the first tap inside the image; the taps are contiguous
+  const V* pairs = nullptr;  // the keys, two channels a vector, where they are multiplied in pairs
 };
 
-template <class V, int Q, int N>
+template <class Add, class V, int Q, int N>
 SASA_NOINLINE void dots_of(const V* q, int64_t q_stride, const V* k, int64_t k_stride, int64_t channels, V* w,
                            int64_t w_stride) {
   V sum[Q][N] = {};
@@ -39,7 +40,7 @@ SASA_NOINLINE void dots_of(const V* q, int64_t q_stride, const V* k, int64_t k_s
       V key = k[t * k_stride + c];
       SASA_IN_REGISTER(key);
       SASA_UNROLL
-      for (int r = 0; r < Q; ++r) sum[r][t] = query[r] * key + sum[r][t];
+      for (int r = 0; r < Q; ++r) sum[r][t] = Add::add(sum[r][t], query[r], key);
     }
   }
   SASA_UNROLL
@@ -74,10 +75,10 @@ using Product = void (*)(const V*, int64_t, const V*, int64_t, int64_t, V*, int6
 template <class V>
 using Spread = void (*)(const V*, int64_t, V*, int64_t, int64_t, const V*, int64_t);
 
-template <class V, int... N>
+template <class Add, class V, int... N>
 SASA_INLINE Product<V> dots_for(int queries, int taps, std::integer_sequence<int, N...>) {
   static constexpr Product<V> table[kQueries][kTaps] = {
-      {dots_of<V, 1, N + 1>...}, {dots_of<V, 2, N + 1>...}, {dots_of<V, 3, N + 1>...}};
+      {dots_of<Add, V, 1, N + 1>...}, {dots_of<Add, V, 2, N + 1>...}, {dots_of<Add, V, 3, N + 1>...}};
   return table[queries - 1][taps - 1];
 }
 
@@ -99,12 +100,12 @@ SASA_INLINE void in_parts(int taps, F part) {
   }
 }
 
-template <class V>
+template <class V, class Add = MultiplyAdd>
 SASA_INLINE void dots(const V* q, int64_t q_stride, int queries, const V* k, int64_t k_stride, int taps,
                       int64_t channels, V* w, int64_t w_stride) {
   in_parts(taps, [&](int start, int count) {
-    dots_for<V>(queries, count, std::make_integer_sequence<int, kTaps>{})(q, q_stride, k + start * k_stride, k_stride,
-                                                                          channels, w + start, w_stride);
+    dots_for<Add, V>(queries, count, std::make_integer_sequence<int, kTaps>{})(q, q_stride, k + start * k_stride,
+                                                                               k_stride, channels, w + start, w_stride);
   });
 }
 

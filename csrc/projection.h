@@ -14,40 +14,16 @@ namespace SASA_ISA {
 constexpr int kBlock = kRegisters == 32 ? 4 : 2;  // registers of channels computed together
 constexpr int kPixels = 6;                        // likewise for pixels: kBlock * kPixels sums stay in registers
 
-#if defined(__AVX512BF16__)
-template <class S>
-constexpr bool is_multiplied_in_pairs = std::is_same_v<S, BFloat16>;
-#else
-template <class S>
-constexpr bool is_multiplied_in_pairs = false;
-#endif
-
-// Products of weights with inputs of type X: one input in all lanes.
+// An input in all lanes, or two neighbouring ones in the halves of each.
 template <class W, class X>
-struct Multiply {
-  using V = typename W::V;
-  static SASA_INLINE V input(const X* x, int64_t step) { return W::all(x[step]); }
-  static SASA_INLINE V add(V sum, V input, V weight) { return input * weight + sum; }
-};
-
-// Two neighbouring inputs in all lanes, in the halves of each: twice the products an instruction, added in float32.
-#if defined(__AVX512BF16__)
-template <class W>
-struct Multiply<W, BFloat16> {
-  using V = typename W::V;
-  static SASA_INLINE V input(const BFloat16* x, int64_t step) {
+SASA_INLINE typename W::V spread_input(const X* x, int64_t step) {
+  if constexpr (is_multiplied_in_pairs<X>) {
     typename W::Unsigned pair;
     memcpy(&pair, x + 2 * step, sizeof(pair));
-    return bits_as<V>(typename W::U{} + pair);
-  }
-  static SASA_INLINE V add(V sum, V input, V weight) {
-    if constexpr (W::P == 16)
-      return bits_as<V>(_mm512_dpbf16_ps(bits_as<__m512>(sum), bits_as<__m512bh>(input), bits_as<__m512bh>(weight)));
-    else
-      return bits_as<V>(_mm256_dpbf16_ps(bits_as<__m256>(sum), bits_as<__m256bh>(input), bits_as<__m256bh>(weight)));
-  }
-};
-#endif
+    return bits_as<typename W::V>(typename W::U{} + pair);
+  } else
+    return W::all(x[step]);
+}
 
 // y[pixel] = bias + the sum over steps of the products of x[pixel] and w, C vectors each. A step is one input, or two.
 // No alignment is required.
@@ -55,6 +31,7 @@ template <class W, int N, int C, class X, class T = typename W::T>
 SASA_NOINLINE void project_of(const X* const* x, int64_t steps, const T* w, const T* bias, T* const* y,
                               int64_t y_offset) {
   using V = typename W::V;
+  using Add = std::conditional_t<is_multiplied_in_pairs<X>, MultiplyAddPairs, MultiplyAdd>;
   const X* from[N];
   V sum[N][C];
   SASA_UNROLL
@@ -72,10 +49,10 @@ SASA_NOINLINE void project_of(const X* const* x, int64_t steps, const T* w, cons
     }
     SASA_UNROLL
     for (int p = 0; p < N; ++p) {
-      V input = Multiply<W, X>::input(from[p], i);
+      V input = spread_input<W>(from[p], i);
       SASA_IN_REGISTER(input);
       SASA_UNROLL
-      for (int c = 0; c < C; ++c) sum[p][c] = Multiply<W, X>::add(sum[p][c], input, weight[c]);
+      for (int c = 0; c < C; ++c) sum[p][c] = Add::add(sum[p][c], input, weight[c]);
     }
   }
   SASA_UNROLL

@@ -94,6 +94,27 @@ SASA_INLINE To bits_as(From x) {
   return y;
 }
 
+// sum + a * b: of numbers, or of both of the bfloat16 numbers in the halves of each lane, added in float32.
+struct MultiplyAdd {
+  template <class V>
+  static SASA_INLINE V add(V sum, V a, V b) {
+    return a * b + sum;
+  }
+};
+#if defined(__AVX512BF16__)
+struct MultiplyAddPairs {
+  template <class V>
+  static SASA_INLINE V add(V sum, V a, V b) {
+    if constexpr (sizeof(V) == 64)
+      return bits_as<V>(_mm512_dpbf16_ps(bits_as<__m512>(sum), bits_as<__m512bh>(a), bits_as<__m512bh>(b)));
+    else
+      return bits_as<V>(_mm256_dpbf16_ps(bits_as<__m256>(sum), bits_as<__m256bh>(a), bits_as<__m256bh>(b)));
+  }
+};
+#else
+using MultiplyAddPairs = MultiplyAdd;  // never used
+#endif
+
 // a0 + x * (a1 + x * (a2 + ...))
 template <class V, class T, int N>
 SASA_INLINE V polynomial(V x, const T (&a)[N]) {

@@ -22,6 +22,15 @@ struct Compute<double> {
   using T = double;
 };
 
+// Whether numbers of this type are multiplied as they are stored, two at a time.
+#if defined(__AVX512BF16__)
+template <class S>
+constexpr bool is_multiplied_in_pairs = std::is_same_v<S, BFloat16>;
+#else
+template <class S>
+constexpr bool is_multiplied_in_pairs = false;
+#endif
+
 SASA_INLINE float widen(float x) { return x; }
 SASA_INLINE double widen(double x) { return x; }
 SASA_INLINE float widen(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
@@ -113,6 +122,30 @@ SASA_INLINE typename W::V load(const S* from, int count) {
   return load_some<W>(from, count);
 #endif
 }
+
+// Rounds two vectors to bfloat16, into the low and the high halves of one. Numbers below the normal ones become 0, as
+// the products of pairs take them.
+#if defined(__AVX512BF16__)
+template <class V>
+SASA_INLINE V pair(V low, V high) {
+  if constexpr (sizeof(V) == 64) {
+    const auto half = [](V v) {
+      return _mm512_cvtepu16_epi32(bits_as<__m256i>(_mm512_cvtneps_pbh(bits_as<__m512>(v))));
+    };
+    return bits_as<V>(_mm512_or_si512(half(low), _mm512_slli_epi32(half(high), 16)));
+  } else {
+    const auto half = [](V v) {
+      return _mm256_cvtepu16_epi32(bits_as<__m128i>(_mm256_cvtneps_pbh(bits_as<__m256>(v))));
+    };
+    return bits_as<V>(_mm256_or_si256(half(low), _mm256_slli_epi32(half(high), 16)));
+  }
+}
+#else
+template <class V>
+SASA_INLINE V pair(V low, V) {
+  return low;  // never used
+}
+#endif
 
 // Writes the first `count` numbers and nothing past them.
 template <class W, class S>
