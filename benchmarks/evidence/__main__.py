@@ -30,6 +30,7 @@ ORDER = (
     "weights-fashion-long",
     "weights-clothing-long",
     "ablations-cifar",
+    "rate-fashion",
     "embeddings-fashion",
     "smoothing-fashion",
     "length-fashion",

@@ -141,6 +141,7 @@ def recipe() -> Listing:
     base, rows = cells("fashion"), []
     for words, study in (
         ("as above", "fashion"),
+        ("learning rate 0.01", "rate-fashion"),
         ("no label smoothing", "smoothing-fashion"),
         ("20 epochs", "length-fashion"),
     ):
