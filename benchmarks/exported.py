@@ -98,6 +98,8 @@ def _in_onnxruntime(path: str) -> Callable[[Tensor], Tensor]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # its threads would otherwise wait busily, beside the peers that take turns with it
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options)
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 

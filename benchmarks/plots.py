@@ -127,3 +127,29 @@ def figure(part: str, result: dict[str, Any]) -> Figure:
 def draw(part: str, result: dict[str, Any], path: Path) -> None:
     """Write a part's plot as PNG."""
     figure(part, result).savefig(path, dpi=130)
+
+
+HIGHLIGHTS = {
+    "layer, forward": ("layer", "notebook forward", TIME),
+    "layer, forward and backward, batch 8": ("layer", "notebook-batch8 training", TIME),
+    "networks, batch 8, training step": (
+        "networks",
+        "batch 8 training step",
+        Measure("images_per_second", "images per second", "{:.1f}", False),
+    ),
+}
+"""Panels of the README's plot: part, case, and what the bars show."""
+
+
+def draw_highlights(found: dict[str, Any], path: Path) -> None:
+    """Write the README's plot."""
+    panels = {}
+    for title, (part, case, measure) in HIGHLIGHTS.items():
+        (peers,) = [entry["peers"] for entry in found[part]["cases"] if entry["case"] == case]
+        panels[title] = {name: (name, own) for name, own in peers.items() if not name.endswith("recompute")}, measure
+    drawn = new_figure("The layer beside a convolution and other attention, float32", found["layer"]["machine"], 5.2)
+    axes = drawn.subplots(len(panels), 1, height_ratios=[len(named) for named, _ in panels.values()])
+    for panel, (title, (named, measure)) in zip(axes, panels.items(), strict=True):
+        bars(panel, named, measure, title)
+        panel.get_yticklabels()[0].set_fontweight("bold")
+    drawn.savefig(path, dpi=110)

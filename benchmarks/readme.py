@@ -1,4 +1,7 @@
-"""Writes the tables of README and docs/ from the committed results: ``python -m benchmarks.readme``."""
+"""Writes the tables of README and docs/, and the plot of README, from the committed results.
+
+python -m benchmarks.readme
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import detection, limits, scale, tables
+from . import detection, explorer, limits, scale, tables
 from .evidence import report as evidence
 from .fine_tune import report as fine_tuning
 from .machine import ROOT
+from .plots import draw_highlights
 from .results import RESULTS, Results
 
 NOTHING = "Nothing has been measured on a GPU yet."
@@ -31,6 +35,7 @@ def table(mark: str) -> str:
     special: dict[str, Callable[[], tables.Listing]] = {
         "demo": lambda: tables.demo_table(json.loads((ROOT / "docs/demo/results.json").read_text())),
         "detection": lambda: detection.listing(json.loads(detection.FILE.read_text())["cpu"]),
+        "explorer": lambda: explorer.listing(json.loads(explorer.FILE.read_text())),
         "limits": lambda: limits.listing(json.loads(limits.FILE.read_text())),
         "scale": lambda: scale.listing(json.loads(scale.FILE.read_text())),
         "highlights": lambda: tables.highlights(Results(RESULTS, "cpu").found),
@@ -69,5 +74,6 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
+    draw_highlights(Results(RESULTS, "cpu").found, RESULTS / "highlights-cpu.png")
     for page in pages():
         page.write_text(with_tables(page.read_text()))

@@ -173,7 +173,7 @@ def demo_table(runs: list[dict[str, Any]]) -> Listing:
         ]
         for run in runs
     ]
-    return Listing(["network", "top-1", "parameters", "MFLOPs an image", "seconds an epoch"], rows, words=1)
+    return Listing(["network", "top-1", "parameters", "MFLOPs per image", "seconds per epoch"], rows, words=1)
 
 
 # For the README: words, and what is shown of which case next to which peer.

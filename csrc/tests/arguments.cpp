@@ -31,7 +31,7 @@ struct Field {
   Int least;  // the least valid value
 };
 
-// Calls check(name, value) with one bad value after the other in each field.
+// Calls check(name, value) with each of the bad values in each field.
 template <class Int, class F>
 void spoil(std::vector<Field<Int>> fields, std::vector<Int> values, F check) {
   for (const auto& [name, field, least] : fields) {
@@ -238,7 +238,7 @@ void structures() {
 
 }  // namespace
 
-// Number of arguments that were not answered as they must be.
+// Number of arguments that were not answered as required.
 int argument_failures() {
   for (const int64_t in_channels : {0, 5}) {
     Call call(case_of(in_channels), SASA_FLOAT32);

@@ -213,8 +213,8 @@ def table(results: dict[str, Any]) -> str:
                 f"{metric}, mean ± standard deviation (seeds)",
                 *also,
                 "parameters",
-                "MFLOPs an image",
-                "seconds an epoch",
+                "MFLOPs per image",
+                "seconds per epoch",
             ),
             [
                 (
@@ -241,7 +241,7 @@ def table(results: dict[str, Any]) -> str:
         left = (*(key for key in keys if key != line), f"{line}: first", "second")
         parts += [
             _markdown(left, (f"{metric}, difference ± standard error", "by chance, up to"), rows),
-            "By chance: what differences stay below 19 times in 20 if they are the seeds' alone (Welch).",
+            "By chance: if only the seeds mattered, 95% of differences would be smaller than this (Welch).",
         ]
     if tuned:
         chosen, fixed = (
@@ -250,7 +250,7 @@ def table(results: dict[str, Any]) -> str:
         )
         rows = [(*cell["options"].values(), _mean(metric, cell)) for cell in tuned["cells"]]
         parts += [
-            f"Chosen for all of them: {chosen or 'nothing yet'}, of these{f' with {fixed}' if fixed else ''}:",
+            f"Chosen for all runs: {chosen or 'nothing yet'}, from these runs{f' of {fixed}' if fixed else ''}:",
             _markdown(list(plan["tune"]["grid"]), (f"{metric} (seeds)",), rows),
         ]
     return "\n\n".join([*parts, *(f"Trained on {machine_line(one)}." for one in results["machines"])]) + "\n"

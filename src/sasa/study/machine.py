@@ -64,7 +64,7 @@ def study_machine(slots: Slots) -> dict[str, Any]:
 def machine_line(found: dict[str, Any]) -> str:
     """A one-line description of the machine."""
     threads = f"{found['threads_a_run']} thread{'' if found['threads_a_run'] == 1 else 's'}"
-    where = ", ".join(found["gpus"]) or f"{found['cpu']} ({found['capability']}), {threads} a training"
+    where = ", ".join(found["gpus"]) or f"{found['cpu']} ({found['capability']}), {threads} per training"
     return f"{where}, {found['runs_at_once']} at once, PyTorch {found['torch']}, sasa {found['sasa']}"
 
 

@@ -20,7 +20,7 @@ AXES = {
     "val_loss": ("validation loss (nats)", 1),
     "flops": ("cost of an image's forward (MFLOPs)", 1e6),
     "parameters": ("parameters (thousands)", 1e3),
-    "seconds_per_epoch": ("seconds an epoch", 1),
+    "seconds_per_epoch": ("seconds per epoch", 1),
 }
 """Label and unit."""
 

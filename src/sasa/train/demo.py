@@ -89,7 +89,7 @@ def table(results: list[Result]) -> Any:
 
     rows = Table(title="validation accuracy after the last epoch")
     rows.add_column("network")
-    for column in ("top-1", "parameters", "MFLOPs an image", "seconds an epoch"):
+    for column in ("top-1", "parameters", "MFLOPs per image", "seconds per epoch"):
         rows.add_column(column, justify="right")
     for result in results:
         figures = f"{result.top1:.1%}", f"{result.parameters:,}", f"{result.flops / 1e6:.2f}"
