@@ -15,7 +15,7 @@ from .nn.saved import load_converted, save_converted
 from .nn.stem import AttentionStem
 from .ops.local_attention import local_attention, local_attention_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AttentionConv2d",
     "AttentionStem",

@@ -1,6 +1,6 @@
-"""Seconds an image of the study's two detectors, on one core: ``python docs/studies/bccd/cost.py`` writes cost.json.
+"""Seconds per image of the study's detectors, on one core: ``python docs/studies/bccd/cost.py`` writes cost.json.
 
-Photographs of 640 x 480, as the study has them; of each round the two in turn, and the medians of all rounds.
+Photographs of 640 x 480, as the study has them; each round takes them in turn; medians of all rounds.
 """
 
 import json
@@ -25,23 +25,26 @@ def main() -> None:
     plan = yaml.safe_load((HERE / "plan.yaml").read_text())
     sizes = {"min_size": 128, "max_size": 213}
     torch.manual_seed(0)
-    twins = {one["heads"]: retinanet(num_classes=3, **sizes, **one) for one in plan["grid"]["model_options"]}
+    detectors = {
+        f"backbone {one['backbone']}, heads {one['heads']}": retinanet(num_classes=3, **sizes, **one)
+        for one in plan["grid"]["model_options"]
+    }
     images = [torch.rand(3, 480, 640) for _ in range(BATCH)]
     boxes = torch.tensor([[40.0, 40, 150, 150], [200, 200, 310, 320], [400, 100, 430, 130]])
     targets = [{"boxes": boxes, "labels": torch.tensor([1, 1, 0])} for _ in images]
     seconds: dict[tuple[str, str], list[float]] = {}
     for number in range(ROUNDS + 1):
-        for heads, network in twins.items():
+        for name, network in detectors.items():
             begin = time.perf_counter()
             sum(network.train()(images, targets).values()).backward()
             middle = time.perf_counter()
             with torch.no_grad():
                 network.eval()(images)
             if number:  # the first round warms up
-                seconds.setdefault((heads, "training_step"), []).append((middle - begin) / BATCH)
-                seconds.setdefault((heads, "inference"), []).append((time.perf_counter() - middle) / BATCH)
+                seconds.setdefault((name, "training_step"), []).append((middle - begin) / BATCH)
+                seconds.setdefault((name, "inference"), []).append((time.perf_counter() - middle) / BATCH)
     found = {
-        heads: {
+        name: {
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "flops": count_flops(network, (1, 3, 480, 640)),
             **{
@@ -50,10 +53,10 @@ def main() -> None:
                     "standard_deviation": statistics.stdev(values),
                 }
                 for (of, what), values in seconds.items()
-                if of == heads
+                if of == name
             },
         }
-        for heads, network in twins.items()
+        for name, network in detectors.items()
     }
     text = json.dumps({"machine": study_machine(Slots((None,), 1)), "rounds": ROUNDS} | found, indent=2)
     (HERE / "cost.json").write_text(text + "\n")
