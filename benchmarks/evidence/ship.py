@@ -2,8 +2,8 @@
 
     python -m benchmarks.evidence.ship --work runs/evidence
 
-Uses those of the plans ``weights-*-long`` if they are finished. Writes the weights and figures.json next to them; the
-model card, README.md in the same folder, is written by hand.
+Uses those of the plans ``weights-*-long`` if they are finished; a network of which there is no run here stays as it is.
+Writes the weights and figures.json next to them; the model card, README.md in the same folder, is written by hand.
 """
 
 from __future__ import annotations
@@ -44,9 +44,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the studies")
     work = parser.parse_args().work
     WEIGHTS.mkdir(exist_ok=True)
-    figures: dict[str, Any] = {}
+    written = WEIGHTS / "figures.json"
+    figures: dict[str, Any] = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
     for name, plans in PLANS.items():
-        path = next(path for plan in plans for path in (work / "studies" / plan / "runs").glob("*/model.safetensors"))
+        runs = [path for plan in plans for path in (work / "studies" / plan / "runs").glob("*/model.safetensors")]
+        if not runs:
+            print(f"{name}: no run in {work}; left as it is")
+            continue
+        path = runs[0]
         facts = read_facts(path)
         if name == "fashion_mnist":
             facts["classes"] = list(FashionMNIST.classes)  # IDX files have numbers
@@ -56,8 +61,9 @@ def main() -> None:
         share = figures[name]["correct"] / figures[name]["images"]
         figures[name] |= {"standard_error": math.sqrt(share * (1 - share) / figures[name]["images"])}
         figures[name] |= {"classes": facts["classes"]}
-    figures["fashion_mnist"]["packaged"] = counted(shipped_weights()["fashion_mnist"], None)
-    (WEIGHTS / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        if name == "fashion_mnist":
+            figures[name]["packaged"] = counted(shipped_weights()[name], None)
+    written.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures))
 
 

@@ -131,7 +131,7 @@ def replaced():
         *(c(4, 4, 3) for c in (Twice, Gain, Fused, InputScaled, Dynamic, Noisy, OtherGeometry, TwoInputs)),
         ReflectedByHand(4, 4, 3),
         replaced(),
-        StdConv2d(4, 4, 3, device="meta"),
+        StdConv2d(4, 4, 3).to("meta"),
     ],
     ids=lambda conv: type(conv).__name__,
 )
