@@ -87,7 +87,7 @@ def networks() -> Listing:
                 than = "" if name == "convolution" else difference(cell, found.get("convolution"))
                 rows.append([title, width, name, accuracy(cell), than, *figures])
     header = ["images", "width", "network", "top-1 (seeds)", "less convolution's, points"]
-    header += ["parameters", "MFLOPs", "ms an image, forward", "training", "MB, training"]
+    header += ["parameters", "MFLOPs", "ms per image, forward", "training", "MB, training"]
     return Listing(header, rows, words=3)
 
 
@@ -217,7 +217,7 @@ def draw_networks(path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-AXES = ("MFLOPs an image", "thousands of parameters")
+AXES = ("MFLOPs per image", "thousands of parameters")
 
 
 def draw_variants(path: Path) -> None:
