@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +16,9 @@ import torch
 from .cases import Device, Pace
 
 # Written before every timed call, to evict its input from the L2 cache (50 MB on an H100). It also keeps the GPU busy
-# for about 0.2 ms, during which the next call is launched, so that only the GPU's work is timed.
+# while the next call is launched, so that only the GPU's work is timed: it is written again until that is long enough.
 FLUSHED_BYTES = 512 * 1024**2
+MOST_FLUSHES = 100  # for calls that wait for the device
 MOST_CALLS = 300
 
 
@@ -66,6 +68,26 @@ class EventClock(CpuClock):
     def __init__(self, device: str) -> None:
         self.module: Any = getattr(torch, device)
         self.flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+        self.flush_seconds = statistics.median(self._between(lambda: None, self.flushed.zero_) for _ in range(5))
+
+    def _between(self, before: Callable[[], object], call: Callable[[], object]) -> float:
+        """Seconds of the device from the end of one call to that of another."""
+        start, end = (self.module.Event(enable_timing=True) for _ in range(2))
+        before()
+        start.record()
+        call()
+        end.record()
+        self.synchronize()
+        return 1e-3 * start.elapsed_time(end)
+
+    def flushes(self, call: Callable[[], object]) -> int:
+        """How many keep the device busy for twice as long as the host takes to launch the call."""
+        self.synchronize()
+        start = time.perf_counter()
+        call()
+        host = time.perf_counter() - start
+        self.synchronize()
+        return max(1, min(MOST_FLUSHES, math.ceil(2 * host / self.flush_seconds)))
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -79,8 +101,10 @@ class EventClock(CpuClock):
     def seconds(self, call: Callable[[], object], calls: int = 1) -> list[float]:
         """Of each of some calls."""
         events = [[self.module.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        flushes = self.flushes(call)
         for start, end in events:
-            self.flushed.zero_()
+            for _ in range(flushes):
+                self.flushed.zero_()
             start.record()
             call()
             end.record()

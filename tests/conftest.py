@@ -14,6 +14,7 @@ from sasa.ops import cpu, implementations
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on CUDA
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the GPU kernels on CPU tensors, before anything imports Triton
+torch.backends.cudnn.allow_tf32 = False  # by default cuDNN rounds the inputs of convolutions to 10 bits
 torch.set_num_threads(2)
 
 

@@ -1,0 +1,216 @@
+"""Which tile of the GPU kernels is fastest: candidates for the head widths of a ResNet-50's stages.
+
+    python -m benchmarks.tiles            on a GPU, within two minutes; writes benchmarks/results/tiles-cuda.json
+
+Kernels are compiled in as many processes as there are cores and measured one at a time. Tiles whose results differ from
+those of the others are an error. The lists of ``sasa/ops/triton/tiles.py`` follow from the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import gradient, inputs
+from .machine import machine
+from .problems import ATTENTION, STAGES, AttentionProblem
+from .results import RESULTS
+from .tables import Listing, markdown
+
+FILE = RESULTS / "tiles-cuda.json"
+WRITTEN = {
+    "forward": ("output", "lse"),
+    "query_gradients": ("grad_query", "delta"),
+    "key_gradients": ("grad_key", "grad_value"),
+}
+# Rows, columns, keys or queries of a block, warps, stages of the loads' pipeline: on tensor cores.
+HALO = [
+    (2, 8, 32, 1, 2), (4, 8, 32, 1, 2), (4, 8, 32, 2, 2), (4, 8, 64, 2, 2), (8, 8, 32, 2, 2), (8, 8, 64, 4, 2),
+    (2, 8, 64, 1, 2), (2, 8, 32, 1, 1), (2, 8, 32, 1, 3), (4, 8, 32, 2, 1), (4, 8, 32, 2, 3),
+]  # fmt: skip
+# Rows, columns, taps, warps: tap by tap.
+TAPS = [(2, 8, 8, 2), (4, 8, 8, 4), (4, 8, 4, 4), (8, 8, 8, 4), (2, 4, 8, 2), (4, 4, 8, 4), (4, 8, 2, 4), (2, 4, 8, 1)]
+TOLERANCE = 1e-2  # of a norm of the results, in either precision
+LSE = 6.0  # in place of the forward's: any number for which the weights are ordinary ones
+
+_alone: Any = None  # a lock that one process at a time holds, to use the GPU
+
+
+class Key(NamedTuple):
+    """One kernel for one dtype and problem."""
+
+    kernel: str
+    dtype: str
+    problem: str
+
+
+def problems() -> dict[tuple[str, str], AttentionProblem]:
+    """By name and dtype, the most important first."""
+    stages = {name: shape._replace(batch=64) for name, shape in STAGES.items()}
+    shapes = {"notebook": ATTENTION["notebook"], **stages}
+    found = {(name, "bfloat16"): shape for name, shape in shapes.items()}
+    return found | {(name, "float32"): shapes[name] for name in ("notebook", "14x14, D 32", "7x7, D 64")}
+
+
+def tensors_and_grad(shape: AttentionProblem, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Queries, keys, values and embeddings, and a gradient of the output."""
+    return inputs(shape, dtype, "channels_last", "cuda"), gradient(shape, dtype, "channels_last", "cuda")
+
+
+def begin(lock: Any) -> None:
+    """In each process."""
+    global _alone
+    _alone = lock
+    torch.set_num_threads(1)
+
+
+def measure(key: Key, shape: AttentionProblem, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Compile one kernel for one tile, and time it; in a process of its own."""
+    from sasa.ops.triton import launch, tiles
+    from sasa.ops.window import window
+
+    found: dict[str, Any] = {}
+
+    def run(kernel: Any, programs: Any, problem: Any, small: bool, arguments: Any) -> tiles.Tile:
+        if problem.tensor_cores:
+            *shape_, stages = sizes
+            halo = tiles._halo_tile(problem, *shape_)
+            tile = halo and halo._replace(stages=stages)
+        else:
+            rows, columns, taps, warps = sizes
+            tile = tiles.Tile(rows, columns, 1, taps, warps, 1)
+        if kernel.fn.__name__ == key.kernel and tile is not None:
+            found.update(tile._asdict())
+            found.update(measured(launch, kernel, programs, problem, arguments, tile))
+        return tiles_before(key.kernel, problem, small)[0]
+
+    tiles_before, bytes_before, run_before = launch.tiles_of, launch.SHARE_BYTES, launch._run
+    launch._run, launch.SHARE_BYTES = run, 2**33
+    launch.tiles_of = lambda *_: [tiles.Tile(1, 1, 1, 1, 1, 1)]  # enough shares for any
+    geometry = window(shape.size, shape.size, (shape.kernel_size,) * 2, (1, 1), (1, 1), "zero")
+    try:
+        dtype = getattr(torch, key.dtype)
+        with _alone:
+            tensors, grad = tensors_and_grad(shape, dtype)
+            torch.cuda.synchronize()
+        if key.kernel == "forward":
+            launch.forward(*tensors, None, geometry, 1.0)
+        else:
+            lse = torch.full((shape.batch, shape.num_heads, shape.size, shape.size), LSE, device="cuda")
+            launch.backward(grad, *tensors, None, lse, geometry, 1.0)
+    except Exception as error:
+        found["cannot"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+    finally:
+        launch._run, launch.SHARE_BYTES, launch.tiles_of = run_before, bytes_before, tiles_before
+        torch.cuda.empty_cache()
+    return found
+
+
+def measured(launch: Any, kernel: Any, programs: Any, problem: Any, arguments: Any, tile: Any) -> dict[str, Any]:
+    """Microseconds, registers, and a norm of what the kernel wrote."""
+    from triton.testing import do_bench
+
+    from sasa.ops.triton.tiles import power_of_two
+
+    pads = [max(16, power_of_two(axis.kernel)) for axis in (problem.y, problem.x)]
+    options = {"P": problem, "PAD_Y": pads[0], "PAD_X": pads[1], **launch.OPTIONS}
+    options |= launch._config(tile).all_kwargs()
+    names = {name: kernel.arg_names.index(name) for name in ("delta", *WRITTEN[kernel.fn.__name__]) if
+             name in kernel.arg_names}  # fmt: skip
+    grid = (programs(tile.ROWS, tile.COLUMNS),)
+    began = time.perf_counter()
+    made = kernel.warmup(*arguments, grid=grid, **options)
+    found = {"compile_seconds": time.perf_counter() - began}
+    with _alone:
+        for name, index in names.items():
+            arguments[index].fill_(0.0 if name == "delta" else float("nan"))
+        began = time.perf_counter()
+        kernel[grid](*arguments, **options)
+        torch.cuda.synchronize()
+        found["first_seconds"] = time.perf_counter() - began
+        written = [arguments[names[name]] for name in WRITTEN[kernel.fn.__name__]]
+        norm = sum(x.double().square().sum() for x in written)
+        time_ = do_bench(lambda: kernel[grid](*arguments, **options), warmup=4, rep=16, return_mode="median")
+    found |= {"microseconds": 1e3 * time_, "norm": float(norm) ** 0.5}
+    return found | {"registers": made.n_regs, "spills": made.n_spills, "shared": made.metadata.shared}
+
+
+def sweep(seconds: float, workers: int) -> dict[Key, list[dict[str, Any]]]:
+    """Measure until time is over; figures by kernel and problem."""
+    context, found, began = get_context("spawn"), defaultdict(list), time.time()
+    pool = ProcessPoolExecutor(workers, context, begin, (context.Lock(),))
+    jobs = {}
+    for (name, dtype), shape in problems().items():
+        for kernel in WRITTEN:
+            key = Key(kernel, dtype, name)
+            for sizes in HALO if dtype == "bfloat16" else TAPS:
+                jobs[pool.submit(measure, key, shape, sizes)] = key
+    count = 0
+    try:
+        for job in as_completed(jobs, timeout=seconds):
+            found[jobs[job]].append(job.result())
+            count += 1
+            if count % 25 == 0:
+                print(f"{count} of {len(jobs)} after {time.time() - began:.0f} s", flush=True)
+    except TimeoutError:
+        print(f"{len(jobs) - count} of {len(jobs)} did not fit into {seconds:.0f} s")
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()
+    for known in found.values():
+        compare([one for one in known if "norm" in one])
+    return {key: found[key] for key in jobs.values() if key in found}
+
+
+def compare(known: list[dict[str, Any]]) -> None:
+    """Mark those whose results differ from those of the others."""
+    middle = statistics.median(one["norm"] for one in known) if known else 0
+    for one in known:
+        if not abs(one["norm"] - middle) <= TOLERANCE * middle:
+            one["cannot"] = f"its results have the norm {one['norm']:.6g}, those of the others {middle:.6g}"
+
+
+def table(found: dict[Key, list[dict[str, Any]]], most: int = 4) -> Listing:
+    """The fastest of each."""
+    rows = []
+    for key, tiles in found.items():
+        known = sorted((one for one in tiles if "cannot" not in one), key=lambda one: one.get("microseconds", 1e9))
+        for one in [tile for tile in known if "microseconds" in tile][:most]:
+            sizes = f"{one['ROWS']}x{one['COLUMNS']}, {one['BLOCK_Y']}x{one['BLOCK_X']}"
+            setup = f"{one['warps']}, {one['stages']}"
+            figures = [f"{one['microseconds']:.1f}", f"{one['registers']}", f"{one['spills']}", f"{one['shared']}"]
+            rows.append([key.kernel, key.dtype, key.problem, sizes, setup, *figures])
+    head = ["kernel", "dtype", "problem", "tile, block", "warps, stages", "µs", "registers", "spills", "shared bytes"]
+    return Listing(head, rows, words=5)
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser("benchmarks.tiles", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=100, help="after which nothing more is begun")
+    parser.add_argument("--out", type=Path, default=FILE)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.tiles: no GPU here")
+    found = sweep(options.seconds, max(1, (os.cpu_count() or 2) - 1))
+    listed = [{**key._asdict(), "tiles": tiles} for key, tiles in found.items()]
+    options.out.write_text(json.dumps({"machine": machine("cuda"), "kernels": listed}, indent=1) + "\n")
+    print(markdown(table(found)))
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
