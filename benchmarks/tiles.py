@@ -99,17 +99,19 @@ def measure(key: Key, shape: AttentionProblem, sizes: tuple[int, ...]) -> dict[s
     tiles_before, bytes_before, run_before = launch.tiles_of, launch.SHARE_BYTES, launch._run
     launch._run, launch.SHARE_BYTES = run, 2**33
     launch.tiles_of = lambda *_: [tiles.Tile(1, 1, 1, 1, 1, 1)]  # enough shares for any
-    geometry = window(shape.size, shape.size, (shape.kernel_size,) * 2, (1, 1), (1, 1), "zero")
+    taps = shape.kernel_size, shape.kernel_size
+    geometry = window(shape.size, shape.size, taps, (1, 1), (1, 1), "zero")
     try:
         dtype = getattr(torch, key.dtype)
         with _alone:
-            tensors, grad = tensors_and_grad(shape, dtype)
+            (query, key_, value, row, col), grad = tensors_and_grad(shape, dtype)
+            images = query, key_, value
             torch.cuda.synchronize()
         if key.kernel == "forward":
-            launch.forward(*tensors, None, geometry, 1.0)
+            launch.forward(*images, row, col, None, geometry, 1.0)
         else:
             lse = torch.full((shape.batch, shape.num_heads, shape.size, shape.size), LSE, device="cuda")
-            launch.backward(grad, *tensors, None, lse, geometry, 1.0)
+            launch.backward(grad, *images, row, col, None, lse, geometry, 1.0)
     except Exception as error:
         found["cannot"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
     finally:
@@ -142,7 +144,7 @@ def measured(launch: Any, kernel: Any, programs: Any, problem: Any, arguments: A
         found["first_seconds"] = time.perf_counter() - began
         written = [arguments[names[name]] for name in WRITTEN[kernel.fn.__name__]]
         norm = sum(x.double().square().sum() for x in written)
-        time_ = do_bench(lambda: kernel[grid](*arguments, **options), warmup=4, rep=16, return_mode="median")
+        time_: Any = do_bench(lambda: kernel[grid](*arguments, **options), warmup=4, rep=16, return_mode="median")
     found |= {"microseconds": 1e3 * time_, "norm": float(norm) ** 0.5}
     return found | {"registers": made.n_regs, "spills": made.n_spills, "shared": made.metadata.shared}
 

@@ -233,7 +233,8 @@ def test_gradients_with_strides_of_zero(variant):
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("wide", [False, True])
 def test_offsets_of_64_bits(wide, variant, monkeypatch):
-    monkeypatch.setattr(launch, "_reach", lambda x: 2**31 if wide else 1)
+    before = launch._layout_of
+    monkeypatch.setattr(launch, "_layout_of", lambda x: before(x)._replace(reach=2**31 if wide else 1))
     check(Case(size=(5, 4), stride=2))
 
 

@@ -14,11 +14,11 @@ from . import checks, equation, log_sum_exp
 from .autograd import apply, is_transformed, is_transformed_forward, needs_gradient
 from .implementations import is_the_equation
 from .memory_format import in_format_of
-from .operators import LOCAL, PROJECTED, by_head
+from .operators import LOCAL, PROJECTED
 from .pooling import average_pool
 from .precision import autocast, without_autocast
 from .prepared import prepared, project, projects_inside
-from .projected import split_heads
+from .projected import by_head, split_heads
 from .window import Pair, window_of
 
 

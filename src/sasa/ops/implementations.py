@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import cpu, cpu_call, cpu_projected, eager, triton
 from .projected import LayerGradients
+from .triton import projections as triton_projections
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]
@@ -96,6 +97,13 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         triton.backward,
         triton.unsupported,
         triton.automatic,
+        Projected(
+            triton_projections.supports,
+            triton_projections.preferred,
+            triton_projections.prepare,
+            triton_projections.forward,
+            triton_projections.backward,
+        ),
     ),
     Implementation(
         "eager",

@@ -25,7 +25,7 @@ from .implementations import Backward, Forward, Projected, choose
 from .memory_format import empty, empty_image, in_format_of
 from .pooling import average_pool
 from .precision import without_autocast
-from .projected import channels_of, split_heads
+from .projected import by_head, channels_of, split_heads
 from .window import Window, window_of
 
 _SIZES = "int[2] kernel_size, int[2] stride, int[2] dilation, str border, float scale, str? implementation"
@@ -150,13 +150,6 @@ def _projecting(
     """The implementation's kernels, and its projecting ones if they support these arguments."""
     forward, backward, ours = _kernels(name, x, channels_of(x, weight) // num_heads)
     return forward, backward, ours if ours is not None and ours.supports(x, weight, num_heads) else None
-
-
-def by_head(embedding: Tensor | None, num_heads: int) -> Tensor | None:
-    """(N·channels, taps) as (N, channels, taps)."""
-    if embedding is None or embedding.dim() == 3:
-        return embedding
-    return embedding.view(num_heads, embedding.shape[0] // num_heads, embedding.shape[1])
 
 
 def not_empty(embedding: Tensor | None) -> Tensor | None:

@@ -46,6 +46,13 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
+def by_head(embedding: Tensor | None, num_heads: int) -> Tensor | None:
+    """(N·channels, taps) as (N, channels, taps)."""
+    if embedding is None or embedding.dim() == 3:
+        return embedding
+    return embedding.view(num_heads, embedding.shape[0] // num_heads, embedding.shape[1])
+
+
 def channels_of(x: Tensor, weight: Tensor | None) -> int:
     """N·D, of a layer's input and weight, or of the projections themselves."""
     return (x.shape[1] if weight is None else weight.shape[0]) // 3

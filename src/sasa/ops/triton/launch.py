@@ -12,7 +12,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,9 +28,12 @@ from .tiles import SMALL_IMAGE, Tile, power_of_two, tiles_of
 
 MOST_TAPS = 64  # of a window on tensor cores: each query's position terms are held in registers
 INTERPRETED = not isinstance(forward_kernels.forward, JITFunction)
+CONSTANTS = ("P", "PAD_Y", "PAD_X", "ROWS", "COLUMNS", "BLOCK_Y", "BLOCK_X")  # the last arguments of every kernel
 OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}  # explicit, as Triton's default is about to change
 LEAST_PROGRAMS = 256  # for a meaningful measurement of a tile: about two on each multiprocessor
 SHARE_BYTES = 2**26  # most memory for the programs' shares of the embeddings' gradients
+
+_axis = functools.lru_cache(1024)(TiledAxis.of)
 
 # Forced by :func:`sasa.ops.triton.using`: True for tensor cores, False for tap by tap.
 forced: bool | None = None
@@ -56,8 +59,8 @@ def problem_of(
         tensor_cores = False
     least = 16 if tensor_cores else 1
     return Problem(
-        y=TiledAxis.of(window.rows),
-        x=TiledAxis.of(window.cols),
+        y=_axis(window.rows),
+        x=_axis(window.cols),
         zero=window.border == "zero",
         channels=query.shape[2],
         channels_pad=max(least, power_of_two(query.shape[2])),
@@ -70,7 +73,7 @@ def problem_of(
         key_layout=layout(key),
         value_layout=layout(value),
         output_layout=layout(output),
-        wide=any(_reach(x) >= 2**31 for x in (query, key, value, output)),
+        wide=any(_layout_of(x).reach >= 2**31 for x in (query, key, value, output)),
         heads_first=memory_format.is_channels_last(key),
         element_size=query.element_size(),
         tensor_cores=tensor_cores,
@@ -84,23 +87,52 @@ def _allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of (B, N, D, H, W), 0 along dimensions of size 1, whose stride is meaningless."""
-    return tuple(stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True))
+class Layout(NamedTuple):
+    """Of a tensor (B, N, D, H, W) in memory.
+
+    Attributes:
+        strides: 0 along dimensions of size 1, whose stride is meaningless.
+        kind: what the kernels may assume: see ``problem.py``.
+        reach: elements from the first to the last of a plane.
+    """
+
+    strides: tuple[int, ...]
+    kind: int
+    reach: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(shape: torch.Size, strides: tuple[int, ...], element_size: int, aligned: bool) -> Layout:
+    strides = tuple(stride if size > 1 else 0 for stride, size in zip(strides, shape, strict=True))
+    reach = sum(abs(step) * (size - 1) for step, size in zip(strides[2:], shape[2:], strict=True))
+    batch, head, channel, row, column = strides
+    if channel == 1 and aligned and all(step * element_size % 16 == 0 for step in (batch, head, row, column)):
+        return Layout(strides, CHANNELS, reach)
+    return Layout(strides, COLUMNS if column == 1 or shape[4] == 1 else ANY, reach)
+
+
+def _layout_of(x: Tensor) -> Layout:
+    return _layout(x.shape, x.stride(), x.element_size(), x.data_ptr() % 16 == 0)
 
 
 def layout(x: Tensor) -> int:
     """What the kernels may assume: see ``problem.py``."""
-    batch, head, channel, row, column = strides(x)
-    aligned = all(step * x.element_size() % 16 == 0 for step in (batch, head, row, column))
-    if channel == 1 and aligned and x.data_ptr() % 16 == 0:
-        return CHANNELS
-    return COLUMNS if column == 1 or x.shape[4] == 1 else ANY
+    return _layout_of(x).kind
 
 
-def _reach(x: Tensor) -> int:
-    """Elements from the first to the last of a plane."""
-    return sum(abs(step) * (size - 1) for step, size in zip(x.stride()[2:], x.shape[2:], strict=True))
+class Ready(NamedTuple):
+    """A compiled kernel and the last of its arguments, which don't depend on tensors.
+
+    Triton would read them, and all others, on every call, to decide which of its compilations to launch: that takes
+    longer than the launch.
+    """
+
+    tile: Tile
+    compiled: Any
+    constants: tuple[Any, ...]
+
+
+_ready: dict[tuple[Any, ...], Ready] = {}
 
 
 def _run(
@@ -115,20 +147,36 @@ def _run(
         small: as for :func:`tiles_of`.
         arguments: of the kernel; the first is a tensor.
     """
-    pads = [max(16, power_of_two(axis.kernel)) for axis in (problem.y, problem.x)]
-    options = {"P": problem, "PAD_Y": pads[0], "PAD_X": pads[1], **OPTIONS}
-    tiles = tiles_of(kernel.fn.__name__, problem, small)
-    first = arguments[0]
+    tiles, first = tiles_of(kernel.fn.__name__, problem, small), arguments[0]
+    tile = tiles[0]
+    measured = len(tiles) > 1 and not INTERPRETED and not torch.are_deterministic_algorithms_enabled()
+    measured = measured and programs(tile.ROWS, tile.COLUMNS) >= LEAST_PROGRAMS
+    kind = kernel.fn.__name__, problem, small, first.device, measured, _compiled_for(arguments)
     with _on(first.device):
-        tile = tiles[0]
-        if len(tiles) > 1 and not INTERPRETED and not torch.are_deterministic_algorithms_enabled():
-            kind = kernel.fn.__name__, problem, small, first.dtype, first.device
-            tile = _chosen.get(kind)
-            if tile is None and programs(tiles[0].ROWS, tiles[0].COLUMNS) >= LEAST_PROGRAMS:
-                tile = _tune(kind, kernel, programs, tiles, arguments, options)
-            tile = tile or tiles[0]
-        _launch(kernel, (programs(tile.ROWS, tile.COLUMNS),), arguments, options | _config(tile).all_kwargs())
+        if ready := _ready.get(kind):
+            tile = ready.tile
+            ready.compiled[programs(tile.ROWS, tile.COLUMNS), 1, 1](*arguments, *ready.constants)
+            return tile
+        pads = [max(16, power_of_two(axis.kernel)) for axis in (problem.y, problem.x)]
+        options = {"P": problem, "PAD_Y": pads[0], "PAD_X": pads[1], **OPTIONS}
+        best = _tune(kind, kernel, programs, tiles, arguments, options) if measured else tile
+        tile = best or tile
+        options |= _config(tile).all_kwargs()
+        compiled = _launch(kernel, (programs(tile.ROWS, tile.COLUMNS),), arguments, options)
+        if compiled is not None and best is not None:
+            _ready[kind] = Ready(tile, compiled, tuple(options[name] for name in CONSTANTS))
     return tile
+
+
+def _compiled_for(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """What Triton compiles the kernels for, beyond the problem: dtypes of tensors, whether they are aligned, and, for
+    AMD GPUs, whether they are small; the numbers are excluded by ``do_not_specialize``.
+    """
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    kinds = tuple((x.dtype, x.data_ptr() % 16 == 0) for x in tensors)
+    if torch.version.hip is not None:
+        return kinds, tuple(x.untyped_storage().nbytes() < 2**31 for x in tensors)
+    return kinds
 
 
 def _config(tile: Tile) -> triton.Config:
@@ -161,8 +209,9 @@ def _tune(
         return _chosen[kind]
 
 
-def _launch(kernel: Any, grid: tuple[int], arguments: Sequence[Any], options: dict[str, Any]) -> None:
-    kernel[grid](*arguments, **options)
+def _launch(kernel: Any, grid: tuple[int], arguments: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Returns the compiled kernel; None from Triton's interpreter."""
+    return kernel[grid](*arguments, **options)
 
 
 def _on(device: torch.device) -> Any:
@@ -173,7 +222,7 @@ def _on(device: torch.device) -> Any:
 
 
 def _image(x: Tensor) -> tuple[Any, ...]:
-    return (x, *strides(x))
+    return (x, *_layout_of(x).strides)
 
 
 def _embedding(x: Tensor | None, like: Tensor) -> Tensor:
@@ -189,11 +238,15 @@ def forward(
     table: Tensor | None,
     window: Window,
     scale: float,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, N, Dv, h, w) in the memory format of ``query``, and log-sum-exp of the logits (B, N, h, w)."""
+    """Output (B, N, Dv, h, w) in the memory format of ``query``, and log-sum-exp of the logits (B, N, h, w).
+
+    ``into``: a tensor for the output.
+    """
     batch, heads = query.shape[:2]
     height, width = window.rows.outputs, window.cols.outputs
-    output = memory_format.empty(query, value.shape[2], height, width)
+    output = memory_format.empty(query, value.shape[2], height, width) if into is None else into
     lse = query.new_empty((batch, heads, height, width), dtype=torch.float32)
     if batch == 0:
         return output, lse
@@ -216,11 +269,15 @@ def backward(
     lse: Tensor,
     window: Window,
     scale: float,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value in their memory formats, and of row, col and table."""
+    """Gradients of query, key and value in their memory formats, and of row, col and table.
+
+    ``into``: tensors for the first three.
+    """
     batch, heads = query.shape[:2]
     height, width = window.rows.outputs, window.cols.outputs
-    grads = [memory_format.empty(x, *x.shape[2:]) for x in (query, key, value)]
+    grads = into or [memory_format.empty(x, *x.shape[2:]) for x in (query, key, value)]
     if batch == 0:
         none = [None if x is None else torch.zeros_like(x) for x in (row, col, table)]
         return grads[0], grads[1], grads[2], none[0], none[1], none[2]
@@ -230,7 +287,7 @@ def backward(
         query_layout=_common(query, grads[0]),
         key_layout=_common(key, grads[1]),
         value_layout=_common(value, grads[2]),
-        wide=problem.wide or any(_reach(grad) >= 2**31 for grad in grads),
+        wide=problem.wide or any(_layout_of(grad).reach >= 2**31 for grad in grads),
     )
     if (height, width) != tuple(query.shape[3:]):
         grads[0].zero_()  # pixels that no window is centred on
@@ -252,9 +309,9 @@ def backward(
         grads[0],
         grads[1],
         grads[2],
-        None if row is None else totals[0].to(row.dtype).contiguous(),
-        None if col is None else totals[1].to(col.dtype).contiguous(),
-        None if table is None else totals[2].to(table.dtype).contiguous(),
+        None if row is None else torch.empty_like(embeddings[0]).copy_(totals[0]),
+        None if col is None else torch.empty_like(embeddings[1]).copy_(totals[1]),
+        None if table is None else torch.empty_like(embeddings[2]).copy_(totals[2]),
     )
 
 
@@ -281,7 +338,7 @@ def _query_gradients(
     of_image = max(_query_tiles(problem, window, heads, tile.ROWS, tile.COLUMNS) for tile in tiles)
     images = min(batch, max(1, SHARE_BYTES // (of_image * size * 4))) if size else batch
     shares = query.new_empty((of_image * images, size), dtype=torch.float32)
-    total = query.new_zeros((heads, size), dtype=torch.float32)
+    totals = []
     for start in range(0, batch, images):
         part = [x[start : start + images] for x in inputs]
         programs = functools.partial(_query_tiles, problem, window, len(part[1]) * heads)
@@ -290,7 +347,8 @@ def _query_gradients(
         tile = _run(backward_kernels.query_gradients, programs, problem, small, arguments)
         if size:
             used = shares[: programs(tile.ROWS, tile.COLUMNS)].unflatten(0, (len(part[1]), heads, -1))
-            total += used.sum((0, 2))
+            totals.append(used.sum((0, 2)))
+    total = functools.reduce(torch.add, totals) if totals else shares.new_empty((heads, 0))
     of_row, of_col, of_table = total.split((row_size, col_size, table_size), 1)
     return (
         of_row.reshape(heads, problem.y.kernel, problem.row_channels).mT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,24 +10,24 @@ import torch
 from .problem import Problem
 
 # (rows, columns, keys or queries of a block, warps) on tensor cores, by the channels of the widest head; float32's
-# count twice, as they take twice the shared memory. The first of a list is the default: the one for which a warp
-# executes the fewest instructions per pixel and several of which fit in the registers.
+# count twice, as they take twice the shared memory. The first of a list is the default. Up to 64 channels they are the
+# fastest on an H200 (python -m benchmarks.tiles), and larger ones for other GPUs: programs of one warp wait for none.
 HALO_TILES = {
     "forward": {
-        32: [(4, 8, 64, 2), (8, 8, 64, 4), (2, 8, 64, 1)],
-        64: [(8, 8, 64, 4), (4, 8, 32, 2)],
+        32: [(2, 8, 32, 1), (2, 8, 64, 1), (4, 8, 64, 2)],
+        64: [(4, 8, 32, 1), (2, 8, 64, 1), (4, 8, 32, 2)],
         128: [(8, 8, 32, 4), (4, 8, 32, 2)],
         256: [(4, 8, 16, 2)],
     },
     "query_gradients": {
-        32: [(4, 8, 64, 2), (4, 8, 32, 2), (8, 8, 64, 4)],
-        64: [(4, 8, 32, 2), (8, 8, 64, 4)],
+        32: [(2, 8, 32, 1), (2, 8, 64, 1), (4, 8, 32, 2)],
+        64: [(8, 8, 64, 4), (2, 8, 64, 1)],
         128: [(8, 8, 32, 4), (4, 8, 32, 2)],
         256: [(4, 8, 16, 2)],
     },
     "key_gradients": {
-        32: [(8, 8, 32, 2), (8, 8, 64, 4), (4, 8, 32, 2)],
-        64: [(8, 8, 64, 4), (8, 8, 32, 4)],
+        32: [(4, 8, 32, 1), (8, 8, 32, 2), (8, 8, 64, 4)],
+        64: [(8, 8, 32, 2), (4, 8, 32, 2), (8, 8, 64, 4)],
         128: [(8, 8, 32, 4), (4, 8, 32, 2)],
         256: [(4, 8, 16, 2)],
     },
@@ -53,6 +54,7 @@ class Tile(NamedTuple):
         return {name: getattr(self, name) for name in ("ROWS", "COLUMNS", "BLOCK_Y", "BLOCK_X")}
 
 
+@functools.lru_cache(1024)
 def tiles_of(kernel: str, problem: Problem, small: bool) -> list[Tile]:
     """Tiles for a kernel to choose from, the default first. ``small``: images of up to SMALL_IMAGE pixels squared."""
     if not problem.tensor_cores:
@@ -78,15 +80,13 @@ def _halo_tile(problem: Problem, rows: int, columns: int, block: int, warps: int
 
 
 def _taps_tiles(problem: Problem) -> list[Tile]:
-    """The number of pixels that leaves each thread four channels of one pixel, so that it sums over taps on its own."""
+    """Many pixels and two taps at a time, or few pixels and many taps in one warp, which is faster with wide heads."""
     channels = max(problem.channels_pad, problem.value_pad)
-    taps = min(8, power_of_two(problem.x.kernel))
-    tiles = []
-    for warps in (4, 2):
-        pixels = min(128, max(1, 128 * warps // channels))
-        columns = min(8, pixels)
-        tiles.append(Tile(pixels // columns, columns, 1, taps, warps, 1))
-    return tiles
+    pixels = min(128, max(512 // channels, min(32, 2048 // channels)))
+    few = max(128 // channels, min(8, 512 // channels))
+    taps = power_of_two(problem.x.kernel)
+    tiles = [Tile(pixels // min(8, pixels), min(8, pixels), 1, min(2, taps), 4, 1)]
+    return [*tiles, Tile(few // min(4, few), min(4, few), 1, min(8, taps), 1, 1)]
 
 
 def power_of_two(n: int) -> int:
