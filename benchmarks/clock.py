@@ -18,7 +18,7 @@ from .cases import Device, Pace
 # Written before every timed call, to evict its input from the L2 cache (50 MB on an H100). It also keeps the GPU busy
 # while the next call is launched, so that only the GPU's work is timed: it is written again until that is long enough.
 FLUSHED_BYTES = 512 * 1024**2
-MOST_FLUSHES = 100  # for calls that wait for the device
+MOST_FLUSHES = 30  # a network that is launched too slowly shall seem so
 MOST_CALLS = 300
 
 
@@ -68,17 +68,7 @@ class EventClock(CpuClock):
     def __init__(self, device: str) -> None:
         self.module: Any = getattr(torch, device)
         self.flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
-        self.flush_seconds = statistics.median(self._between(lambda: None, self.flushed.zero_) for _ in range(5))
-
-    def _between(self, before: Callable[[], object], call: Callable[[], object]) -> float:
-        """Seconds of the device from the end of one call to that of another."""
-        start, end = (self.module.Event(enable_timing=True) for _ in range(2))
-        before()
-        start.record()
-        call()
-        end.record()
-        self.synchronize()
-        return 1e-3 * start.elapsed_time(end)
+        self.flush_seconds = statistics.median(self._timed([1] * 5, self.flushed.zero_))
 
     def flushes(self, call: Callable[[], object]) -> int:
         """How many keep the device busy for twice as long as the host takes to launch the call."""
@@ -100,10 +90,13 @@ class EventClock(CpuClock):
 
     def seconds(self, call: Callable[[], object], calls: int = 1) -> list[float]:
         """Of each of some calls."""
-        events = [[self.module.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-        flushes = self.flushes(call)
-        for start, end in events:
-            for _ in range(flushes):
+        return self._timed([self.flushes(call)] * calls, call)
+
+    def _timed(self, flushes: Sequence[int], call: Callable[[], object]) -> list[float]:
+        """Seconds of calls, each after so many flushes."""
+        events = [[self.module.Event(enable_timing=True) for _ in range(2)] for _ in flushes]
+        for (start, end), count in zip(events, flushes, strict=True):
+            for _ in range(count):
                 self.flushed.zero_()
             start.record()
             call()

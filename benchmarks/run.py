@@ -3,6 +3,7 @@
     python -m benchmarks.run                           everything on the CPU; writes to benchmarks/results/
     python -m benchmarks.run --device cuda             on a GPU, within 8 minutes; or xpu
     python -m benchmarks.run --only attention          one part; the results of others stay
+    python -m benchmarks.run --device cuda --warm      the same; kernels compiled earlier by this user are reused
     python -m benchmarks.run --quick                   small problems, nothing compiled: a rehearsal in runs/bench/
 
 Each peer takes turns with sasa in one process; numbers are medians of the turns, ratios with the lowest and highest of
@@ -37,10 +38,11 @@ MOST_SECONDS = 120  # for one measurement on a GPU, compilation included
 SECONDS_TO_END = 10  # that a worker has after the deadline
 
 
-def start_workers(orders: Orders, results: Results) -> None:
-    """Measure everything, one worker at a time."""
-    with tempfile.TemporaryDirectory() as cache:  # so that compile times are those of a first run
+def start_workers(orders: Orders, results: Results, warm: bool = False) -> None:
+    """Measure everything, one worker at a time. Unless ``warm``, compile times are those of a first run."""
+    with tempfile.TemporaryDirectory() as cache:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
+        caches = {} if warm else caches
         command = [sys.executable, "-m", "benchmarks.worker", orders.text()]
         missing = sum(not results.has(step) for step in orders.steps())
         while missing:
@@ -84,15 +86,17 @@ def finish(orders: Orders, results: Results) -> None:
         print(f"\ntargets\n\n{markdown(targets_table(results.found, orders.device))}")
 
 
-def run(device: str, quick: bool, only: list[str], folder: Path, seconds: float = math.inf) -> Results:
+def run(
+    device: str, quick: bool, only: list[str], folder: Path, seconds: float = math.inf, warm: bool = False
+) -> Results:
     """Measure and show; returns the results."""
     given = Orders(str(folder.resolve()), device, quick, [part for part in PARTS if part in (only or PARTS)])
     parts = [part for part in given.parts if PARTS[part].cases(given.where)]
     most_seconds = None if device == "cpu" else MOST_SECONDS
     orders = Orders(given.folder, device, quick, parts, time.time() + seconds, most_seconds)
     results = Results(folder, device)
-    results.begin(parts, {"machine": machine(device), "rehearsal": quick})
-    start_workers(orders, results)
+    results.begin(parts, {"machine": machine(device), "rehearsal": quick, "warm": warm})
+    start_workers(orders, results, warm)
     finish(orders, results)
     return results
 
@@ -105,12 +109,13 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="one part; may be repeated")
     parser.add_argument("--out", type=Path, help="folder for JSON and PNG files")
     parser.add_argument("--deadline", type=float, help="seconds after which nothing more is begun; on a GPU 460")
+    parser.add_argument("--warm", action="store_true", help="reuse what was compiled earlier: first calls don't count")
     options = parser.parse_args()
     if options.device != "cpu" and not getattr(torch, options.device).is_available():
         sys.exit(f"benchmarks.run: --device {options.device}: no such GPU here (--quick rehearses on the CPU)")
     folder = options.out or (TRIED if options.quick else RESULTS)
     seconds = math.inf if options.device == "cpu" else DEADLINE
-    run(options.device, options.quick, options.only or [], folder, options.deadline or seconds)
+    run(options.device, options.quick, options.only or [], folder, options.deadline or seconds, options.warm)
     print(f"\nwrote {folder}")
 
 

@@ -14,7 +14,7 @@ from .problem import Problem
 # fastest on an H200 (python -m benchmarks.tiles), and larger ones for other GPUs: programs of one warp wait for none.
 HALO_TILES = {
     "forward": {
-        32: [(2, 8, 32, 1), (2, 8, 64, 1), (4, 8, 64, 2)],
+        32: [(2, 8, 32, 1), (2, 8, 64, 1), (2, 8, 128, 1)],
         64: [(4, 8, 32, 1), (2, 8, 64, 1), (4, 8, 32, 2)],
         128: [(8, 8, 32, 4), (4, 8, 32, 2)],
         256: [(4, 8, 16, 2)],
