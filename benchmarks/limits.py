@@ -122,7 +122,7 @@ def compiled() -> Iterator[dict[str, Any]]:
             trips = -(-(sizes["ROWS"] + KERNEL - 1) // sizes["BLOCK_Y"])
             trips *= -(-(sizes["COLUMNS"] + KERNEL - 1) // sizes["BLOCK_X"])
         else:
-            trips = KERNEL
+            trips = KERNEL * -(-KERNEL // sizes["BLOCK_X"])
         between = [after[0] - before[1] - 1 for before, after in itertools.pairwise(inner)]
         straight = inner[0][0] + sum(between) + len(found) - loops[-1][1]
         warp = straight + trips * sum(end - begin + 1 for begin, end in inner)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .cases import CONVOLUTION
 from .machine import described
-from .results import Figures
+from .results import SKIPPED, Figures
 from .tables import milliseconds
 
 if TYPE_CHECKING:
@@ -103,9 +103,20 @@ def bars(panel: Axes, named: dict[str, tuple[str, Figures]], measure: Measure, t
         panel.set_xlim(0, 1.25 * max(values))
 
 
+def measured(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the peers for which there was no time, and cases for which there was none at all; all if that is every
+    case.
+    """
+    kept = [
+        case | {"peers": {name: own for name, own in case["peers"].items() if own.get("cannot") != SKIPPED}}
+        for case in cases
+    ]
+    return [case for case in kept if case["peers"]] or list(cases)
+
+
 def figure(part: str, result: dict[str, Any]) -> Figure:
     """The plot of a part."""
-    cases, measures = result["cases"], MEASURES[part]
+    cases, measures = measured(result["cases"]), MEASURES[part]
     if all(len(case["peers"]) == 1 for case in cases):
         rows = [("", {case["case"]: next(iter(case["peers"].items())) for case in cases})]
     else:

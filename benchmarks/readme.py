@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import detection, explorer, limits, scale, tables
+from . import detection, explorer, limits, scale, tables, tiles
 from .evidence import report as evidence
 from .fine_tune import report as fine_tuning
 from .machine import ROOT
@@ -39,6 +39,7 @@ def table(mark: str) -> str:
         "limits": lambda: limits.listing(json.loads(limits.FILE.read_text())),
         "scale": lambda: scale.listing(json.loads(scale.FILE.read_text())),
         "highlights": lambda: tables.highlights(Results(RESULTS, "cpu").found),
+        "tiles": lambda: tiles.listing(json.loads(tiles.FILE.read_text())),
         "targets": lambda: tables.targets_table(Results(RESULTS, "cpu").found, "cpu"),
     }
     if mark == "gpu":

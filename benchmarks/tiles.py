@@ -1,6 +1,6 @@
 """Which tile of the GPU kernels is fastest: candidates for the head widths of a ResNet-50's stages.
 
-    python -m benchmarks.tiles            on a GPU, within two minutes; writes benchmarks/results/tiles-cuda.json
+    python -m benchmarks.tiles            on a GPU, within two minutes; writes benchmarks/results/gpu-tiles.json
 
 Kernels are compiled in as many processes as there are cores and measured one at a time. Tiles whose results differ from
 those of the others are an error. The lists of ``sasa/ops/triton/tiles.py`` follow from the file.
@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from .attention import gradient, inputs
-from .machine import machine
+from .machine import described, machine
 from .problems import ATTENTION, STAGES, AttentionProblem
 from .results import RESULTS
 from .tables import Listing, markdown
 
-FILE = RESULTS / "tiles-cuda.json"
+FILE = RESULTS / "gpu-tiles.json"
 WRITTEN = {
     "forward": ("output", "lse"),
     "query_gradients": ("grad_query", "delta"),
@@ -185,18 +185,18 @@ def compare(known: list[dict[str, Any]]) -> None:
             one["cannot"] = f"its results have the norm {one['norm']:.6g}, those of the others {middle:.6g}"
 
 
-def table(found: dict[Key, list[dict[str, Any]]], most: int = 4) -> Listing:
-    """The fastest of each."""
+def listing(found: dict[str, Any], most: int = 1) -> Listing:
+    """The fastest of each kernel and problem."""
     rows = []
-    for key, tiles in found.items():
-        known = sorted((one for one in tiles if "cannot" not in one), key=lambda one: one.get("microseconds", 1e9))
-        for one in [tile for tile in known if "microseconds" in tile][:most]:
-            sizes = f"{one['ROWS']}x{one['COLUMNS']}, {one['BLOCK_Y']}x{one['BLOCK_X']}"
-            setup = f"{one['warps']}, {one['stages']}"
-            figures = [f"{one['microseconds']:.1f}", f"{one['registers']}", f"{one['spills']}", f"{one['shared']}"]
-            rows.append([key.kernel, key.dtype, key.problem, sizes, setup, *figures])
-    head = ["kernel", "dtype", "problem", "tile, block", "warps, stages", "µs", "registers", "spills", "shared bytes"]
-    return Listing(head, rows, words=5)
+    for one in found["kernels"]:
+        known = [tile for tile in one["tiles"] if "cannot" not in tile and "microseconds" in tile]
+        for tile in sorted(known, key=lambda tile: tile["microseconds"])[:most]:
+            sizes = f"{tile['ROWS']}x{tile['COLUMNS']}, {tile['BLOCK_Y']}x{tile['BLOCK_X']}"
+            setup = f"{tile['warps']}, {tile['stages']}"
+            figures = [f"{tile['microseconds']:.0f}", *(f"{tile[name]}" for name in ("registers", "spills", "shared"))]
+            rows.append([one["problem"], one["dtype"], one["kernel"], sizes, setup, *figures])
+    head = ["problem", "dtype", "kernel", "tile, block", "warps, stages", "µs", "registers", "spills", "shared bytes"]
+    return Listing(head, rows, described(found["machine"]) + ".", words=5)
 
 
 def main() -> None:
@@ -209,8 +209,9 @@ def main() -> None:
         sys.exit("benchmarks.tiles: no GPU here")
     found = sweep(options.seconds, max(1, (os.cpu_count() or 2) - 1))
     listed = [{**key._asdict(), "tiles": tiles} for key, tiles in found.items()]
-    options.out.write_text(json.dumps({"machine": machine("cuda"), "kernels": listed}, indent=1) + "\n")
-    print(markdown(table(found)))
+    written = {"machine": machine("cuda"), "kernels": listed}
+    options.out.write_text(json.dumps(written, indent=1) + "\n")
+    print(markdown(listing(written, most=4)))
     print(f"wrote {options.out}")
 
 

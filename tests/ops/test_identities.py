@@ -25,6 +25,8 @@ def _attend(implementation):
         return output.to("cpu", torch.float64)
 
     attend.dtype = implementation.precise
+    # On a GPU, a fused multiply-add keeps the rounding of the largest logit when that is subtracted: not quite exp(0).
+    attend.steps = 2 if implementation.name == "triton" else 0
     return attend
 
 
@@ -80,12 +82,13 @@ def test_constant_values_come_back(geometry, border, attend):
 @borders
 @pytest.mark.parametrize("stride", [1, 2, (3, 1)])
 def test_window_of_one_returns_the_value(stride, border, attend):
-    """With a single tap the weight is exactly 1, whatever the logit."""
+    """With a single tap the weight is 1, whatever the logit."""
     query, key, value = images()
     value = value.to(attend.dtype).double()
     output = attend(query, key, value, 1, stride=stride, border=border, **embeddings(1, border=border))
     sh, sw = pair(stride)
-    assert torch.equal(output, value[..., ::sh, ::sw])
+    rounding = attend.steps * torch.finfo(attend.dtype).eps
+    torch.testing.assert_close(output, value[..., ::sh, ::sw], rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize(("border", "count_include_pad"), [("zero", True), ("mask", False)])
