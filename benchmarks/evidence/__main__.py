@@ -35,6 +35,7 @@ ORDER = (
     "smoothing-fashion",
     "length-fashion",
     "widths-cifar",
+    "whole-fashion",
 )
 """The plans, most informative first."""
 

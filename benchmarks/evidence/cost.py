@@ -26,7 +26,7 @@ from .networks import NETWORKS
 
 BATCH = 64
 SIZES = {"fashion": (1, 28, 28), "cifar": (3, 32, 32)}
-WIDTHS = {"fashion": (0.5, 1.0), "cifar": (0.5,)}
+WIDTHS = {"fashion": (0.5, 1.0), "cifar": (0.5, 1.0)}
 
 
 def measure(name: str, width: float, shape: tuple[int, int, int]) -> dict[str, Any]:
