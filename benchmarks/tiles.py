@@ -16,7 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ def measure(key: Key, shape: AttentionProblem, sizes: tuple[int, ...]) -> dict[s
     def run(kernel: Any, programs: Any, problem: Any, small: bool, arguments: Any) -> tiles.Tile:
         if problem.tensor_cores:
             *shape_, stages = sizes
-            halo = tiles._halo_tile(problem, *shape_)
+            halo = tiles.halo_tile(problem, *shape_)
             tile = halo and halo._replace(stages=stages)
         else:
             rows, columns, taps, warps = sizes
@@ -168,9 +168,8 @@ def sweep(seconds: float, workers: int) -> dict[Key, list[dict[str, Any]]]:
                 print(f"{count} of {len(jobs)} after {time.time() - began:.0f} s", flush=True)
     except TimeoutError:
         print(f"{len(jobs) - count} of {len(jobs)} did not fit into {seconds:.0f} s")
-    processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
+    for process in active_children():
         process.kill()
     for known in found.values():
         compare([one for one in known if "norm" in one])

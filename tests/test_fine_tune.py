@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import sasa
 from benchmarks.fine_tune import __main__ as command
-from benchmarks.fine_tune import report, training
+from benchmarks.fine_tune import pruning, report, training
 from benchmarks.fine_tune.resnet20 import ResNet20, converted, trained
 from benchmarks.fine_tune.training import FineTuning
 
@@ -117,3 +117,31 @@ def test_what_cannot_be_used_is_refused_by_its_argument(given, monkeypatch, caps
     with pytest.raises(SystemExit):
         run(monkeypatch, given, "--train-images", "2", "--held-out", "2")
     assert "error: --weights: expected weights of a ResNet-20, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strength", [None, 2.0])
+def test_pruned_heads_are_the_least_and_stay_zero(strength):
+    network = ResNet20() if strength is None else converted(ResNet20(), 3, strength)
+    first = pruning.layers(network)[0]
+    norms = pruning.by_head(first.weight.detach()).norm(dim=1)
+    own = pruning.pruned(network, 4).train()
+    images, labels = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8), torch.arange(4) % 2
+    training.fine_tune(own, (images, labels), (images, labels), RECIPE, 0.1, 0, lambda _: None)
+    kept = pruning.by_head(pruning.layers(own)[0].weight.detach()).norm(dim=1) > 0
+    assert kept.sum() == pruning.HEADS - 4 and norms[kept].min() >= norms[~kept].max()
+    assert (pruning.by_head(first.weight.detach()).norm(dim=1) > 0).all()  # the network itself is whole
+
+
+def test_pruning_is_measured_once_and_listed(given, monkeypatch):
+    monkeypatch.setattr(pruning, "PRUNED", (0, 5))
+    monkeypatch.setattr(pruning, "SCRATCH_EPOCHS", 1)
+    images = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8), torch.arange(8) % 2
+    study = pruning.PruningRuns(trained(given / "weights.safetensors"), images, images, RECIPE, given)
+    found = study.results()
+    assert [(run["network"], run["seed"]) for run in found["pruned"]] == [
+        (name, seed) for seed in RECIPE.seeds for name in ("convolution", "attention")
+    ]
+    assert [row[0] for row in report.pruning(found).rows] == ["0", "5"]
+    assert [row[0] for row in report.scratch(found).rows] == ["convolution", "attention"]
+    monkeypatch.setattr(pruning, "fine_tune", None)  # nothing is trained again
+    assert study.results() == found

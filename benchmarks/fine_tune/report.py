@@ -13,6 +13,7 @@ from ..results import Figures
 from ..tables import Listing, markdown
 
 FILE = ROOT / "docs/fine-tuning/results.json"
+PRUNING = ROOT / "docs/fine-tuning/pruning.json"
 NETWORKS = ("convolution", "attention")
 STAGES = {"convolution": "none", "3": "the last stage", "2": "the last two stages", "1": "all three stages"}
 
@@ -131,6 +132,30 @@ def strengths(result: Figures) -> Listing:
     return Listing(header, rows, words=1)
 
 
+def pruning(result: Figures) -> Listing:
+    """Accuracy without some of each layer's heads (taps), and after another epoch of training."""
+    rows = []
+    for place, one in enumerate(result["pruned"][0]["pruned"]):
+        row = [f"{one['count']}"]
+        for network in NETWORKS:
+            own = [run["pruned"][place] for run in result["pruned"] if run["network"] == network]
+            row += [spread([100 * each[when] for each in own], 1) for when in ("top1", "trained")]
+        rows.append(row)
+    header = ["removed of 9", "convolution: taps, top-1, %", "one more epoch", "attention: heads, top-1, %"]
+    seeds = len({run["seed"] for run in result["pruned"]})
+    caption = f"Mean ± standard deviation of {seeds} seeds. {described(result['machine'])}."
+    return Listing([*header, "one more epoch"], rows, caption, 1)
+
+
+def scratch(result: Figures) -> Listing:
+    """Both networks from random weights."""
+    rows = []
+    for network in NETWORKS:
+        own = [run for run in result["scratch"] if run["network"] == network]
+        rows.append([network, spread([100 * run["top1"] for run in own], 1), f"{own[0]['rate']:g}"])
+    return Listing(["network", "top-1, %", "learning rate"], rows, words=1)
+
+
 def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
     """Mean and standard deviation of a sample; one value alone."""
     if len(values) == 1:
@@ -146,8 +171,11 @@ TABLES: dict[str, Callable[[Figures], Listing]] = {
     "rates": rates,
     "strengths": strengths,
 }
+OF_PRUNING: dict[str, Callable[[Figures], Listing]] = {"pruning": pruning, "scratch": scratch}
 
 
 def table(name: str) -> str:
     """One of the page's tables."""
+    if name in OF_PRUNING:
+        return markdown(OF_PRUNING[name](json.loads(PRUNING.read_text())))
     return markdown(TABLES[name](json.loads(FILE.read_text())))

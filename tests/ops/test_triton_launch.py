@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 
@@ -124,3 +125,29 @@ def test_tf32_only_where_pytorch_was_allowed_it(monkeypatch):
     monkeypatch.setattr(launch, "_allows_tf32", lambda: False)
     strict = launch.problem_of(OnGpu(), x, x, x, None, None, None, geometry)
     assert (strict.precision, strict.tensor_cores) == ("ieee", False)
+
+
+def test_later_calls_launch_what_was_compiled(monkeypatch):
+    """Without Triton's choice among its compilations, but never one for other dtypes or alignments."""
+    compiled, launched = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append((grid, arguments))
+
+    monkeypatch.setattr(launch, "_ready", {})
+    monkeypatch.setattr(launch, "_launch", lambda *given: compiled.append(given) or Compiled())
+    geometry = window(6, 6, (3, 3), (1, 1), (1, 1), "zero")
+    memory = torch.zeros(2 * 8 * 6 * 6 + 1)
+    aligned, shifted = memory[:-1].view(1, 2, 8, 6, 6), memory[1:].view(1, 2, 8, 6, 6)
+    for _ in range(3):
+        launch.forward(aligned, aligned, aligned, None, None, None, geometry, 0.5)
+    assert (len(compiled), len(launched)) == (1, 2)
+    kernel, grid, arguments, options = compiled[0]
+    names = list(inspect.signature(kernel.fn).parameters)
+    assert launched[0][0] == (*grid, 1, 1)
+    assert len(launched[0][1]) == len(names) and names[len(arguments) :] == list(launch.CONSTANTS)
+    assert launched[0][1][len(arguments) :] == tuple(options[name] for name in launch.CONSTANTS)
+    for other in (shifted, aligned.half(), aligned.expand(3, -1, -1, -1, -1)):
+        launch.forward(other, other, other, None, None, None, geometry, 0.5)
+    assert (len(compiled), len(launched)) == (3, 3)  # the batch needs no compilation

@@ -63,11 +63,11 @@ def tiles_of(kernel: str, problem: Problem, small: bool) -> list[Tile]:
     sizes = next(tiles for most, tiles in HALO_TILES[kernel].items() if widest <= most)
     if small:
         sizes = [(SMALL_IMAGE, SMALL_IMAGE, min(64, 4096 // widest), 1)]
-    tiles = [tile for size in sizes if (tile := _halo_tile(problem, *size))]
+    tiles = [tile for size in sizes if (tile := halo_tile(problem, *size))]
     return tiles or [Tile(4, 8, 4, 8, 1, 1)]
 
 
-def _halo_tile(problem: Problem, rows: int, columns: int, block: int, warps: int) -> Tile | None:
+def halo_tile(problem: Problem, rows: int, columns: int, block: int, warps: int) -> Tile | None:
     """The tile with blocks of the shape that covers its halo with the fewest keys."""
     halo = problem.x.step * (columns - 1) + problem.x.kernel
     threads = warps * (32 if torch.version.hip is None else 64)
