@@ -154,6 +154,23 @@ def recipe() -> Listing:
     return Listing(["training", "convolution", "attention", "attention less convolution, points"], rows, words=1)
 
 
+def whole() -> Listing:
+    """All images, full width, six epochs."""
+    found = cells("whole-fashion")
+    rows = [
+        [
+            name,
+            accuracy(found[name]),
+            "" if name == "convolution" else difference(found[name], found["convolution"]),
+            f"{found[name]['parameters']:,.0f}",
+            f"{found[name]['flops'] / 1e6:.1f}",
+        ]
+        for name in NETWORKS
+        if name in found
+    ]
+    return Listing(["network", "top-1 (seeds)", "less convolution's, points", "parameters", "MFLOPs"], rows, words=1)
+
+
 def tuning() -> Listing:
     """Accuracy on held-out training images by learning rate."""
     found = read("tune-fashion") or {"cells": []}
@@ -186,6 +203,7 @@ TABLES = {
     "ablations": ablations,
     "data": data,
     "recipe": recipe,
+    "whole": whole,
     "tuning": tuning,
     "robustness": robustness,
 }
