@@ -97,3 +97,15 @@ def test_the_number_of_threads_is_looked_at_in_every_call():
         finally:
             torch.set_num_threads(threads)
     assert prepared._prepare.cache_info().misses == before + 2
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_projections_elsewhere_keep_the_memory_format(last, biased):
+    """On other devices than CPUs, channels_last is projected by a product."""
+    x, weight = torch.empty(2, 3, 4, 5, device="meta"), torch.empty(12, 3, 1, 1, device="meta")
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    y = prepared.project(x, weight, torch.empty(12, device="meta") if biased else None)
+    assert y.shape == (2, 12, 4, 5)
+    assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

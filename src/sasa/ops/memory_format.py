@@ -39,11 +39,16 @@ def in_format_of(like: Tensor, x: Tensor) -> Tensor:
     return empty(like, *x.shape[2:]).copy_(x)
 
 
+def is_channels_last_image(x: Tensor) -> bool:
+    """Whether (B, C, H, W) is dense in channels_last, and in no other format."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def like_image(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in channels_last if ``like``, (B, C, H, W), is: PyTorch's float64 convolution doesn't keep the format."""
     if is_transformed():  # vmap can't tell
         return x
-    if like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
+    if is_channels_last_image(like):
         return x.contiguous(memory_format=torch.channels_last)
     return x
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import checks
 from .autograd import Operator, apply_here, is_observed, is_transformed, needs_gradient
 from .implementations import Forward, Projected, choose, is_the_equation, machine
-from .memory_format import EmbeddingLayout, layout_of, like_image, strides_of
+from .memory_format import EmbeddingLayout, is_channels_last_image, layout_of, like_image, strides_of
 from .operators import PROJECTED, not_empty, not_none
 from .precision import is_active, without_autocast
 from .projected import is_large
@@ -152,7 +152,7 @@ def _operator(kernels: Projected, forward: Forward, computed: tuple[Any, ...], o
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Queries, keys and values of every pixel, (B, 3·N·D, H, W), in the memory format of ``x``."""
     with without_autocast(x):
-        if x.device.type != "cpu" and not is_transformed() and x.is_contiguous(memory_format=torch.channels_last):
+        if x.device.type != "cpu" and not is_transformed() and is_channels_last_image(x):
             # One product, which adds the bias itself; a convolution adds it in a pass of its own over the result.
             return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         return like_image(F.conv2d(x, weight, bias), x)
