@@ -197,6 +197,22 @@ def robustness() -> Listing:
     return Listing(["images", "change", *NETWORKS], rows, words=2)
 
 
+def times() -> Listing:
+    """How long every study's trainings took."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        found = read(path.stem) or {}
+        own = [cell for cell in found.get("cells", []) if cell["n"]]
+        if not own:
+            continue
+        epochs = found["plan"]["recipe"]["epochs"]
+        each = [epochs * cell["seconds_per_epoch"] / 60 for cell in own]
+        whole = sum(minutes * cell["n"] for minutes, cell in zip(each, own, strict=True))
+        ends = f"{min(each):.1f}" if len(each) == 1 else f"{min(each):.1f} to {max(each):.1f}"
+        rows.append([path.stem, found["title"], f"{sum(cell['n'] for cell in own)}", ends, f"{whole:.0f}"])
+    return Listing(["plan", "what", "trainings", "minutes each", "in all"], rows, words=2)
+
+
 TABLES = {
     "networks": networks,
     "start": start,
@@ -204,6 +220,7 @@ TABLES = {
     "data": data,
     "recipe": recipe,
     "whole": whole,
+    "times": times,
     "tuning": tuning,
     "robustness": robustness,
 }
