@@ -3,6 +3,7 @@
 import timm
 import torch
 
+import sasa.models  # noqa: F401  (registers the networks in timm)
 from sasa.train.sources import open_source
 
 network = timm.create_model("sasa_resnet14.fashion_mnist", pretrained=True).eval()
