@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--gather", action="store_true", help="only gather what is there")
     parser.add_argument("plans", nargs="*", metavar="PLAN", help=f"default: {' '.join(ORDER)}")
     options = parser.parse_args()
+    if unknown := sorted(set(options.plans) - set(ORDER)):
+        parser.error(f"PLAN: expected some of {', '.join(ORDER)}, got {', '.join(unknown)}")
     folder = options.work / "data"
     for name in ("fashion_mnist", "cifar10", "clothing"):
         source = getattr(options, name)
