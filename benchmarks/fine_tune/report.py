@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -149,11 +150,15 @@ def pruning(result: Figures) -> Listing:
 
 def scratch(result: Figures) -> Listing:
     """Both networks from random weights."""
-    rows = []
+    rows, tops = [], {}
     for network in NETWORKS:
         own = [run for run in result["scratch"] if run["network"] == network]
-        rows.append([network, spread([100 * run["top1"] for run in own], 1), f"{own[0]['rate']:g}"])
-    return Listing(["network", "top-1, %", "learning rate"], rows, words=1)
+        tops[network] = [100 * run["top1"] for run in own]
+        rows.append([network, spread(tops[network], 1), f"{own[0]['rate']:g}"])
+    more = statistics.mean(tops["attention"]) - statistics.mean(tops["convolution"])
+    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in tops.values()))
+    caption = f"Attention less convolution: {more:+.1f} ± {error:.1f} points (standard error)."
+    return Listing(["network", "top-1, %", "learning rate"], rows, caption, 1)
 
 
 def spread(values: Sequence[float], digits: int, sign: str = "") -> str:

@@ -109,3 +109,27 @@ def test_projections_elsewhere_keep_the_memory_format(last, biased):
     y = prepared.project(x, weight, torch.empty(12, device="meta") if biased else None)
     assert y.shape == (2, 12, 4, 5)
     assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_projects_as_a_convolution(biased):
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(12, 3, 1, 1, dtype=x.dtype), torch.randn(12, dtype=x.dtype) if biased else None
+    leaves = [one.requires_grad_() for one in (x, weight, bias) if one is not None]
+    results = []
+    for function in (prepared.by_product, torch.nn.functional.conv2d):
+        y = function(x, weight, bias)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+    torch.testing.assert_close(*results)
+
+
+def test_gradients_of_projections_have_the_strides_that_were_promised():
+    """Whatever dense layout they are in; by the GPU kernels, here in Triton's interpreter."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(3, 2, 12, 4, device=device).permute(1, 2, 0, 3)  # (B, 3·N·D, H, W)
+    options = 2, (3, 3), (1, 1), (1, 1), "zero", 1.0, "triton", 1
+    _, lse = torch.ops.sasa.projected_attention(x, None, None, None, None, None, *options)
+    grad = torch.randn(2, 4, 3, 4, device=device)
+    found = torch.ops.sasa.projected_attention_backward(grad, x, None, None, None, None, None, lse, *options)[0]
+    assert found.stride() == torch.empty_like(x).stride()

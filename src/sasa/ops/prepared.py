@@ -153,6 +153,12 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Queries, keys and values of every pixel, (B, 3·N·D, H, W), in the memory format of ``x``."""
     with without_autocast(x):
         if x.device.type != "cpu" and not is_transformed() and is_channels_last_image(x):
-            # One product, which adds the bias itself; a convolution adds it in a pass of its own over the result.
-            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+            return by_product(x, weight, bias)
         return like_image(F.conv2d(x, weight, bias), x)
+
+
+def by_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same of ``x`` in channels_last: one product, which adds the bias itself. On a GPU, a convolution adds it in a
+    pass of its own over the result.
+    """
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from ..memory_format import empty_image
@@ -73,7 +74,7 @@ def backward(
     """Gradients of ``x``, row, col and table, in the places of a layer's."""
     from . import launch
 
-    grad_x = empty_image(x, *x.shape[1:])
+    grad_x = torch.empty_like(x)  # whose strides the operator promises, of any dense x
     grad = before_pool(grad_output, window, pool).unflatten(1, (num_heads, -1))
     embeddings = by_head(row, num_heads), by_head(col, num_heads)
     into = split_heads(grad_x, num_heads)
