@@ -160,6 +160,8 @@ GPU = (
         1,
         times_ours("networks", "batch 128 training step, compiled", RESNET),
     ),
+    Target("attention stem forward / convolution stem", False, 2, over_convolution_stem("batch 128 forward")),
+    Target("the same, forward and backward", False, 2, over_convolution_stem("batch 128 training")),
 )
 
 

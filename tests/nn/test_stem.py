@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from sasa import AttentionStem
 from sasa.nn import stem as stem_module
+from sasa.ops.triton import blocks as triton_blocks
 
 SIZES = [(8, 8), (7, 9), (4, 5), (3, 2), (1, 1), (12, 4)]
 
@@ -198,7 +199,7 @@ def test_repr_has_the_arguments():
     assert repr(AttentionStem(3, 8, 2)).startswith(text)
 
 
-# --- in one pass: float32 on the CPU ---
+# --- in one pass: float32 on the CPU, and on GPUs ---
 
 
 def twins(channels=3, outputs=16, heads=4, **options):
@@ -259,6 +260,36 @@ def test_one_pass_with_any_batch_norm(weights, training):
         results.append([y, *torch.autograd.grad(y, list(one.parameters()), torch.randn(y.shape).to(y))])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("only_one_pass")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("how", ["autocast", "bfloat16", "bfloat16, norm in float32"])
+def test_one_pass_in_half_precision(how, training, monkeypatch):
+    """On a GPU, or in Triton's interpreter: only images and outputs are rounded."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setattr(triton_blocks, "automatic", lambda x: True)
+        monkeypatch.setattr(triton_blocks, "THREADS", 512)
+    stem, _ = twins(outputs=4, heads=2)
+    stem.train(training)
+    if how != "autocast":
+        stem.bfloat16()
+    right = copy.deepcopy(stem).double()
+    if "norm" in how:
+        stem.norm.float()
+    stem.to(device)
+    x = torch.randn(2, 3, 9, 6).bfloat16()
+    with torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
+        y = stem((x.float() if how == "autocast" else x).to(device))
+    assert y.dtype == torch.bfloat16
+    wanted = by_loops(right, x.double())
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    got = [y, *torch.autograd.grad(y, list(stem.parameters()), grad.to(device)), *stem.norm.buffers()]
+    expected = [wanted, *torch.autograd.grad(wanted, list(right.parameters()), grad.double()), *right.norm.buffers()]
+    for ours, theirs in zip(got, expected, strict=True):
+        error = (ours.detach().cpu().double() - theirs.detach()).abs().max()
+        assert error <= 0.02 * theirs.detach().abs().max()
 
 
 def test_what_one_pass_cannot_do_is_done_as_ever(monkeypatch):

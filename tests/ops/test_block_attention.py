@@ -1,13 +1,16 @@
-"""Attention inside blocks as one operator: the compiled kernels against the equation in float64."""
+"""Attention inside blocks as one operator: the kernels for CPUs and GPUs against the equation in float64."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.library import opcheck
 
+from sasa.ops import block_attention as module
 from sasa.ops import cpu, cpu_blocks, cpu_library
 from sasa.ops.block_attention import Extremes, block_attention, equation
+from sasa.ops.triton import blocks as triton_blocks
 
-capabilities = pytest.mark.parametrize("capability", cpu.capabilities())
 FORWARD = torch.ops.sasa.block_attention.default
 NAMES = ("extreme", "mean", "variance", "grad x", "grad form", "grad values")
 
@@ -20,10 +23,37 @@ CASES = [
     ((6, 4), 2, 8, 1, 1),
     ((9, 17), 3, 4, 1, 8),
 ]
+SMALL = ((7, 10), 3, 4, 2, 4)
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def problem(case, dtype=torch.float32, batch=3):
+class Kernels(NamedTuple):
+    """Kernels under test. Attributes: name; device; case: one with all four kinds of blocks."""
+
+    name: str
+    device: str = "cpu"
+    case: tuple = CASES[1]
+
+
+def triton(monkeypatch) -> Kernels:
+    """Triton's kernels, in the interpreter, which is slow, with all of a small image's blocks in one program."""
+    monkeypatch.setattr(module, "_kernels", lambda x, block_size: triton_blocks)
+    if torch.cuda.is_available():
+        return Kernels("triton", "cuda")
+    monkeypatch.setattr(triton_blocks, "THREADS", 2048)
+    return Kernels("triton", "cpu", SMALL)
+
+
+@pytest.fixture(params=[*cpu.capabilities(), "triton"])
+def tested(request, monkeypatch) -> Kernels:
+    """Each instruction set's kernels, and Triton's, interpreted where there is no GPU."""
+    if request.param == "triton":
+        return triton(monkeypatch)
+    monkeypatch.setattr(cpu_library, "_chosen", cpu.capabilities().index(request.param))
+    return Kernels(request.param)
+
+
+def problem(case, dtype=torch.float32, batch=3, device="cpu"):
     """Tensors whose logits are of order 1; signs of each kind."""
     (height, width), channels, outputs, heads, block = case
     torch.manual_seed(0)
@@ -31,7 +61,7 @@ def problem(case, dtype=torch.float32, batch=3):
     form = torch.randn(heads, channels, channels, dtype=torch.float64)
     values = torch.randn(block**2, outputs, channels, dtype=torch.float64)
     sign = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64).repeat(outputs)[:outputs]
-    return [t.float().to(dtype) for t in (x, form, values, sign)]
+    return [t.float().to(device, dtype) for t in (x, form, values, sign)]
 
 
 def solve(function, tensors, block):
@@ -39,7 +69,7 @@ def solve(function, tensors, block):
     leaves = [x.detach().requires_grad_() for x in tensors[:3]]
     results = function(*leaves, tensors[3], block)
     torch.manual_seed(1)
-    grads = [torch.randn(y.shape, dtype=torch.float64).to(y) for y in results]
+    grads = [torch.randn(y.shape, dtype=torch.float64).bfloat16().to(y) for y in results]
     grads[1:] = [grad * results[0][:, 0].numel() for grad in grads[1:]]  # as much as the extremes'
     return dict(zip(NAMES, (*results, *torch.autograd.grad(results, leaves, grads)), strict=True))
 
@@ -62,12 +92,14 @@ LAYOUTS = {
 }
 
 
-@capabilities
 @cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_results_and_gradients(case, layout, capability, monkeypatch):
-    monkeypatch.setattr(cpu_library, "_chosen", cpu.capabilities().index(capability))
-    tensors = problem(case)
+def test_results_and_gradients(case, layout, tested):
+    if tested.name == "triton" and case[4] > triton_blocks.LARGEST_BLOCK:
+        pytest.skip("Triton's kernels hold a block in registers")
+    if tested.case == SMALL and layout == "channels_last":
+        pytest.skip("strides are tested with the small image, as the interpreter is slow")
+    tensors = problem(case, device=tested.device)
     tensors[0] = LAYOUTS[layout](tensors[0])
     got = solve(block_attention, tensors, case[4])
     assert got["extreme"].is_contiguous(memory_format=torch.channels_last)
@@ -75,22 +107,22 @@ def test_results_and_gradients(case, layout, capability, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
-def test_any_strides_give_equal_bits(layout):
-    tensors = problem(CASES[1])
+def test_any_strides_give_equal_bits(layout, tested):
+    tensors = problem(tested.case, device=tested.device)
     expected = solve(block_attention, tensors, 4)
     tensors[0] = LAYOUTS[layout](tensors[0])
     for name, got in solve(block_attention, tensors, 4).items():
         assert torch.equal(got, expected[name]), name
 
 
-def test_logits_that_differ_by_thousands():
-    tensors = problem(CASES[1])
+def test_logits_that_differ_by_thousands(tested):
+    tensors = problem(tested.case, device=tested.device)
     tensors[1] *= 1000
     assert_right(solve(block_attention, tensors, 4), tensors, 4)
 
 
-def test_a_mean_far_from_zero_costs_the_variance_nothing():
-    tensors = problem(CASES[1])
+def test_a_mean_far_from_zero_costs_the_variance_nothing(tested):
+    tensors = problem(tested.case, device=tested.device)
     tensors[0] += 1000
     tensors[1] *= 1e-6
     got, right = block_attention(*tensors, 4), equation(*(x.double() for x in tensors), 4)
@@ -111,9 +143,9 @@ def test_any_number_of_threads_gives_equal_bits():
             assert torch.equal(got, results[0][name]), name
 
 
-def test_equal_numbers_have_the_first_pixel_as_their_extreme():
+def test_equal_numbers_have_the_first_pixel_as_their_extreme(tested):
     """As a max pool has it: blocks of one colour are common in images."""
-    x, form, values, sign = problem(CASES[0])
+    x, form, values, sign = problem(tested.case, device=tested.device)
     x = torch.ones_like(x).requires_grad_()
     results = block_attention(x, form, values[:1].expand_as(values), sign, 4)
     grad = torch.autograd.grad(results.extreme.sum(), x)[0]
@@ -121,15 +153,41 @@ def test_equal_numbers_have_the_first_pixel_as_their_extreme():
     torch.testing.assert_close(grad, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # by the interpreter
 @pytest.mark.parametrize("by", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_in_its_block(by):
-    x, form, values, sign = problem(CASES[1])
+def test_what_is_not_finite_stays_in_its_block(by, tested):
+    x, form, values, sign = problem(tested.case, device=tested.device)
     x[1, 1, 6, 9] = by
     extreme, mean, variance = block_attention(x, form, values, sign, 4)
     assert mean.isnan().all() and variance.isnan().all()
     found = extreme.isnan().all(1)
     assert found[1, 1, 2]
     assert found.sum() == extreme.isnan().any(1).sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_in_half_precision(dtype, monkeypatch):
+    """On a GPU, as under autocast: the results are those of the same numbers in float32, rounded."""
+    tested = triton(monkeypatch)
+    tensors = problem(tested.case, device=tested.device)
+    tensors[0] = tensors[0].to(dtype)
+    got, wide = solve(block_attention, tensors, 4), solve(block_attention, [tensors[0].float(), *tensors[1:]], 4)
+    assert {name: y.dtype for name, y in got.items()} == {
+        name: dtype if name in ("extreme", "grad x") else torch.float32 for name in NAMES
+    }
+    for name, expected in wide.items():
+        torch.testing.assert_close(got[name], expected.to(got[name].dtype), msg=name)
+
+
+def test_an_image_that_needs_no_gradient_changes_no_other(tested):
+    x, *rest, sign = problem(tested.case, device=tested.device)
+    rest = [y.requires_grad_() for y in rest]
+    found = []
+    for needs_input in (True, False):
+        results = block_attention(x.detach().requires_grad_(needs_input), *rest, sign, 4)
+        found.append(torch.autograd.grad(sum(y.square().sum() for y in results), rest))
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)
 
 
 # opcheck itself looks at .grad of tensors that are no leaves.
@@ -139,8 +197,9 @@ def test_opcheck(case):
     opcheck(FORWARD, (*[x.requires_grad_(i < 3) for i, x in enumerate(problem(case))], case[4]))
     x, form, values, sign = problem(case)
     extreme, mean, variance = FORWARD(x, form, values, sign, case[4])
-    given = extreme, variance, mean, x, form, values, sign, mean, case[4]
-    opcheck(torch.ops.sasa.block_attention_backward.default, given)
+    for needs_input in (True, False):
+        given = extreme, variance, mean, x, form, values, sign, mean, case[4], needs_input
+        opcheck(torch.ops.sasa.block_attention_backward.default, given)
 
 
 @pytest.mark.parametrize("function", [block_attention, FORWARD], ids=["function", "operator"])

@@ -136,7 +136,7 @@ def test_later_calls_launch_what_was_compiled(monkeypatch):
             return lambda *arguments: launched.append((grid, arguments))
 
     monkeypatch.setattr(launch, "_ready", {})
-    monkeypatch.setattr(launch, "_launch", lambda *given: compiled.append(given) or Compiled())
+    monkeypatch.setattr(launch, "start", lambda *given: compiled.append(given) or Compiled())
     geometry = window(6, 6, (3, 3), (1, 1), (1, 1), "zero")
     memory = torch.zeros(2 * 8 * 6 * 6 + 1)
     aligned, shifted = memory[:-1].view(1, 2, 8, 6, 6), memory[1:].view(1, 2, 8, 6, 6)

@@ -12,6 +12,7 @@ from .._compat import has_hooks
 from ..ops import checks
 from ..ops.attend import attend
 from ..ops.block_attention import block_attention, is_fast
+from ..ops.precision import autocast, without_autocast
 from .convolution_like import ConvolutionLike, is_plain, runs_alone
 
 # Bytes of one part of the batch when no gradient is needed: outputs that are pooled before they leave the cache.
@@ -143,8 +144,10 @@ class AttentionStem(ConvolutionLike):
             tensors = self.row_embedding, self.col_embedding, self.mixture_embedding
             y = attend_in_blocks(self._projected(x), None, None, *tensors, None, *self._options())
             return max_of_blocks(self.norm(y), self.block_size)
-        if self._runs_in_one_pass(x):
-            return self._in_one_pass(x)
+        given = autocast(x)[0]
+        if self._runs_in_one_pass(given):
+            with without_autocast(given):
+                return self._in_one_pass(given)
         if self._wants_parts(x):
             images = max(1, PART_BYTES // (self.out_channels * x.shape[2] * x.shape[3] * x.element_size()))
             return torch.cat([self._pooled(part) for part in x.split(images)])
@@ -171,7 +174,9 @@ class AttentionStem(ConvolutionLike):
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu")
 
     def _runs_in_one_pass(self, x: Tensor) -> bool:
-        """Whether there is a kernel for it: everything in float32 on the CPU, and PyTorch's own batch norm."""
+        """Whether there is a kernel for it: all in one dtype, or images in half precision with parameters in float32,
+        and PyTorch's own batch norm.
+        """
         norm, pixels = self.norm, x.numel() // self.in_channels
         return (
             is_fast(x, self.block_size, self.implementation)
@@ -179,35 +184,39 @@ class AttentionStem(ConvolutionLike):
             and (norm.momentum is not None or not norm.training)
             and pixels > (1 if norm.training else 0)  # PyTorch's batch norm raises for a single number
             and all(
-                (y.dtype, y.device) == (x.dtype, x.device) for y in (*self.parameters(), *norm.buffers()) if y.dim()
+                y.dtype in (x.dtype, torch.float32) and y.device == x.device
+                for y in (*self.parameters(), *norm.buffers())
+                if y.dim()
             )
         )
 
     def _in_one_pass(self, x: Tensor) -> Tensor:
         """The same by :func:`sasa.ops.block_attention.block_attention`: the extreme of each block is what the max pool
         lets through, the largest number where the batch norm's weight is positive, the smallest where it is negative.
+        Images and outputs may be in half precision; all else is computed in float32.
         """
         norm, size = self.norm, self.block_size
-        query, key = self.qk.weight.view(2, self.num_heads, -1, self.in_channels)
+        qk, value, row, col, mixture = (y.float() for y in self._tensors())
+        query, key = qk.view(2, self.num_heads, -1, self.in_channels)
         form = torch.einsum("ndc,nde->nce", query, key)
         values = torch.einsum(
-            "abm,moc->aboc", self.mixture_weights(), self.value.weight.view(self.mixtures, -1, self.in_channels)
+            "abm,moc->aboc", mixture_weights(row, col, mixture), value.view(self.mixtures, -1, self.in_channels)
         )
-        weight, bias = norm.weight, norm.bias
-        if not norm.affine:
-            weight, bias = x.new_ones(self.out_channels), x.new_zeros(self.out_channels)
+        weight, bias = values.new_ones(self.out_channels), values.new_zeros(self.out_channels)
+        if norm.affine:
+            weight, bias = norm.weight.float(), norm.bias.float()
         extreme, mean, variance = block_attention(x, form, values.flatten(0, 1), weight.detach().sign(), size)
         running_mean, running_var, momentum = norm.running_mean, norm.running_var, norm.momentum
         if running_mean is not None and running_var is not None:
             if not norm.training:
-                mean, variance = running_mean, running_var
+                mean, variance = running_mean.float(), running_var.float()
             elif norm.num_batches_tracked is not None and momentum is not None:
                 pixels = x.numel() // self.in_channels
                 norm.num_batches_tracked.add_(1)
                 running_mean.mul_(1 - momentum).add_(mean.detach(), alpha=momentum)
                 running_var.mul_(1 - momentum).add_(variance.detach(), alpha=momentum * pixels / (pixels - 1))
         factor = weight * (variance + norm.eps).rsqrt()
-        return torch.addcmul((bias - mean * factor)[:, None, None], extreme, factor[:, None, None])
+        return torch.addcmul((bias - mean * factor)[:, None, None], extreme, factor[:, None, None]).to(x.dtype)
 
     def _pooled(self, x: Tensor) -> Tensor:
         """Attention, batch norm and max pool."""

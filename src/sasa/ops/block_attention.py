@@ -4,8 +4,9 @@
     y_p      = sum over j of softmax_j(logit_pj) · V_j x_j          V_j: one matrix for each position in a block
 
 Returned are the extreme of y in each block, and its mean and variance over all pixels: y itself is never stored in
-memory. An image has few channels C, so C numbers stand in for the D channels of a head's queries and keys. The compiled
-kernels handle float32 on the CPU; :func:`equation` handles everything else, and all derivatives beyond the first.
+memory. An image has few channels C, so C numbers stand in for the D channels of a head's queries and keys. There are
+kernels for float32 on the CPU and for GPUs; :func:`equation` handles everything else, and all derivatives beyond the
+first. Images may be in half precision with the rest in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .._compat import below_autograd
 from . import cpu_blocks
 from .autograd import Registered, is_observed, is_transformed, is_transformed_forward, needs_gradient
 from .derivatives import gradients
-from .precision import is_active
+from .triton import blocks as triton_blocks
 
 
 class Extremes(NamedTuple):
@@ -28,7 +29,8 @@ class Extremes(NamedTuple):
 
     Attributes:
         extreme: (B, O, ceil(H / size), ceil(W / size)), channels_last: the largest y of each block where the sign is
-            positive, the smallest where it is negative, that of the first pixel where it is 0.
+            positive, the smallest where it is negative, that of the first pixel where it is 0; in the dtype of the
+            image, the rest in that of the values.
         mean: (O), over all pixels.
         variance: (O), divided by the number of pixels.
     """
@@ -41,19 +43,23 @@ class Extremes(NamedTuple):
 def is_fast(x: Tensor, block_size: int, implementation: str | None) -> bool:
     """Whether the compiled kernels support the call, and nothing active needs more than a first derivative."""
     return (
-        implementation in (None, "cpu")
-        and cpu_blocks.supports(x, block_size)
-        and not (is_active("cpu") or is_transformed() or is_transformed_forward())
+        _has_kernels(x, block_size, implementation)
+        and not (is_transformed() or is_transformed_forward())
         and not torch.onnx.is_in_onnx_export()  # ONNX has operations for local attention, and blocks are a special case
-        and (torch.compiler.is_compiling() or cpu_blocks.is_available())  # compiled code leaves that to the operator
     )
+
+
+def _has_kernels(x: Tensor, block_size: int, implementation: str | None) -> bool:
+    if implementation in (None, "cpu") and cpu_blocks.supports(x, block_size):
+        return torch.compiler.is_compiling() or cpu_blocks.is_available()  # compiled code leaves that to the operator
+    return implementation in (None, "triton") and triton_blocks.supports(x, block_size)
 
 
 def block_attention(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> Extremes:
     """Extreme, mean and variance of attention inside blocks; differentiable.
 
     Args:
-        x: (B, C, H, W).
+        x: (B, C, H, W), in the dtype of the others or half precision.
         form: F, (N, C, C).
         values: V, (block_size², O, C).
         sign: (O): which extreme.
@@ -67,7 +73,7 @@ def block_attention(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block
 
 def equation(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain ATen operations, with blocks padded with hidden pixels."""
-    heads = form.shape[0]
+    heads, dtype, x = form.shape[0], x.dtype, x.to(form.dtype)
     below, right = -x.shape[2] % block_size, -x.shape[3] % block_size
     inside = F.pad(torch.ones_like(x[:1, :1], requires_grad=False), (0, right, 0, below)) > 0
     pixels, inside = _blocks(F.pad(x, (0, right, 0, below)), block_size), _blocks(inside, block_size)
@@ -81,7 +87,7 @@ def equation(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: 
     count = x.numel() // x.shape[1]
     mean = (y * inside).sum((0, 1, 2, 3)) / count
     variance = ((y - mean).square() * inside).sum((0, 1, 2, 3)) / count
-    return extreme.permute(0, 3, 1, 2), mean, variance
+    return extreme.permute(0, 3, 1, 2).to(dtype), mean, variance
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:
@@ -100,32 +106,42 @@ torch.library.define(
 )
 torch.library.define(
     "sasa::block_attention_backward",
-    f"(Tensor grad, Tensor slope, Tensor offset, {_TENSORS}, Tensor mean, int block_size)"
+    f"(Tensor grad, Tensor slope, Tensor offset, {_TENSORS}, Tensor mean, int block_size, bool needs_input)"
     " -> (Tensor input, Tensor form, Tensor values)",
     tags=_TAGS,
 )
 
 
+def _kernels(x: Tensor, block_size: int) -> Any:
+    """The module with kernels for the call; None for the equation."""
+    if not x.numel():
+        return None
+    if cpu_blocks.supports(x, block_size) and cpu_blocks.is_available():
+        return cpu_blocks
+    return triton_blocks if triton_blocks.supports(x, block_size) else None
+
+
 def _forward(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    if x.numel() and cpu_blocks.supports(x, block_size) and cpu_blocks.is_available():
-        return cpu_blocks.forward(x, form, values, sign, block_size)
+    if kernels := _kernels(x, block_size):
+        return kernels.forward(x, form, values, sign, block_size)
     extreme, mean, variance = equation(x, form, values, sign, block_size)
     return extreme.contiguous(memory_format=torch.channels_last), mean, variance
 
 
 def _backward(
     grad: Tensor, slope: Tensor, offset: Tensor, x: Tensor, form: Tensor, values: Tensor, sign: Tensor, mean: Tensor,
-    block_size: int,
+    block_size: int, needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, form and values.
+    """Gradients of input, an empty tensor unless ``needs_input``, of form and values.
 
     That of y is ``grad`` at each block's extreme, plus offset + slope · (y - mean) at every pixel.
     """
-    if x.numel() and cpu_blocks.supports(x, block_size) and cpu_blocks.is_available():
-        return cpu_blocks.backward(grad, slope, offset, x, form, values, sign, mean, block_size)
+    if kernels := _kernels(x, block_size):
+        return kernels.backward(grad, slope, offset, x, form, values, sign, mean, block_size, needs_input)
     count = x.numel() // x.shape[1]
     grads = _by_equation((grad, offset * count, slope * (count / 2)), x, form, values, sign, block_size)
-    return torch.empty_like(x).copy_(grads[0]), grads[1].contiguous(), grads[2].contiguous()
+    grad_x = torch.empty_like(x).copy_(grads[0]) if needs_input else x.new_empty(0)
+    return grad_x, grads[1].contiguous(), grads[2].contiguous()
 
 
 def _by_equation(
@@ -147,12 +163,16 @@ BACKWARD = Registered(torch.ops.sasa.block_attention_backward.default, _backward
 def _shapes(x, form, values, sign, block_size):
     rows, cols = ((length + block_size - 1) // block_size for length in x.shape[2:])
     extreme = x.new_empty((x.shape[0], rows, cols, values.shape[1])).permute(0, 3, 1, 2)
-    return extreme, x.new_empty(values.shape[1]), x.new_empty(values.shape[1])
+    return extreme, values.new_empty(values.shape[1]), values.new_empty(values.shape[1])
 
 
 @torch.library.register_fake("sasa::block_attention_backward")
-def _backward_shapes(grad, slope, offset, x, form, values, sign, mean, block_size):
-    return torch.empty_like(x), form.new_empty(form.shape), values.new_empty(values.shape)
+def _backward_shapes(grad, slope, offset, x, form, values, sign, mean, block_size, needs_input):
+    return (
+        torch.empty_like(x) if needs_input else x.new_empty(0),
+        form.new_empty(form.shape),
+        values.new_empty(values.shape),
+    )
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -172,7 +192,8 @@ class _BlockAttention(torch.autograd.Function):
             return *_by_equation(grads, x, form, values, sign, ctx.block_size), None, None
         count = x.numel() // x.shape[1]
         given = grads[0], grads[2] * (2 / count), grads[1] / count, x, form, values, sign, mean
-        return *BACKWARD(*given, ctx.block_size), None, None
+        grad_x, *rest = BACKWARD(*given, ctx.block_size, ctx.needs_input_grad[0])
+        return grad_x if ctx.needs_input_grad[0] else None, *rest, None, None
 
 
 def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

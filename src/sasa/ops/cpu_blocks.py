@@ -36,9 +36,9 @@ def forward(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: i
 
 def backward(
     grad: Tensor, slope: Tensor, offset: Tensor, x: Tensor, form: Tensor, values: Tensor, sign: Tensor, mean: Tensor,
-    block_size: int,
+    block_size: int, needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, in its memory format, form and values."""
+    """Gradients of input, in its memory format, an empty tensor unless ``needs_input``, of form and values."""
     grad_x, grad_form, grad_values = torch.empty_like(x), form.new_empty(form.shape), values.new_empty(values.shape)
     grad = grad.permute(0, 2, 3, 1).contiguous()
     form, values, sign, mean, slope, offset = (t.contiguous() for t in (form, values, sign, mean, slope, offset))
@@ -47,7 +47,7 @@ def backward(
         grad_form.data_ptr(), grad_values.data_ptr(),
     )  # fmt: skip
     check(library().sasa_blocks_backward(_problem(x, form, values, sign, mean, block_size), gradients))
-    return grad_x, grad_form, grad_values
+    return grad_x if needs_input else x.new_empty(0), grad_form, grad_values
 
 
 def _problem(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, mean: Tensor | None, block_size: int) -> CBlocks:

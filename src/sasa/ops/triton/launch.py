@@ -152,7 +152,7 @@ def _run(
     measured = len(tiles) > 1 and not INTERPRETED and not torch.are_deterministic_algorithms_enabled()
     measured = measured and programs(tile.ROWS, tile.COLUMNS) >= LEAST_PROGRAMS
     kind = kernel.fn.__name__, problem, small, first.device, measured, _compiled_for(arguments)
-    with _on(first.device):
+    with on(first.device):
         if ready := _ready.get(kind):
             tile = ready.tile
             ready.compiled[programs(tile.ROWS, tile.COLUMNS), 1, 1](*arguments, *ready.constants)
@@ -162,7 +162,7 @@ def _run(
         best = _tune(kind, kernel, programs, tiles, arguments, options) if measured else tile
         tile = best or tile
         options |= _config(tile).all_kwargs()
-        compiled = _launch(kernel, (programs(tile.ROWS, tile.COLUMNS),), arguments, options)
+        compiled = start(kernel, (programs(tile.ROWS, tile.COLUMNS),), arguments, options)
         if compiled is not None and best is not None:
             _ready[kind] = Ready(tile, compiled, tuple(options[name] for name in CONSTANTS))
     return tile
@@ -209,12 +209,12 @@ def _tune(
         return _chosen[kind]
 
 
-def _launch(kernel: Any, grid: tuple[int], arguments: Sequence[Any], options: dict[str, Any]) -> Any:
-    """Returns the compiled kernel; None from Triton's interpreter."""
+def start(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Compile and launch; returns the compiled kernel, None from Triton's interpreter."""
     return kernel[grid](*arguments, **options)
 
 
-def _on(device: torch.device) -> Any:
+def on(device: torch.device) -> Any:
     """A context in which the tensors' device is the current one, which is where Triton launches."""
     if device.type == "cpu":
         return torch.device("cpu")
