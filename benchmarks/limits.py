@@ -139,7 +139,7 @@ def compiled() -> Iterator[dict[str, Any]]:
             }
         )
 
-    launch._launch = note
+    launch.start = note
     for dtype in (torch.bfloat16, torch.float32):
         for width in (8, 16, 32, 64):
             qkv = torch.zeros(1, 3 * 8 * width, 56, 56, dtype=dtype).to(memory_format=torch.channels_last)

@@ -17,6 +17,7 @@ from .machine import ROOT
 from .plots import draw_highlights
 from .results import RESULTS, Results
 
+AVX2 = RESULTS / "avx2"
 NOTHING = "Nothing has been measured on a GPU yet."
 STUDIES = ("widths", "bccd")
 
@@ -40,7 +41,7 @@ def table(mark: str) -> str:
         "scale": lambda: scale.listing(json.loads(scale.FILE.read_text())),
         "highlights": lambda: tables.highlights(Results(RESULTS, "cpu").found),
         "tiles": lambda: tiles.listing(json.loads(tiles.FILE.read_text())),
-        "targets": lambda: tables.targets_table(Results(RESULTS, "cpu").found, "cpu"),
+        "targets": lambda: tables.targets_table(Results(RESULTS, "cpu").found, "cpu", Results(AVX2, "cpu").found),
     }
     if mark == "gpu":
         return gpu_tables()

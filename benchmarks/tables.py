@@ -132,8 +132,10 @@ def value_words(value: Value | None) -> str:
     return f"{middle:.2f}" + ("" if None in ends else f" ({ends[0]:.2f} to {ends[1]:.2f})")
 
 
-def targets_table(found: Found, device: str) -> Listing:
-    """The targets, what was measured, and whether they are reached."""
+def targets_table(found: Found, device: str, narrow: Found | None = None) -> Listing:
+    """The targets, what was measured, and whether they are reached; ``narrow``: results with a narrower instruction set,
+    for a column of their own.
+    """
     rows = [
         [
             target.name,
@@ -149,6 +151,10 @@ def targets_table(found: Found, device: str) -> Listing:
             by_machine.setdefault(described(found[part]["machine"]), []).append(part)
     lines = by_machine if len(by_machine) == 1 else [f"{', '.join(own)}: {name}" for name, own in by_machine.items()]
     header = ["figure", "to reach", "measured (lowest to highest)", "reached"]
+    if narrow:
+        header.append(next(iter(narrow.values()))["machine"]["capability"])
+        for row, (_, value) in zip(rows, evaluate(narrow, device), strict=True):
+            row.append("" if value is None else value_words(value))
     return Listing(header, rows, f"{'; '.join(lines)}.", 1)
 
 

@@ -1,4 +1,4 @@
-"""Which tile of the GPU kernels is fastest: candidates for the head widths of a ResNet-50's stages.
+"""Which tile of the GPU kernels is fastest: candidates for the head widths of a ResNet-50's stages, and for its stem.
 
     python -m benchmarks.tiles            on a GPU, within two minutes; writes benchmarks/results/gpu-tiles.json
 
@@ -30,18 +30,31 @@ from .results import RESULTS
 from .tables import Listing, markdown
 
 FILE = RESULTS / "gpu-tiles.json"
+STEM_FORWARD, STEM_BACKWARD = "stem forward", "stem backward"
 WRITTEN = {
     "forward": ("output", "lse"),
     "query_gradients": ("grad_query", "delta"),
     "key_gradients": ("grad_key", "grad_value"),
+    STEM_FORWARD: ("extreme", "moments"),
+    STEM_BACKWARD: ("grad_values",),  # that of the form is divided among the slices
 }
-# Rows, columns, keys or queries of a block, warps, stages of the loads' pipeline: on tensor cores.
+# Rows, columns, keys or queries of a block, warps, stages of the loads' pipeline, most registers of a thread (0: any
+# number): on tensor cores.
 HALO = [
-    (2, 8, 32, 1, 2), (4, 8, 32, 1, 2), (4, 8, 32, 2, 2), (4, 8, 64, 2, 2), (8, 8, 32, 2, 2), (8, 8, 64, 4, 2),
-    (2, 8, 64, 1, 2), (2, 8, 32, 1, 1), (2, 8, 32, 1, 3), (4, 8, 32, 2, 1), (4, 8, 32, 2, 3),
+    (2, 8, 32, 1, 2, 0), (2, 8, 32, 1, 2, 96), (2, 8, 32, 1, 2, 128), (2, 8, 32, 1, 1, 0), (2, 8, 32, 1, 3, 0),
+    (2, 8, 64, 1, 2, 0), (2, 8, 64, 1, 2, 96), (2, 8, 64, 1, 2, 128), (2, 8, 128, 1, 2, 0),
+    (4, 8, 32, 1, 2, 0), (4, 8, 32, 1, 2, 128), (4, 8, 32, 1, 2, 168), (4, 8, 32, 1, 1, 0), (4, 8, 32, 1, 1, 168),
+    (4, 8, 32, 2, 1, 0), (4, 8, 32, 2, 2, 0), (4, 8, 32, 2, 3, 0), (8, 8, 32, 2, 1, 0), (8, 8, 32, 2, 2, 0),
+    (8, 8, 64, 4, 1, 0), (8, 8, 64, 4, 2, 0),
 ]  # fmt: skip
 # Rows, columns, taps, warps: tap by tap.
 TAPS = [(2, 8, 8, 2), (4, 8, 8, 4), (4, 8, 4, 4), (8, 8, 8, 4), (2, 4, 8, 2), (4, 4, 8, 4), (4, 8, 2, 4), (2, 4, 8, 1)]
+# Of the stem: most values of a block in a thread's registers, most registers.
+BLOCKS = {
+    STEM_FORWARD: [(128, 0), (128, 168), (64, 0), (64, 168), (64, 128), (32, 0), (32, 128)],
+    STEM_BACKWARD: [(128, 0), (64, 0), (64, 168), (32, 0), (32, 168), (32, 128), (16, 0), (16, 128)],
+}
+IMAGES = 128, 3, 224, 224
 TOLERANCE = 1e-2  # of a norm of the results, in either precision
 LSE = 6.0  # in place of the forward's: any number for which the weights are ordinary ones
 
@@ -76,24 +89,27 @@ def begin(lock: Any) -> None:
     torch.set_num_threads(1)
 
 
-def measure(key: Key, shape: AttentionProblem, sizes: tuple[int, ...]) -> dict[str, Any]:
+def measure(key: Key, shape: Any, sizes: tuple[int, ...]) -> dict[str, Any]:
     """Compile one kernel for one tile, and time it; in a process of its own."""
     from sasa.ops.triton import launch, tiles
     from sasa.ops.window import window
 
+    if key.kernel in BLOCKS:
+        return measure_stem(key, *sizes)
     found: dict[str, Any] = {}
 
     def run(kernel: Any, programs: Any, problem: Any, small: bool, arguments: Any) -> tiles.Tile:
         if problem.tensor_cores:
-            *shape_, stages = sizes
-            halo = tiles.halo_tile(problem, *shape_)
-            tile = halo and halo._replace(stages=stages)
+            tile = tiles.halo_tile(problem, *sizes)
         else:
             rows, columns, taps, warps = sizes
             tile = tiles.Tile(rows, columns, 1, taps, warps, 1)
         if kernel.fn.__name__ == key.kernel and tile is not None:
-            found.update(tile._asdict())
-            found.update(measured(launch, kernel, programs, problem, arguments, tile))
+            found.update(tile._asdict(), most_registers=tile.registers)
+            pads = [max(16, tiles.power_of_two(axis.kernel)) for axis in (problem.y, problem.x)]
+            options = {"P": problem, "PAD_Y": pads[0], "PAD_X": pads[1], **launch.OPTIONS}
+            options |= launch._config(tile).all_kwargs()
+            found.update(measured(key, kernel, (programs(tile.ROWS, tile.COLUMNS),), arguments, options))
         return tiles_before(key.kernel, problem, small)[0]
 
     tiles_before, bytes_before, run_before = launch.tiles_of, launch.SHARE_BYTES, launch._run
@@ -120,18 +136,44 @@ def measure(key: Key, shape: AttentionProblem, sizes: tuple[int, ...]) -> dict[s
     return found
 
 
-def measured(launch: Any, kernel: Any, programs: Any, problem: Any, arguments: Any, tile: Any) -> dict[str, Any]:
+def measure_stem(key: Key, most: int, registers: int) -> dict[str, Any]:
+    """The same for a kernel of the attention stem."""
+    from sasa.ops.triton import blocks, launch
+
+    found: dict[str, Any] = {}
+
+    def start(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict[str, Any]) -> None:
+        options = options | ({"maxnreg": registers} if registers else {})
+        found.update(D=options["D"], warps=options["num_warps"], most_registers=registers)
+        found.update(measured(key, kernel, grid, arguments, options))
+
+    before = launch.start, blocks.VALUES, blocks.GRADIENTS
+    launch.start, blocks.VALUES, blocks.GRADIENTS = start, most, most
+    try:
+        with _alone:
+            torch.manual_seed(0)
+            x = torch.randn(IMAGES, device="cuda").bfloat16().contiguous(memory_format=torch.channels_last)
+            form, values, sign = (torch.randn(size, device="cuda") for size in ((8, 3, 3), (16, 64, 3), (64,)))
+            grad = torch.randn(IMAGES[0], 64, 56, 56, device="cuda").bfloat16()
+            torch.cuda.synchronize()
+        if key.kernel == STEM_FORWARD:
+            blocks.forward(x, form, values, sign.sign(), 4)
+        else:
+            blocks.backward(grad, sign, sign, x, form, values, sign.sign(), sign, 4, needs_input=False)
+    except Exception as error:
+        found["cannot"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+    finally:
+        launch.start, blocks.VALUES, blocks.GRADIENTS = before
+        torch.cuda.empty_cache()
+    return found
+
+
+def measured(key: Key, kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Microseconds, registers, and a norm of what the kernel wrote."""
     from triton.testing import do_bench
 
-    from sasa.ops.triton.tiles import power_of_two
-
-    pads = [max(16, power_of_two(axis.kernel)) for axis in (problem.y, problem.x)]
-    options = {"P": problem, "PAD_Y": pads[0], "PAD_X": pads[1], **launch.OPTIONS}
-    options |= launch._config(tile).all_kwargs()
-    names = {name: kernel.arg_names.index(name) for name in ("delta", *WRITTEN[kernel.fn.__name__]) if
+    names = {name: kernel.arg_names.index(name) for name in ("delta", *WRITTEN[key.kernel]) if
              name in kernel.arg_names}  # fmt: skip
-    grid = (programs(tile.ROWS, tile.COLUMNS),)
     began = time.perf_counter()
     made = kernel.warmup(*arguments, grid=grid, **options)
     found = {"compile_seconds": time.perf_counter() - began}
@@ -142,7 +184,7 @@ def measured(launch: Any, kernel: Any, programs: Any, problem: Any, arguments: A
         kernel[grid](*arguments, **options)
         torch.cuda.synchronize()
         found["first_seconds"] = time.perf_counter() - began
-        written = [arguments[names[name]] for name in WRITTEN[kernel.fn.__name__]]
+        written = [arguments[names[name]] for name in WRITTEN[key.kernel]]
         norm = sum(x.double().square().sum() for x in written)
         time_: Any = do_bench(lambda: kernel[grid](*arguments, **options), warmup=4, rep=16, return_mode="median")
     found |= {"microseconds": 1e3 * time_, "norm": float(norm) ** 0.5}
@@ -154,8 +196,11 @@ def sweep(seconds: float, workers: int) -> dict[Key, list[dict[str, Any]]]:
     context, found, began = get_context("spawn"), defaultdict(list), time.time()
     pool = ProcessPoolExecutor(workers, context, begin, (context.Lock(),))
     jobs = {}
+    for kernel, candidates in BLOCKS.items():
+        key = Key(kernel, "bfloat16", f"{IMAGES[0]} images")
+        jobs |= {pool.submit(measure, key, None, sizes): key for sizes in candidates}
     for (name, dtype), shape in problems().items():
-        for kernel in WRITTEN:
+        for kernel in ("forward", "query_gradients", "key_gradients"):
             key = Key(kernel, dtype, name)
             for sizes in HALO if dtype == "bfloat16" else TAPS:
                 jobs[pool.submit(measure, key, shape, sizes)] = key
@@ -190,11 +235,23 @@ def listing(found: dict[str, Any], most: int = 1) -> Listing:
     for one in found["kernels"]:
         known = [tile for tile in one["tiles"] if "cannot" not in tile and "microseconds" in tile]
         for tile in sorted(known, key=lambda tile: tile["microseconds"])[:most]:
-            sizes = f"{tile['ROWS']}x{tile['COLUMNS']}, {tile['BLOCK_Y']}x{tile['BLOCK_X']}"
-            setup = f"{tile['warps']}, {tile['stages']}"
+            sizes = f"{tile['D']} channels"
+            if "ROWS" in tile:
+                sizes = f"{tile['ROWS']}x{tile['COLUMNS']}, {tile['BLOCK_Y']}x{tile['BLOCK_X']}"
+            setup = f"{tile['warps']}, {tile.get('stages', '')}, {tile.get('most_registers') or 'any'}"
             figures = [f"{tile['microseconds']:.0f}", *(f"{tile[name]}" for name in ("registers", "spills", "shared"))]
             rows.append([one["problem"], one["dtype"], one["kernel"], sizes, setup, *figures])
-    head = ["problem", "dtype", "kernel", "tile, block", "warps, stages", "µs", "registers", "spills", "shared bytes"]
+    head = [
+        "problem",
+        "dtype",
+        "kernel",
+        "tile, block",
+        "warps, stages, most registers",
+        "µs",
+        "registers",
+        "spills",
+        "shared bytes",
+    ]
     return Listing(head, rows, described(found["machine"]) + ".", words=5)
 
 

@@ -180,7 +180,8 @@ def _compiled_for(arguments: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _config(tile: Tile) -> triton.Config:
-    return triton.Config(tile.sizes, num_warps=tile.warps, num_stages=tile.stages)
+    limit = tile.registers or None
+    return triton.Config(tile.sizes, num_warps=tile.warps, num_stages=tile.stages, maxnreg=limit)
 
 
 _chosen: dict[tuple[Any, ...], Tile] = {}
@@ -205,7 +206,8 @@ def _tune(
             tuner = triton.autotune([_config(tile) for tile in tiles], key=["P"], cache_results=True)(kernel)
             tuner[lambda sizes: (programs(sizes["ROWS"], sizes["COLUMNS"]),)](*arguments, **options)
             best = tuner.best_config
-            _chosen[kind] = Tile(**best.kwargs, warps=best.num_warps, stages=best.num_stages)
+            limit = best.maxnreg or 0
+            _chosen[kind] = Tile(**best.kwargs, warps=best.num_warps, stages=best.num_stages, registers=limit)
         return _chosen[kind]
 
 

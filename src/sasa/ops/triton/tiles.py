@@ -9,9 +9,9 @@ import torch
 
 from .problem import Problem
 
-# (rows, columns, keys or queries of a block, warps) on tensor cores, by the channels of the widest head; float32's
-# count twice, as they take twice the shared memory. The first of a list is the default. Up to 64 channels they are the
-# fastest on an H200 (python -m benchmarks.tiles), and larger ones for other GPUs: programs of one warp wait for none.
+# Arguments of halo_tile, by the channels of the widest head; float32's count twice, as they take twice the shared
+# memory. The first of a list is the default. Up to 64 channels they are the fastest on an H100 (python -m
+# benchmarks.tiles), and larger ones for other GPUs: programs of one warp wait for none.
 HALO_TILES = {
     "forward": {
         32: [(2, 8, 32, 1), (2, 8, 64, 1), (2, 8, 128, 1)],
@@ -26,8 +26,8 @@ HALO_TILES = {
         256: [(4, 8, 16, 2)],
     },
     "key_gradients": {
-        32: [(4, 8, 32, 1), (8, 8, 32, 2), (8, 8, 64, 4)],
-        64: [(8, 8, 32, 2), (4, 8, 32, 2), (8, 8, 64, 4)],
+        32: [(4, 8, 32, 1), (4, 8, 32, 1, 1), (8, 8, 64, 4)],
+        64: [(8, 8, 32, 2, 1), (4, 8, 32, 2, 1), (8, 8, 64, 4)],
         128: [(8, 8, 32, 4), (4, 8, 32, 2)],
         256: [(4, 8, 16, 2)],
     },
@@ -38,7 +38,8 @@ BLOCK_WIDTHS = (8, 16, 32)
 
 class Tile(NamedTuple):
     """What a program computes: ROWS x COLUMNS queries (or keys), BLOCK_Y x BLOCK_X keys (or queries) at a time; tap by
-    tap, BLOCK_X taps. All are powers of two.
+    tap, BLOCK_X taps. All are powers of two. ``registers``: the most that a thread may use, 0 for any number; with
+    fewer, more programs run at once.
     """
 
     ROWS: int
@@ -47,6 +48,7 @@ class Tile(NamedTuple):
     BLOCK_X: int
     warps: int
     stages: int
+    registers: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -67,8 +69,12 @@ def tiles_of(kernel: str, problem: Problem, small: bool) -> list[Tile]:
     return tiles or [Tile(4, 8, 4, 8, 1, 1)]
 
 
-def halo_tile(problem: Problem, rows: int, columns: int, block: int, warps: int) -> Tile | None:
+def halo_tile(
+    problem: Problem, rows: int, columns: int, block: int, warps: int, stages: int = 2, registers: int = 0
+) -> Tile | None:
     """The tile with blocks of the shape that covers its halo with the fewest keys."""
+    if registers and torch.version.hip is not None:
+        return None  # Triton limits registers for NVIDIA's compiler alone
     halo = problem.x.step * (columns - 1) + problem.x.kernel
     threads = warps * (32 if torch.version.hip is None else 64)
     # Older versions of Triton can't gather from fewer numbers than there are threads.
@@ -76,7 +82,8 @@ def halo_tile(problem: Problem, rows: int, columns: int, block: int, warps: int)
     if not widths:
         return None
     block_x = min(widths, key=lambda width: (-(-halo // width) * width, -width))
-    return Tile(rows, columns, block // block_x, block_x, warps, 2 if problem.element_size == 2 else 1)
+    stages = stages if problem.element_size == 2 else 1  # shared memory
+    return Tile(rows, columns, block // block_x, block_x, warps, stages, registers)
 
 
 def _taps_tiles(problem: Problem) -> list[Tile]:

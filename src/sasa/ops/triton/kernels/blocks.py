@@ -38,7 +38,7 @@ def forward(
             most = most + (tl.full((BLOCKS,), float("-inf"), tl.float32),)
         for p in range(S * S):
             inside = _inside(exists, below, right, p, S, CUT)
-            query, t = _query(image, x_channel, x_row, x_column, p, inside, form, first // HEAD, S, C)
+            _, t = _query(image, x_channel, x_row, x_column, p, inside, form, first // HEAD, S, C)
             weights, share = _weights(t, pixels, below, right, S, C, CUT)
             y = _attend(weights, share, v, S, D)
             order = _order(y, p, inside, signs, D, CUT)
