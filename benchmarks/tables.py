@@ -133,8 +133,8 @@ def value_words(value: Value | None) -> str:
 
 
 def targets_table(found: Found, device: str, narrow: Found | None = None) -> Listing:
-    """The targets, what was measured, and whether they are reached; ``narrow``: results with a narrower instruction set,
-    for a column of their own.
+    """The targets, what was measured, and whether they are reached; ``narrow``: results with narrower vectors, for a
+    column of their own.
     """
     rows = [
         [

@@ -235,8 +235,9 @@ def listing(found: dict[str, Any], most: int = 1) -> Listing:
     for one in found["kernels"]:
         known = [tile for tile in one["tiles"] if "cannot" not in tile and "microseconds" in tile]
         for tile in sorted(known, key=lambda tile: tile["microseconds"])[:most]:
-            sizes = f"{tile['D']} channels"
-            if "ROWS" in tile:
+            if one["kernel"] in BLOCKS:
+                sizes = f"{tile['D']} channels"
+            else:
                 sizes = f"{tile['ROWS']}x{tile['COLUMNS']}, {tile['BLOCK_Y']}x{tile['BLOCK_X']}"
             setup = f"{tile['warps']}, {tile.get('stages', '')}, {tile.get('most_registers') or 'any'}"
             figures = [f"{tile['microseconds']:.0f}", *(f"{tile[name]}" for name in ("registers", "spills", "shared"))]

@@ -18,7 +18,7 @@ def by_loops(stem, x):
     size, heads = stem.block_size, stem.num_heads
     query, key = stem.qk(x).chunk(2, 1)
     values = stem.value(x).unflatten(1, (stem.mixtures, -1))
-    logits = torch.zeros(size, size, stem.mixtures, dtype=x.dtype)
+    logits = torch.zeros(size, size, stem.mixtures, dtype=x.dtype, device=x.device)
     for a in range(size):
         for b in range(size):
             for m in range(stem.mixtures):

@@ -12,7 +12,7 @@ from . import automatic, unsupported
 
 MOST_CHANNELS, LARGEST_BLOCK = 4, 4
 THREADS = 32  # of a program: one warp, so that its sums need no barrier
-VALUES, GRADIENTS = 128, 64  # most values of a block in a thread's registers, forward and backward
+VALUES, GRADIENTS = 128, 32  # most values of a block in a thread's registers, forward and backward
 PROGRAMS = 1024  # that share the blocks of a slice: a few for each of a GPU's schedulers
 
 
