@@ -239,7 +239,7 @@ def listing(found: dict[str, Any], most: int = 1) -> Listing:
                 sizes = f"{tile['D']} channels"
             else:
                 sizes = f"{tile['ROWS']}x{tile['COLUMNS']}, {tile['BLOCK_Y']}x{tile['BLOCK_X']}"
-            setup = f"{tile['warps']}, {tile.get('stages', '')}, {tile.get('most_registers') or 'any'}"
+            setup = f"{tile['warps']}, {tile.get('stages', 1)}, {tile.get('most_registers') or 'any'}"
             figures = [f"{tile['microseconds']:.0f}", *(f"{tile[name]}" for name in ("registers", "spills", "shared"))]
             rows.append([one["problem"], one["dtype"], one["kernel"], sizes, setup, *figures])
     head = [

@@ -408,6 +408,10 @@ def test_targets_tables_and_pictures(device, tmp_path, monkeypatch):
     assert not rows[name][0].reached(float("nan"))
     table = tables.targets_table(found, device.name)
     assert table.rows[0][3] in ("yes", "no")
+    some = {"attention": found["attention"]}
+    beside = tables.targets_table(found, device.name, some)
+    assert beside.header[4] == found["attention"]["machine"]["capability"]
+    assert beside.rows[0] == [*table.rows[0], table.rows[0][2]] and beside.rows[-1][4] == ""
     for part in found:
         table = tables.part_table(part, found)
         assert table.rows and all(len(row) == len(table.header) for row in table.rows)

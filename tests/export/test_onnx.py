@@ -218,6 +218,27 @@ def test_program_of_attention_in_blocks(tmp_path):
     assert_same(tmp_path / "network.onnx", network, 3)
 
 
+class HalfInBlocks(nn.Module):
+    """The operator with an image in half precision, as in a stem on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.form, self.values = nn.Parameter(torch.randn(2, 3, 3)), nn.Parameter(torch.randn(16, 6, 3))
+        self.register_buffer("chosen", torch.tensor([1.0, 1, -1, 0, 1, -1]))
+
+    def forward(self, x):
+        extreme, *moments = torch.ops.sasa.block_attention(x.half(), self.form, self.values, self.chosen, 4)
+        return extreme.float(), *moments
+
+
+def test_program_of_attention_in_blocks_of_an_image_in_half_precision(tmp_path):
+    network, dims = HalfInBlocks().eval(), dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    with torch.no_grad():
+        program = torch.export.export(network, (torch.zeros(2, 3, 18, 13),), dynamic_shapes=(dims,), strict=False)
+    torch.onnx.export(program, dynamo=True, input_names=["images"], verbose=False).save(tmp_path / "network.onnx")
+    assert_same(tmp_path / "network.onnx", network, 3)
+
+
 DIRECTLY = """
 import sys, torch, sasa
 assert "onnxscript" not in sys.modules

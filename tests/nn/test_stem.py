@@ -269,7 +269,7 @@ def test_one_pass_in_half_precision(how, training, monkeypatch):
     """On a GPU, or in Triton's interpreter: only images and outputs are rounded."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        monkeypatch.setattr(triton_blocks, "automatic", lambda x: True)
+        monkeypatch.setattr(triton_blocks, "DEVICES", ("cpu",))
         monkeypatch.setattr(triton_blocks, "THREADS", 512)
     stem, _ = twins(outputs=4, heads=2)
     stem.train(training)
@@ -280,16 +280,29 @@ def test_one_pass_in_half_precision(how, training, monkeypatch):
         stem.norm.float()
     stem.to(device)
     x = torch.randn(2, 3, 9, 6).bfloat16()
+    image = (x.float() if how == "autocast" else x).to(device).requires_grad_()
     with torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
-        y = stem((x.float() if how == "autocast" else x).to(device))
+        y = stem(image)
     assert y.dtype == torch.bfloat16
-    wanted = by_loops(right, x.double())
+    exact = x.double().requires_grad_()
+    wanted = by_loops(right, exact)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    got = [y, *torch.autograd.grad(y, list(stem.parameters()), grad.to(device)), *stem.norm.buffers()]
-    expected = [wanted, *torch.autograd.grad(wanted, list(right.parameters()), grad.double()), *right.norm.buffers()]
+    got = [y, *torch.autograd.grad(y, [image, *stem.parameters()], grad.to(device)), *stem.norm.buffers()]
+    leaves = [exact, *right.parameters()]
+    expected = [wanted, *torch.autograd.grad(wanted, leaves, grad.double()), *right.norm.buffers()]
     for ours, theirs in zip(got, expected, strict=True):
         error = (ours.detach().cpu().double() - theirs.detach()).abs().max()
         assert error <= 0.02 * theirs.detach().abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_pass_compiled_on_a_gpu(dynamic):
+    stem = twins()[0].cuda()
+    x = torch.randn(2, 3, 9, 8, device="cuda", requires_grad=True)
+    compiled = torch.compile(copy.deepcopy(stem), fullgraph=True, dynamic=dynamic)
+    results = [[y, *torch.autograd.grad(y.square().sum(), x)] for y in (stem(x), compiled(x))]
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
 def test_what_one_pass_cannot_do_is_done_as_ever(monkeypatch):
@@ -314,7 +327,7 @@ def test_what_one_pass_cannot_do_is_done_as_ever(monkeypatch):
     for channels, size in ((5, 4), (3, 9)):
         other = AttentionStem(channels, 8, 2, block_size=size)
         assert other(torch.randn(2, channels, 9, 8)).isfinite().all()
-    monkeypatch.setattr("sasa.ops.cpu_blocks.is_available", lambda: False)
+    monkeypatch.setattr("sasa.ops.cpu_blocks.is_available", lambda x: False)
     stem.implementation = "eager"
     torch.testing.assert_close(stem(x), expected)
 

@@ -23,7 +23,7 @@ CASES = [
     ((6, 4), 2, 8, 1, 1),
     ((9, 17), 3, 4, 1, 8),
 ]
-SMALL = ((7, 10), 3, 4, 2, 4)
+SMALL = ((7, 10), 3, 2, 2, 4)
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -37,7 +37,7 @@ class Kernels(NamedTuple):
 
 def triton(monkeypatch) -> Kernels:
     """Triton's kernels, in the interpreter, which is slow, with all of a small image's blocks in one program."""
-    monkeypatch.setattr(module, "_kernels", lambda x, block_size: triton_blocks)
+    monkeypatch.setattr(module, "_kernels", lambda x, form, block_size: triton_blocks)
     if torch.cuda.is_available():
         return Kernels("triton", "cuda")
     monkeypatch.setattr(triton_blocks, "THREADS", 2048)
@@ -202,6 +202,66 @@ def test_opcheck(case):
         opcheck(torch.ops.sasa.block_attention_backward.default, given)
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "sliced"])
+def test_triton_keeps_the_promises_of_the_operator(layout, monkeypatch):
+    """Shapes, dtypes and strides, of images in half precision."""
+    tested = triton(monkeypatch)
+    x, *rest = problem(tested.case, device=tested.device)
+    given = LAYOUTS[layout](x.bfloat16()), *rest
+    extreme, mean, variance = FORWARD(*given, 4)
+    backward = extreme, variance, mean, *given, mean, 4
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    opcheck(FORWARD, (*given, 4), **checks)
+    for needs_input in (True, False):
+        opcheck(torch.ops.sasa.block_attention_backward.default, (*backward, needs_input), **checks)
+
+
+def test_gradients_of_images_are_added_up_a_few_images_at_a_time(monkeypatch):
+    tested = triton(monkeypatch)
+    tensors = problem(tested.case, batch=3, device=tested.device)
+    expected = solve(block_attention, tensors, 4)
+    monkeypatch.setattr(triton_blocks, "SHARE_BYTES", 4 * 2 * 2 * tensors[0][0].numel())  # two images, two slices
+    for name, got in solve(block_attention, tensors, 4).items():
+        torch.testing.assert_close(got, expected[name], rtol=1e-5, atol=1e-5 * expected[name].abs().max().item())
+
+
+def test_what_triton_supports():
+    image = torch.empty(2, 3, 8, 8, device="meta")
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")
+
+    def supports(x: torch.Tensor, block: int = 4) -> bool:
+        return triton_blocks.supports(x.as_subclass(OnGpu), block)
+
+    assert supports(image)
+    assert supports(image.bfloat16())
+    assert not supports(image.double())
+    assert not supports(image, 5)
+    assert not supports(torch.empty(2, 5, 8, 8, device="meta"))
+    assert not triton_blocks.supports(image, 4)
+
+
+def test_values_in_half_precision_are_left_to_the_equation():
+    tensors = problem(CASES[0])
+    extreme, mean, _ = block_attention(tensors[0], *(x.bfloat16() for x in tensors[1:]), 4)
+    right = equation(tensors[0], *(x.bfloat16() for x in tensors[1:]), 4)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(extreme, right[0])
+
+
+@pytest.mark.parametrize("function", [block_attention, FORWARD], ids=["function", "operator"])
+def test_second_derivatives_under_autocast_are_not_rounded(function):
+    leaves = [x.requires_grad_() for x in problem(CASES[2])[:3]]
+    sign, found = problem(CASES[2])[3], []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results = function(*leaves, sign, 4)
+            first = torch.autograd.grad(sum(y.square().sum() for y in results), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(y.square().sum() for y in first), leaves))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("function", [block_attention, FORWARD], ids=["function", "operator"])
 def test_second_derivatives(function):
     results = []
@@ -228,7 +288,7 @@ def test_transforms_of_the_operator():
 def test_without_a_library_the_operator_computes_the_equation(monkeypatch):
     tensors = problem(CASES[1])
     expected = solve(equation, tensors, 4)
-    monkeypatch.setattr(cpu_blocks, "is_available", lambda: False)
+    monkeypatch.setattr(cpu_blocks, "is_available", lambda x: False)
     for name, got in solve(block_attention, tensors, 4).items():
         torch.testing.assert_close(got, expected[name], msg=name)
 

@@ -1,7 +1,7 @@
 """Attention inside blocks, ``sasa::block_attention``, in ONNX.
 
 ``sasa.export`` and ``torch.onnx.export`` of a module trace the stem's equation. A program made by
-``torch.export.export`` on the CPU contains the operator, and can be exported to ONNX later.
+``torch.export.export`` contains the operator, and can be exported to ONNX later.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def block_attention(
 
     Shapes: B batch, R x S blocks, n pixels of a block, C channels of the image, N heads of D channels, O = N·D.
     """
-    real = np.float64 if input.dtype == ir.DataType.DOUBLE else np.float32
+    real = np.float64 if form.dtype == ir.DataType.DOUBLE else np.float32
+    image = op.Cast(input, to=form.dtype)  # which may be in half precision
     heads, channels, places = form.shape[0], form.shape[2], block_size**2
     size, zero = constant([block_size]), constant(0, real)
     pixels = op.Shape(input, start=2)
@@ -44,7 +45,7 @@ def block_attention(
         split = op.Transpose(op.Reshape(op.Pad(image, pads), shape), perm=[0, 2, 4, 3, 5, 1])
         return op.Reshape(split, constant([0, 0, 0, places, width]))
 
-    x = in_blocks(input, channels)
+    x = in_blocks(image, channels)
     ones = op.Expand(constant(1, real), op.Concat(constant([1, 1]), pixels, axis=0))
     inside = in_blocks(ones, 1)  # (1, R, S, n, 1)
     seen = op.Greater(inside, zero)
@@ -65,9 +66,9 @@ def block_attention(
     first = op.Squeeze(op.Slice(y, constant([0]), constant([1]), place), place)
     extreme = op.Where(op.Greater(sign, zero), largest, op.Where(op.Less(sign, zero), smallest, first))
 
-    count = op.Cast(op.Mul(op.Shape(input, start=0, end=1), op.ReduceProd(pixels)), to=input.dtype)
+    count = op.Cast(op.Mul(op.Shape(input, start=0, end=1), op.ReduceProd(pixels)), to=form.dtype)
     everywhere = constant([0, 1, 2, 3])
     mean = op.Div(op.ReduceSum(op.Mul(y, inside), everywhere, keepdims=0), count)
     deviation = op.Mul(op.Sub(y, mean), inside)
     variance = op.Div(op.ReduceSum(op.Mul(deviation, deviation), everywhere, keepdims=0), count)
-    return op.Transpose(extreme, perm=[0, 3, 1, 2]), mean, variance
+    return op.Cast(op.Transpose(extreme, perm=[0, 3, 1, 2]), to=input.dtype), mean, variance

@@ -213,8 +213,9 @@ class AttentionStem(ConvolutionLike):
             elif norm.num_batches_tracked is not None and momentum is not None:
                 pixels = x.numel() // self.in_channels
                 norm.num_batches_tracked.add_(1)
-                running_mean.mul_(1 - momentum).add_(mean.detach(), alpha=momentum)
-                running_var.mul_(1 - momentum).add_(variance.detach(), alpha=momentum * pixels / (pixels - 1))
+                unbiased = variance.detach() * (pixels / (pixels - 1))
+                running_mean.copy_(running_mean.float().lerp(mean.detach(), momentum))
+                running_var.copy_(running_var.float().lerp(unbiased, momentum))
         factor = weight * (variance + norm.eps).rsqrt()
         return torch.addcmul((bias - mean * factor)[:, None, None], extreme, factor[:, None, None]).to(x.dtype)
 

@@ -21,7 +21,10 @@ from .._compat import below_autograd
 from . import cpu_blocks
 from .autograd import Registered, is_observed, is_transformed, is_transformed_forward, needs_gradient
 from .derivatives import gradients
+from .precision import without_autocast
 from .triton import blocks as triton_blocks
+
+_KERNELS: dict[str, Any] = {"cpu": cpu_blocks, "triton": triton_blocks}
 
 
 class Extremes(NamedTuple):
@@ -50,9 +53,10 @@ def is_fast(x: Tensor, block_size: int, implementation: str | None) -> bool:
 
 
 def _has_kernels(x: Tensor, block_size: int, implementation: str | None) -> bool:
-    if implementation in (None, "cpu") and cpu_blocks.supports(x, block_size):
-        return torch.compiler.is_compiling() or cpu_blocks.is_available()  # compiled code leaves that to the operator
-    return implementation in (None, "triton") and triton_blocks.supports(x, block_size)
+    for name, kernels in _KERNELS.items():
+        if implementation in (None, name) and kernels.supports(x, block_size):
+            return torch.compiler.is_compiling() or kernels.is_available(x)  # compiled code leaves that to the operator
+    return False
 
 
 def block_attention(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> Extremes:
@@ -62,7 +66,7 @@ def block_attention(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block
         x: (B, C, H, W), in the dtype of the others or half precision.
         form: F, (N, C, C).
         values: V, (block_size², O, C).
-        sign: (O): which extreme.
+        sign: (O), of 1, -1 and 0: which extreme.
         block_size: pixels along a block; those at the lower and right edge may be smaller.
     """
     tensors = x, form, values, sign
@@ -73,7 +77,13 @@ def block_attention(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block
 
 def equation(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain ATen operations, with blocks padded with hidden pixels."""
-    heads, dtype, x = form.shape[0], x.dtype, x.to(form.dtype)
+    with without_autocast(x):
+        return _equation(x, form, values, sign, block_size)
+
+
+def _equation(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    heads, dtype, precise = form.shape[0], x.dtype, torch.promote_types(x.dtype, form.dtype)
+    x, form, values, sign = (y.to(precise) for y in (x, form, values, sign))
     below, right = -x.shape[2] % block_size, -x.shape[3] % block_size
     inside = F.pad(torch.ones_like(x[:1, :1], requires_grad=False), (0, right, 0, below)) > 0
     pixels, inside = _blocks(F.pad(x, (0, right, 0, below)), block_size), _blocks(inside, block_size)
@@ -112,17 +122,17 @@ torch.library.define(
 )
 
 
-def _kernels(x: Tensor, block_size: int) -> Any:
+def _kernels(x: Tensor, form: Tensor, block_size: int) -> Any:
     """The module with kernels for the call; None for the equation."""
-    if not x.numel():
-        return None
-    if cpu_blocks.supports(x, block_size) and cpu_blocks.is_available():
-        return cpu_blocks
-    return triton_blocks if triton_blocks.supports(x, block_size) else None
+    if x.numel() and form.dtype == torch.float32:
+        for kernels in _KERNELS.values():
+            if kernels.supports(x, block_size) and kernels.is_available(x):
+                return kernels
+    return None
 
 
 def _forward(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    if kernels := _kernels(x, block_size):
+    if kernels := _kernels(x, form, block_size):
         return kernels.forward(x, form, values, sign, block_size)
     extreme, mean, variance = equation(x, form, values, sign, block_size)
     return extreme.contiguous(memory_format=torch.channels_last), mean, variance
@@ -136,7 +146,7 @@ def _backward(
 
     That of y is ``grad`` at each block's extreme, plus offset + slope · (y - mean) at every pixel.
     """
-    if kernels := _kernels(x, block_size):
+    if kernels := _kernels(x, form, block_size):
         return kernels.backward(grad, slope, offset, x, form, values, sign, mean, block_size, needs_input)
     count = x.numel() // x.shape[1]
     grads = _by_equation((grad, offset * count, slope * (count / 2)), x, form, values, sign, block_size)
@@ -150,7 +160,8 @@ def _by_equation(
     def function(x: Tensor, form: Tensor, values: Tensor) -> Any:
         return equation(x, form, values, sign, block_size)
 
-    return gradients(function, (), grads, (x, form, values))  # pyright: ignore[reportArgumentType]
+    with without_autocast(x):
+        return gradients(function, (), grads, (x, form, values))  # pyright: ignore[reportArgumentType]
 
 
 torch.library.impl("sasa::block_attention", "default", _forward)
@@ -190,7 +201,7 @@ class _BlockAttention(torch.autograd.Function):
         x, form, values, sign, mean = ctx.saved_tensors
         if torch.is_grad_enabled() or is_transformed() or is_transformed_forward():
             return *_by_equation(grads, x, form, values, sign, ctx.block_size), None, None
-        count = x.numel() // x.shape[1]
+        count = max(1, x.numel() // x.shape[1])
         given = grads[0], grads[2] * (2 / count), grads[1] / count, x, form, values, sign, mean
         grad_x, *rest = BACKWARD(*given, ctx.block_size, ctx.needs_input_grad[0])
         return grad_x if ctx.needs_input_grad[0] else None, *rest, None, None

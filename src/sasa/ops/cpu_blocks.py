@@ -18,7 +18,7 @@ def supports(x: Tensor, block_size: int) -> bool:
     return (device, dtype) == ("cpu", torch.float32) and channels <= MOST_CHANNELS and block_size <= LARGEST_BLOCK
 
 
-def is_available() -> bool:
+def is_available(x: Tensor) -> bool:
     """Whether there is a library."""
     return why_missing() is None
 
@@ -39,15 +39,16 @@ def backward(
     block_size: int, needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, in its memory format, an empty tensor unless ``needs_input``, of form and values."""
-    grad_x, grad_form, grad_values = torch.empty_like(x), form.new_empty(form.shape), values.new_empty(values.shape)
+    grad_x = torch.empty_like(x) if needs_input else x.new_empty(0)
+    grad_form, grad_values = form.new_empty(form.shape), values.new_empty(values.shape)
     grad = grad.permute(0, 2, 3, 1).contiguous()
     form, values, sign, mean, slope, offset = (t.contiguous() for t in (form, values, sign, mean, slope, offset))
     gradients = CBlockGradients(
-        grad.data_ptr(), slope.data_ptr(), offset.data_ptr(), grad_x.data_ptr(), grad_x.stride(),
-        grad_form.data_ptr(), grad_values.data_ptr(),
+        grad.data_ptr(), slope.data_ptr(), offset.data_ptr(), grad_x.data_ptr() if needs_input else None,
+        grad_x.stride() if needs_input else x.stride(), grad_form.data_ptr(), grad_values.data_ptr(),
     )  # fmt: skip
     check(library().sasa_blocks_backward(_problem(x, form, values, sign, mean, block_size), gradients))
-    return grad_x if needs_input else x.new_empty(0), grad_form, grad_values
+    return grad_x, grad_form, grad_values
 
 
 def _problem(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, mean: Tensor | None, block_size: int) -> CBlocks:

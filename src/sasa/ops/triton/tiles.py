@@ -5,22 +5,22 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import torch
+import triton
 
 from .problem import Problem
 
 # Arguments of halo_tile, by the channels of the widest head; float32's count twice, as they take twice the shared
-# memory. The first of a list is the default. Up to 64 channels they are the fastest on an H100 (python -m
-# benchmarks.tiles), and larger ones for other GPUs: programs of one warp wait for none.
+# memory. The first of a list is the default. Up to 64 channels the fastest on an H100 are among them (python -m
+# benchmarks.tiles); the larger ones are for other GPUs. A program of one warp never waits for another warp.
 HALO_TILES = {
     "forward": {
-        32: [(2, 8, 64, 1, 2, 96), (2, 8, 32, 1), (2, 8, 128, 1)],
+        32: [(2, 8, 64, 1, 2, 96), (2, 8, 32, 1, 2, 96), (2, 8, 32, 1)],
         64: [(4, 8, 32, 1), (2, 8, 32, 1, 2, 128), (4, 8, 32, 2)],
         128: [(8, 8, 32, 4), (4, 8, 32, 2)],
         256: [(4, 8, 16, 2)],
     },
     "query_gradients": {
-        32: [(2, 8, 64, 1, 2, 128), (2, 8, 32, 1), (4, 8, 32, 2)],
+        32: [(2, 8, 64, 1, 2, 128), (2, 8, 128, 1), (2, 8, 32, 1)],
         64: [(8, 8, 64, 4), (2, 8, 32, 1)],
         128: [(8, 8, 32, 4), (4, 8, 32, 2)],
         256: [(4, 8, 16, 2)],
@@ -56,6 +56,11 @@ class Tile(NamedTuple):
         return {name: getattr(self, name) for name in ("ROWS", "COLUMNS", "BLOCK_Y", "BLOCK_X")}
 
 
+def backend() -> str:
+    """Triton's name for the kind of GPU it compiles for: cuda, hip or xpu; cuda for the interpreter."""
+    return "cuda" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
+
+
 @functools.lru_cache(1024)
 def tiles_of(kernel: str, problem: Problem, small: bool) -> list[Tile]:
     """Tiles for a kernel to choose from, the default first. ``small``: images of up to SMALL_IMAGE pixels squared."""
@@ -73,16 +78,16 @@ def halo_tile(
     problem: Problem, rows: int, columns: int, block: int, warps: int, stages: int = 2, registers: int = 0
 ) -> Tile | None:
     """The tile with blocks of the shape that covers its halo with the fewest keys."""
-    if registers and torch.version.hip is not None:
+    if registers and backend() != "cuda":
         return None  # Triton limits registers for NVIDIA's compiler alone
     halo = problem.x.step * (columns - 1) + problem.x.kernel
-    threads = warps * (32 if torch.version.hip is None else 64)
+    threads = warps * (64 if backend() == "hip" else 32)
     # Older versions of Triton can't gather from fewer numbers than there are threads.
     widths = [width for width in BLOCK_WIDTHS if block // width * rows * columns >= threads]
     if not widths:
         return None
     block_x = min(widths, key=lambda width: (-(-halo // width) * width, -width))
-    stages = stages if problem.element_size == 2 else 1  # shared memory
+    stages = stages if problem.element_size == 2 else 1  # float32 would need twice the shared memory
     return Tile(rows, columns, block // block_x, block_x, warps, stages, registers)
 
 

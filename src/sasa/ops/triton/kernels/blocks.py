@@ -2,7 +2,7 @@
 
 A thread computes one block at a time, so nothing is exchanged between threads. Its pixels, values and logits are
 tensors with one number for each of the program's blocks, in tuples: pixel k's channel c is number k·C + c. Products are
-multiply-adds in float32, since a head's few channels would fill a tensor core's operand to a half at most.
+multiply-adds in float32, since a head's few channels would fill at most half of a tensor core's operand.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def backward(
 
 @triton.jit
 def _numbers(pointer, COUNT: tl.constexpr):
-    """COUNT numbers, for all blocks."""
+    """COUNT numbers, the same for every block."""
     found = ()
     for i in tl.static_range(COUNT):
         found = found + (tl.load(pointer + i).to(tl.float32),)
@@ -147,7 +147,7 @@ def _numbers(pointer, COUNT: tl.constexpr):
 
 @triton.jit
 def _zeros(BLOCKS: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT sums for each block."""
+    """COUNT zeros for each block."""
     found = ()
     for _ in tl.static_range(COUNT):
         found = found + (tl.zeros((BLOCKS,), tl.float32),)
@@ -251,8 +251,8 @@ def _order(y, p, inside, signs, D: tl.constexpr, CUT: tl.constexpr):
     """Numbers of which the largest is the extreme: y times its sign; with a sign of 0, that of the first pixel."""
     found = ()
     for o in tl.static_range(D):
-        only_first = tl.where((signs[o] == 0) & (p > 0), float("-inf"), 0.0)
-        order = y[o] * tl.where(signs[o] == 0, 1.0, signs[o]) + only_first
+        order = y[o] * tl.where(signs[o] == 0, 1.0, signs[o])
+        order = tl.where((signs[o] == 0) & (p > 0), float("-inf"), order)
         if CUT:
             order = tl.where(inside, order, float("-inf"))
         found = found + (order,)
