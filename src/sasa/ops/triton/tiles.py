@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 
+from . import interprets
 from .problem import Problem
 
 # Arguments of halo_tile, by the channels of the widest head; float32's count twice, as they take twice the shared
@@ -58,7 +59,10 @@ class Tile(NamedTuple):
 
 def backend() -> str:
     """Triton's name for the kind of GPU it compiles for: cuda, hip or xpu; cuda for the interpreter."""
-    return "cuda" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
+    if interprets():
+        return "cuda"
+    driver: Any = triton.runtime.driver.active
+    return driver.get_current_target().backend
 
 
 @functools.lru_cache(1024)
