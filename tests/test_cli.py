@@ -165,6 +165,25 @@ def test_runs_as_a_module():
     assert "implementations of the operator" in done.stdout
 
 
+@pytest.mark.parametrize("arguments", [["info"], ["--help"]])
+def test_a_reader_that_stops_early_is_no_error(arguments):
+    """As ``sasa info | head -1``."""
+    command = [sys.executable, "-m", "sasa", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 1
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch):
+    def broken():
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sasa_command, "_run", broken)
+    with pytest.raises(BrokenPipeError):
+        sasa_command.main()
+
+
 @pytest.mark.parametrize("how", [KeyboardInterrupt, "as Lightning does"])
 def test_ctrl_c_is_reported_in_a_line(how, monkeypatch, capsys):
     def interrupted():
