@@ -130,7 +130,8 @@ struct Forward {
 
 constexpr float kLn2 = 0x1.62e430p-1f;
 
-template <int C>
+// kImage: whether the gradient of the image is wanted, which a network's first layer has no use for.
+template <int C, bool kImage>
 struct Backward {
   const sasa_blocks& p;
   const sasa_block_gradients& gradients;
@@ -143,7 +144,7 @@ struct Backward {
   struct Memory {
     Blocks<C> blocks;
     int64_t pixels;
-    V *x, *grad_x;       // [group][pixel][C]
+    V *x, *grad_x;       // [group][pixel][C]; the latter unused unless kImage
     V* grad_values;      // of a head, [place][channel][C]
     V grad_form[C * C];  // of a head
     V *delta, *dots;     // [pixel]; [2][pixel]
@@ -165,7 +166,7 @@ struct Backward {
     const int64_t first = index * self.grid.together, last = lesser(first + self.grid.together, self.grid.groups);
     const int64_t image = m.pixels * C;  // vectors of a group
     for (int64_t g = first; g < last; ++g) m.blocks.load(Group(p, self.grid, g, nullptr), m.x + (g - first) * image);
-    for (int64_t i = 0; i < (last - first) * image; ++i) m.grad_x[i] = V{};
+    for (int64_t i = 0; kImage && i < (last - first) * image; ++i) m.grad_x[i] = V{};
     float* to = self.sums + index * self.parameters();
     for (int64_t head = 0; head < p.heads; ++head) {
       for (V& sum : m.grad_form) sum = V{};
@@ -180,8 +181,7 @@ struct Backward {
           to[self.of_form() + (place * p.outputs + head * m.blocks.width) * C + i] =
               sum_of_lanes(m.grad_values[place * m.blocks.width * C + i]);
     }
-    if (self.gradients.input == nullptr) return;
-    for (int64_t g = first; g < last; ++g)
+    for (int64_t g = first; kImage && g < last; ++g)
       self.store(Group(p, self.grid, g, self.gradients.stride), m.grad_x + (g - first) * image);
   }
 
@@ -260,25 +260,29 @@ struct Backward {
       for (int d = 0; d < C; ++d) query[t][d] = m.blocks.queries[(pixel + t) * C + d] * kLn2;
     for (int64_t j = 0; j < n; ++j) {
       V key[C];
-      SASA_UNROLL
-      for (int d = 0; d < C; ++d) key[d] = grad_x[j * C + d];
+      if constexpr (kImage) {
+        SASA_UNROLL
+        for (int d = 0; d < C; ++d) key[d] = grad_x[j * C + d];
+      }
       SASA_UNROLL
       for (int t = 0; t < T; ++t) {
         const V grad = (m.dots[t * n + j] - m.delta[pixel + t]) * m.blocks.weights[(pixel + t) * n + j];
         SASA_UNROLL
         for (int d = 0; d < C; ++d) {
           grad_query[t][d] += grad * x[j * C + d];
-          key[d] += grad * query[t][d];
+          if constexpr (kImage) key[d] += grad * query[t][d];
         }
       }
-      SASA_UNROLL
-      for (int d = 0; d < C; ++d) grad_x[j * C + d] = key[d];
+      if constexpr (kImage) {
+        SASA_UNROLL
+        for (int d = 0; d < C; ++d) grad_x[j * C + d] = key[d];
+      }
     }
     for (int t = 0; t < T; ++t)
       for (int e = 0; e < C; ++e)
         for (int d = 0; d < C; ++d) {
           m.grad_form[e * C + d] += x[(pixel + t) * C + e] * grad_query[t][d];
-          grad_x[(pixel + t) * C + e] += form[e * C + d] * grad_query[t][d];
+          if constexpr (kImage) grad_x[(pixel + t) * C + e] += form[e * C + d] * grad_query[t][d];
         }
   }
 
@@ -307,7 +311,7 @@ struct Backward {
           SASA_UNROLL
           for (int d = 0; d < C; ++d) {
             grad_matrix[k * C + d] += grad[t][k] * x[(pixel + t) * C + d];
-            grad_x[(pixel + t) * C + d] += grad[t][k] * W::all(matrix[k * C + d]);
+            if constexpr (kImage) grad_x[(pixel + t) * C + d] += grad[t][k] * W::all(matrix[k * C + d]);
           }
         }
       }
@@ -337,7 +341,10 @@ int blocks_forward(const sasa_blocks& p, const sasa_block_results& results) {
 }
 
 int blocks_backward(const sasa_blocks& p, const sasa_block_gradients& gradients) {
-  return for_channels(p, [&](auto channels) { return Backward<channels>{p, gradients, Grid(p), nullptr}.run(); });
+  return for_channels(p, [&](auto channels) {
+    if (gradients.input == nullptr) return Backward<channels, false>{p, gradients, Grid(p), nullptr}.run();
+    return Backward<channels, true>{p, gradients, Grid(p), nullptr}.run();
+  });
 }
 
 }  // namespace SASA_ISA

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from sasa.ops import block_attention as module
 from sasa.ops import cpu, cpu_blocks, cpu_library
@@ -295,3 +296,17 @@ def test_without_a_library_the_operator_computes_the_equation(monkeypatch):
 
 def test_names_of_results():
     assert isinstance(block_attention(*problem(CASES[0]), 4), Extremes)
+
+
+def test_flops():
+    x, form, values, sign = problem(CASES[0])
+    parameters = [form.requires_grad_(), values.requires_grad_()]
+    pixels, pairs = 3 * 8 * 8, 3 * 4 * 16 * 16
+    weighted = 2 * pairs * 16
+    forward = 2 * pixels * (form.numel() + values[0].numel()) + 2 * pairs * 2 * 3 + weighted
+    for image, backward in ((x, 2 * forward + weighted), (x.clone().requires_grad_(), 3 * forward)):
+        with FlopCounterMode(display=False) as counter:
+            results = block_attention(image, *parameters, sign, 4)
+            assert counter.get_total_flops() == forward
+            torch.autograd.grad(results.extreme.sum(), parameters)
+        assert counter.get_total_flops() == forward + backward

@@ -81,9 +81,14 @@ def blocks_forward_flops(x, form, values, sign, block_size: int, *args, **kwargs
     return 2 * pixels * (math.prod(form) + math.prod(values[1:])) + 2 * pairs * (form[0] * x[1] + values[1])
 
 
-def blocks_backward_flops(grad, slope, offset, x, form, values, sign, mean, block_size: int, *args, **kwargs) -> int:
-    """FLOPs of its backward: the forward's once more, and two gradients of each product."""
-    return 3 * blocks_forward_flops(x, form, values, sign, block_size)
+def blocks_backward_flops(
+    grad, slope, offset, x, form, values, sign, mean, block_size: int, needs_input: bool, *args, **kwargs
+) -> int:
+    """FLOPs of its backward: the forward's once more, and two gradients of each product; without that of the image, one
+    of each but the weighted sum.
+    """
+    once = blocks_forward_flops(x, form, values, sign, block_size)
+    return 3 * once if needs_input else 2 * once + 2 * _pairs_in_blocks(x, block_size) * values[1]
 
 
 def _pairs_in_blocks(x: Sequence[int], size: int) -> int:
