@@ -44,8 +44,8 @@ sanitize: $(INSTALLED)
 
 # on a machine with a GPU: the Triton kernels' memory accesses and races, under NVIDIA's compute-sanitizer
 sanitize-gpu: $(INSTALLED)
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest tests/ops/test_triton.py -k "results or half or finite"
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest tests/ops/test_triton.py -k "results or half or finite"
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest tests/ops/test_triton.py tests/ops/test_block_attention.py -k "results or half or finite"
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest tests/ops/test_triton.py tests/ops/test_block_attention.py -k "results or half or finite"
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run

@@ -144,8 +144,14 @@ def test_half_precision_with_a_norm_in_float32(size):
     torch.testing.assert_close(alone, output, atol=0.06, rtol=0.06)
 
 
-def test_an_empty_batch():
-    assert AttentionStem(3, 8).eval()(torch.randn(0, 3, 9, 8)).shape == (0, 8, 3, 2)
+@pytest.mark.parametrize("name", ["default", "triton"])
+def test_an_empty_batch(name, monkeypatch):
+    if name == "triton":
+        monkeypatch.setattr(triton_blocks, "DEVICES", ("cpu",))
+    stem, x = AttentionStem(3, 8).eval(), torch.randn(0, 3, 9, 8)
+    if name == "triton":
+        stem, x = stem.bfloat16(), x.bfloat16()
+    assert stem(x).shape == (0, 8, 3, 2)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Kernels(NamedTuple):
 
 def triton(monkeypatch) -> Kernels:
     """Triton's kernels, in the interpreter, which is slow, with all of a small image's blocks in one program."""
-    monkeypatch.setattr(module, "_kernels", lambda x, form, block_size: triton_blocks)
+    monkeypatch.setattr(module, "_kernels", lambda x, rest, block_size: triton_blocks)
     if torch.cuda.is_available():
         return Kernels("triton", "cuda")
     monkeypatch.setattr(triton_blocks, "THREADS", 2048)
@@ -243,12 +243,17 @@ def test_what_triton_supports():
     assert not triton_blocks.supports(image, 4)
 
 
-def test_values_in_half_precision_are_left_to_the_equation():
+def test_triton_is_available_for_an_empty_batch():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert triton_blocks.is_available(torch.empty(0, 3, 8, 8, device=device))
+
+
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_weights_in_half_precision_are_left_to_the_equation(which):
     tensors = problem(CASES[0])
-    extreme, mean, _ = block_attention(tensors[0], *(x.bfloat16() for x in tensors[1:]), 4)
-    right = equation(tensors[0], *(x.bfloat16() for x in tensors[1:]), 4)
-    assert mean.dtype == torch.float32
-    torch.testing.assert_close(extreme, right[0])
+    tensors[which] = tensors[which].bfloat16()
+    for got, right in zip(block_attention(*tensors, 4), equation(*tensors, 4), strict=True):
+        torch.testing.assert_close(got, right)
 
 
 @pytest.mark.parametrize("function", [block_attention, FORWARD], ids=["function", "operator"])

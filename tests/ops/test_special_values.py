@@ -147,4 +147,6 @@ def test_an_image_inside_a_larger_one_sees_nothing_of_it(case, channels_last, im
 
     copies = {name: x.to(implementation.device) for name, x in case.tensors(torch.float32).items()}
     cut = {name: framed(x) if x.dim() == 5 else x for name, x in copies.items()}
-    assert_same_sums(results(cut), results(copies))
+    # On a GPU, other strides are other tiles, whose sums are in another order.
+    close = assert_same_sums if implementation.device == "cuda" else torch.testing.assert_close
+    close(results(cut), results(copies))

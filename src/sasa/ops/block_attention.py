@@ -122,9 +122,9 @@ torch.library.define(
 )
 
 
-def _kernels(x: Tensor, form: Tensor, block_size: int) -> Any:
+def _kernels(x: Tensor, rest: tuple[Tensor, ...], block_size: int) -> Any:
     """The module with kernels for the call; None for the equation."""
-    if x.numel() and form.dtype == torch.float32:
+    if x.numel() and all(y.dtype == torch.float32 for y in rest):
         for kernels in _KERNELS.values():
             if kernels.supports(x, block_size) and kernels.is_available(x):
                 return kernels
@@ -132,7 +132,7 @@ def _kernels(x: Tensor, form: Tensor, block_size: int) -> Any:
 
 
 def _forward(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    if kernels := _kernels(x, form, block_size):
+    if kernels := _kernels(x, (form, values, sign), block_size):
         return kernels.forward(x, form, values, sign, block_size)
     extreme, mean, variance = equation(x, form, values, sign, block_size)
     return extreme.contiguous(memory_format=torch.channels_last), mean, variance
@@ -146,7 +146,7 @@ def _backward(
 
     That of y is ``grad`` at each block's extreme, plus offset + slope · (y - mean) at every pixel.
     """
-    if kernels := _kernels(x, form, block_size):
+    if kernels := _kernels(x, (form, values, sign, mean, slope, offset), block_size):
         return kernels.backward(grad, slope, offset, x, form, values, sign, mean, block_size, needs_input)
     count = x.numel() // x.shape[1]
     grads = _by_equation((grad, offset * count, slope * (count / 2)), x, form, values, sign, block_size)

@@ -46,7 +46,7 @@ def supports(x: Tensor, block_size: int) -> bool:
 
 def is_available(x: Tensor) -> bool:
     """Whether they run on this machine, and count that many pixels."""
-    return unsupported(x, 1) is None and x[0].numel() < 2**31
+    return unsupported(x, 1) is None and x.shape[1] * x.shape[2] * x.shape[3] < 2**31
 
 
 def forward(x: Tensor, form: Tensor, values: Tensor, sign: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:

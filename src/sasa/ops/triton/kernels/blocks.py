@@ -28,9 +28,9 @@ def forward(
     signs, pivots = _numbers(sign + first, D), _numbers(pivot + first, D)
     sums, squares = _zeros(BLOCKS, D), _zeros(BLOCKS, D)
     for group in range(part * groups, min(part * groups + groups, tl.cdiv(blocks, BLOCKS))):
-        block = group * BLOCKS + tl.arange(0, BLOCKS)
-        exists = block < blocks
-        image, below, right = _corner(x, x_batch, x_row, x_column, block, height, width, rows, columns, S)
+        block, exists, image, below, right = _corners(
+            x, x_batch, x_row, x_column, group, height, width, rows, columns, blocks, S, BLOCKS
+        )
         pixels = _pixels(image, x_channel, x_row, x_column, exists, below, right, S, C, CUT)
         v = _values(values + first * C, outputs, pixels, S, C, D)
         most = ()
@@ -72,9 +72,9 @@ def backward(
     offsets, means = _numbers(offset + first, D), _numbers(mean + first, D)
     of_form, of_values = _zeros(BLOCKS, C * C), _zeros(BLOCKS, S * S * D * C)
     for group in range(part * groups, min(part * groups + groups, tl.cdiv(blocks, BLOCKS))):
-        block = group * BLOCKS + tl.arange(0, BLOCKS)
-        exists = block < blocks
-        image, below, right = _corner(x, x_batch, x_row, x_column, block, height, width, rows, columns, S)
+        block, exists, image, below, right = _corners(
+            x, x_batch, x_row, x_column, group, height, width, rows, columns, blocks, S, BLOCKS
+        )
         pixels = _pixels(image, x_channel, x_row, x_column, exists, below, right, S, C, CUT)
         v = _values(values + first * C, outputs, pixels, S, C, D)
 
@@ -155,11 +155,16 @@ def _zeros(BLOCKS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _corner(x, x_batch, x_row, x_column, block, height, width, rows, columns, S: tl.constexpr):
-    """Address of each block's first pixel, and the rows and columns from there to the edges of the image."""
+def _corners(
+    x, x_batch, x_row, x_column, group, height, width, rows, columns, blocks, S: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """A group's blocks, whether they exist, the addresses of their first pixels, and the rows and columns from there to
+    the edges of the image.
+    """
+    block = group * BLOCKS + tl.arange(0, BLOCKS)
     batch, row, column = block // (rows * columns), block // columns % rows, block % columns
     image = x + batch.to(tl.int64) * x_batch + row.to(tl.int64) * S * x_row + column.to(tl.int64) * S * x_column
-    return image, height - row * S, width - column * S
+    return block, block < blocks, image, height - row * S, width - column * S
 
 
 @triton.jit
