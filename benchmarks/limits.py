@@ -152,6 +152,54 @@ def compiled() -> Iterator[dict[str, Any]]:
             yield from ({"dtype": str(dtype).removeprefix("torch."), "width": width, **one} for one in done)
 
 
+STEM = {"batch": 128, "size": 224, "channels": 64, "heads": 8, "block": 4}
+
+
+def stem() -> Iterator[dict[str, Any]]:
+    """The attention stem's kernels, for images in bfloat16: a loop over groups of blocks, and in it one or two over the
+    pixels of a block, each with an exponential for every pixel.
+    """
+    from sasa.ops.triton import blocks, launch
+
+    done: list[dict[str, Any]] = []
+    pixels, channels, keys = STEM["batch"] * STEM["size"] ** 2, STEM["channels"], STEM["block"] ** 2
+
+    def note(kernel: Any, grid: tuple[int, ...], arguments: list, options: dict[str, Any]) -> None:
+        made = kernel.warmup(*arguments, grid=grid, **options)
+        found, loops, registers = instructions(made.asm["cubin"])
+        (first, last), *inner = [loop for loop in loops if any("MUFU.EX2" in text for text in found[slice(*loop)])]
+        of_group = last - first + 1 + (keys - 1) * sum(end - begin + 1 for begin, end in inner)
+        slices = channels // options["D"]
+        # Images are read, and an extreme of each block and channel is written, or its gradient read.
+        seconds = {
+            "memory": 2 * (3 * pixels + channels * pixels // keys) / CHIP["bytes_per_second"],
+            "tensor_cores": 0.0,
+            "exponentials": len(inner) * slices * keys * pixels / CHIP["exponentials_per_second"],
+            "issue": of_group * slices * pixels / keys / options["BLOCKS"] / CHIP["warp_instructions_per_second"],
+        }
+        done.append(
+            {
+                "kernel": f"stem {kernel.fn.__name__}",
+                "dtype": "bfloat16",
+                "D": options["D"],
+                "warps": options["num_warps"],
+                "registers": registers,
+                "shared_bytes": made.metadata.shared,
+                "loop_instructions": [end - begin + 1 for begin, end in inner],
+                "batch": STEM["batch"],
+                "size": STEM["size"],
+                "microseconds": {name: 1e6 * one for name, one in seconds.items()},
+            }
+        )
+
+    launch.start = note
+    x, form = torch.zeros(1, 3, 8, 8, dtype=torch.bfloat16), torch.zeros(STEM["heads"], 3, 3)
+    values, sign = torch.zeros(keys, channels, 3), torch.zeros(channels)
+    extreme, *moments = blocks.forward(x, form, values, sign, STEM["block"])
+    blocks.backward(extreme, *moments, x, form, values, sign, moments[0], STEM["block"], needs_input=False)
+    yield from done
+
+
 # Tensors of a query's size that are read or written; passes over the halo, each with one exponential per key; matrix
 # products in all passes, each of 2·D FLOPs per key.
 TENSORS = {"forward": 4, "query_gradients": 5, "key_gradients": 6}
@@ -183,21 +231,27 @@ def run() -> dict[str, Any]:
         batch, size = (32, 56) if kernel["width"] == 16 else (64, stage.size)
         pixels = batch * stage.num_heads * size**2
         kernels.append({**kernel, "batch": batch, "size": size, "microseconds": limits(kernel, pixels)})
+    kernels += stem()
     return {"chip": CHIP, "triton": triton.__version__, "kernels": kernels}
+
+
+NAMES = {"forward": "forward", "query_gradients": "gradient of queries", "key_gradients": "gradient of keys, values"}
+
+
+def words_of(kernel: dict[str, Any]) -> tuple[str, str, str]:
+    """What it computes, its name, and its tile."""
+    images, warps = f"{kernel['batch']} images of {kernel['size']}²", f"{kernel['warps']} warps"
+    if kernel["kernel"] not in NAMES:
+        return f"{kernel['dtype']}, {images}", kernel["kernel"], f"{kernel['D']} channels, {warps}"
+    tile = f"{kernel['ROWS']}x{kernel['COLUMNS']}, {warps}"
+    return f"{kernel['dtype']}, D {kernel['width']}, {images}", NAMES[kernel["kernel"]], tile
 
 
 def listing(found: dict[str, Any]) -> Listing:
     """The table of docs/kernels.md."""
-    names = {
-        "forward": "forward",
-        "query_gradients": "gradient of queries",
-        "key_gradients": "gradient of keys, values",
-    }
     rows = [
         [
-            f"{kernel['dtype']}, D {kernel['width']}, {kernel['batch']} images of {kernel['size']}²",
-            names[kernel["kernel"]],
-            f"{kernel['ROWS']}x{kernel['COLUMNS']}, {kernel['warps']} warps",
+            *words_of(kernel),
             f"{kernel['registers']}",
             f"{kernel['shared_bytes'] / 1024:.0f}",
             *(f"{kernel['microseconds'][name]:.0f}" for name in ("memory", "tensor_cores", "exponentials", "issue")),
